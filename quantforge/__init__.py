@@ -1,0 +1,1 @@
+"""A mixed-precision quantization compiler."""

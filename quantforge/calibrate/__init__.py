@@ -1,0 +1,1 @@
+"""A model and its calibration tokens become a `Sensitivity`."""

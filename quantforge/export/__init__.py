@@ -1,0 +1,1 @@
+"""Quantized layers become a checkpoint that stock tools load."""

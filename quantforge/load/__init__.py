@@ -1,0 +1,1 @@
+"""The outside world becomes a `Model` and calibration tokens."""

@@ -1,0 +1,12 @@
+"""Network shapes as data, and the registry of known ones."""
+
+from quantforge.models.architecture import (
+    ARCHITECTURES,
+    Architecture,
+    Model,
+    ModelSource,
+    architecture_of,
+)
+from quantforge.models.llama import LLAMA
+
+__all__ = ["ARCHITECTURES", "LLAMA", "Architecture", "Model", "ModelSource", "architecture_of"]

@@ -1,0 +1,135 @@
+"""What a network looks like, as data: where its blocks are and which layers read one input.
+
+A new architecture is one `Architecture(...)`; no stage changes for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quantforge.errors import InputError
+from quantforge.registry import Registry
+from quantforge.types import LayerInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """Module paths of a decoder.
+
+    Attributes:
+        name: short name, e.g. "llama".
+        classes: model classes (their `__name__`) that have this shape.
+        blocks: path of the list of decoder blocks.
+        stages: layers of a block in forward order; members of one stage read the same input.
+        fused: layers that servers fuse into one matrix and that must share a spec.
+        embedding: path of the token embedding.
+        final_norm: path of the norm between the last block and the head.
+        head: path of the output projection.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    blocks: str
+    stages: tuple[tuple[str, ...], ...]
+    fused: tuple[tuple[str, ...], ...]
+    embedding: str
+    final_norm: str
+    head: str
+
+    def block_list(self, module: nn.Module) -> nn.ModuleList:
+        """The decoder blocks of `module`."""
+        blocks = module.get_submodule(self.blocks)
+        if not isinstance(blocks, nn.ModuleList):
+            raise InputError(f"{self.blocks} is a {type(blocks).__name__}, expected a ModuleList")
+        return blocks
+
+    def layers(self, module: nn.Module) -> tuple[LayerInfo, ...]:
+        """Every linear of every block, in forward order.
+
+        Raises:
+            InputError: a layer named by the architecture is missing or is not a linear.
+        """
+        found = []
+        for index, block in enumerate(self.block_list(module)):
+            for stage, members in enumerate(self.stages):
+                for member in members:
+                    name = f"{self.blocks}.{index}.{member}"
+                    linear = block.get_submodule(member)
+                    if not isinstance(linear, nn.Linear):
+                        kind = type(linear).__name__
+                        raise InputError(f"{name} is a {kind}, expected a float Linear")
+                    group = next((g for g in self.fused if member in g), (member,))
+                    info = LayerInfo(
+                        name=name,
+                        out_features=linear.out_features,
+                        in_features=linear.in_features,
+                        block=index,
+                        stage=stage,
+                        fused_group=f"{self.blocks}.{index}.{'+'.join(group)}",
+                    )
+                    found.append(info)
+        return tuple(found)
+
+
+ARCHITECTURES: Registry[Architecture] = Registry("architecture")
+
+
+def architecture_of(module: nn.Module) -> Architecture:
+    """The architecture whose classes include the module's.
+
+    Raises:
+        InputError: no registered architecture has this class.
+    """
+    name = type(module).__name__
+    for architecture in ARCHITECTURES.values():
+        if name in architecture.classes:
+            return architecture
+    known = ", ".join(c for a in ARCHITECTURES.values() for c in a.classes)
+    raise InputError(f"{name} is not a known architecture; known model classes: {known}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        kind: "folder", "gguf", "hub" or "memory".
+        location: path or hub id; empty in memory.
+        name: short name used for output folders and titles.
+        fingerprint: SHA-256 over what makes the model (configuration and weights).
+        description: one line for the user: which checkpoint this is.
+    """
+
+    kind: str
+    location: str
+    name: str
+    fingerprint: str
+    description: str
+
+    @property
+    def path(self) -> Path:
+        """The local path of a folder or GGUF source."""
+        return Path(self.location)
+
+
+@dataclass(slots=True, kw_only=True)
+class Model:
+    """A loaded float network. The one mutable thing; the pipeline owns it.
+
+    Attributes:
+        module: the network, in evaluation mode, float32 unless asked otherwise.
+        architecture: its shape as data.
+        layers: every layer the plan covers, in forward order.
+        source: where it came from.
+        tokenizer: its tokenizer, or None in memory.
+    """
+
+    module: nn.Module
+    architecture: Architecture
+    layers: tuple[LayerInfo, ...]
+    source: ModelSource
+    tokenizer: Any = field(default=None)

@@ -1,0 +1,183 @@
+"""What the compiler reports: plain, JSON-friendly records without times, dates or hosts.
+
+Times live in `run.json`, outside the promise that one seed gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantforge.types import BitPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """How a network compares with its float reference on a set of equal windows.
+
+    Attributes:
+        text: which text, how many tokens were scored and the BOS rule.
+        windows: number of non-overlapping windows.
+        window_length: tokens a window.
+        perplexity: exp of the mean token cross-entropy.
+        reference_perplexity: the same for the float model.
+        kl: mean token KL(reference ‖ model), in nats.
+        kl_stderr: standard error of `kl` over windows.
+        top1: share of tokens on which both put the same token first.
+        window_kl: mean KL of every window, for paired comparisons.
+        window_nll: mean cross-entropy of every window.
+    """
+
+    text: str
+    windows: int
+    window_length: int
+    perplexity: float
+    reference_perplexity: float
+    kl: float
+    kl_stderr: float
+    top1: float
+    window_kl: tuple[float, ...]
+    window_nll: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedDifference:
+    """Difference of two networks over the same windows (first minus second).
+
+    Attributes:
+        kl: mean difference of KL, in nats.
+        kl_stderr: its standard error over windows.
+        nll: mean difference of cross-entropy, in nats.
+        nll_stderr: its standard error over windows.
+    """
+
+    kl: float
+    kl_stderr: float
+    nll: float
+    nll_stderr: float
+
+    @property
+    def lower(self) -> bool:
+        """Whether the first is lower by two standard errors (design: measuring quality)."""
+        return self.kl + 2 * self.kl_stderr < 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurvePoint:
+    """One measured network on the size–KL plane.
+
+    Attributes:
+        name: e.g. "uniform 3b-g64" or "plan".
+        stored_bits: average stored bits a weight.
+        quality: held-out measurement.
+    """
+
+    name: str
+    stored_bits: float
+    quality: Quality
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """What happened to one layer.
+
+    Attributes:
+        name: module path.
+        spec: chosen spec as text, "kept" where left alone.
+        predicted_loss: predicted loss increase in nats a token.
+        weight_error: ‖Ŵ − W‖² / ‖W‖².
+        output_error: relative squared error of the layer's output on calibration inputs.
+        rtn_output_error: the same for round-to-nearest on the same grid.
+        damping: relative damping that was needed to factor the gram.
+        dead_columns: input features that were always zero.
+        note: anything a user should know, e.g. a fallback; empty otherwise.
+    """
+
+    name: str
+    spec: str
+    predicted_loss: float
+    weight_error: float
+    output_error: float
+    rtn_output_error: float
+    damping: float
+    dead_columns: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeReport:
+    """Sizes of a checkpoint, counted from the files that were written.
+
+    Attributes:
+        planned_weights: number of weights the plan covers.
+        code_bits: average code bits over them.
+        stored_bits: average stored bits over them (codes + scales + zero-points).
+        kept_weights: number of weights outside the plan (embeddings, head, norms).
+        checkpoint_bytes: bytes of all safetensors files.
+        checkpoint_bits: 8 × bytes over all weights, kept ones included.
+        reference_bytes: bytes of the same network in 16 bits.
+    """
+
+    planned_weights: int
+    code_bits: float
+    stored_bits: float
+    kept_weights: int
+    checkpoint_bytes: int
+    checkpoint_bits: float
+    reference_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One short greedy continuation, before and after.
+
+    Attributes:
+        prompt: the text given.
+        reference: the float model's continuation.
+        quantized: the quantized model's continuation.
+    """
+
+    prompt: str
+    reference: str
+    quantized: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The outcome of `quantize`; `report.html` and the model card are drawn from it.
+
+    Attributes:
+        model: name of the source model.
+        source: where it came from, as printed to the user.
+        output: folder written, as given; empty in memory.
+        plan: the plan that was executed.
+        layers: one row a layer, in forward order.
+        sizes: sizes counted from the written files.
+        quality: held-out quality of the final network.
+        curve: measured uniform networks and the plan, one-pass compensation for all.
+        hull_kl: KL of the uniform lower hull read at the plan's stored bits; None if out of range.
+        cheapest_uniform: name and held-out KL of the cheapest uniform ceil(budget)-bit plan.
+        generations: short continuations before and after.
+        calibration: description of the calibration text.
+        settings: the effective recipe.
+        versions: library versions.
+        warnings: one line each.
+    """
+
+    model: str
+    source: str
+    output: str
+    plan: BitPlan
+    layers: tuple[LayerReport, ...]
+    sizes: SizeReport
+    quality: Quality
+    curve: tuple[CurvePoint, ...]
+    hull_kl: float | None
+    cheapest_uniform: tuple[str, float] | None
+    generations: tuple[Generation, ...]
+    calibration: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""A `Sensitivity` and a budget become a `BitPlan`. Arithmetic only."""

@@ -1,0 +1,225 @@
+"""The data that flows through the compiler. Frozen, validated where it is made, torch only.
+
+Shapes are written `[out, in]`: `out` output features, `in` input features of a linear layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SCALE_BITS = 16
+KEPT_BITS = 16
+PER_CHANNEL = -1
+SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class QuantSpec:
+    """How one weight is stored: width, grouping, symmetry.
+
+    A layer left alone has no spec (`None` in a plan), not a 16-bit one.
+
+    Attributes:
+        bits: width of a code, 2..8.
+        group_size: weights of a row that share a scale; -1 for the whole row (per channel).
+        symmetric: codes are centred on `2**(bits-1)` and no zero-point is stored.
+    """
+
+    bits: int
+    group_size: int = PER_CHANNEL
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in SUPPORTED_BITS:
+            raise ValueError(f"bits must be one of {SUPPORTED_BITS}, got {self.bits}")
+        if self.group_size != PER_CHANNEL and self.group_size < 1:
+            raise ValueError(f"group_size must be positive or -1, got {self.group_size}")
+
+    def divides(self, in_features: int) -> bool:
+        """Whether rows of `in_features` weights split into whole groups, at least two of them.
+
+        A single group is the per-channel case, which has its own spelling.
+        """
+        if self.group_size == PER_CHANNEL:
+            return True
+        return in_features % self.group_size == 0 and in_features > self.group_size
+
+    def groups(self, in_features: int) -> int:
+        """Scales a row."""
+        if not self.divides(in_features):
+            raise ValueError(f"{self} does not divide a row of {in_features} weights")
+        return 1 if self.group_size == PER_CHANNEL else in_features // self.group_size
+
+    def width(self, in_features: int) -> int:
+        """Weights that share one scale."""
+        return in_features // self.groups(in_features)
+
+    def stored_bits(self, out_features: int, in_features: int) -> int:
+        """Codes + 16-bit scales + zero-points of one weight matrix, in bits (design: budgets)."""
+        zero_bits = 0 if self.symmetric else self.bits
+        a_row = in_features * self.bits + self.groups(in_features) * (SCALE_BITS + zero_bits)
+        return out_features * a_row
+
+    @property
+    def code_min(self) -> int:
+        """Smallest signed code of the symmetric grid."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def code_max(self) -> int:
+        """Largest signed code of the symmetric grid."""
+        return (1 << (self.bits - 1)) - 1
+
+    def __str__(self) -> str:
+        grouping = "pc" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
+        return f"{self.bits}b-{grouping}" + ("" if self.symmetric else "-asym")
+
+    @classmethod
+    def parse(cls, text: str) -> QuantSpec:
+        """Inverse of `str`: "3b-g64", "4b-pc", "2b-g64-asym".
+
+        Raises:
+            ValueError: the text has another form.
+        """
+        match = re.fullmatch(r"(\d+)b-(pc|g(\d+))(-asym)?", text)
+        if match is None:
+            raise ValueError(f"not a spec: {text!r}; expected e.g. '3b-g64' or '4b-pc'")
+        group = PER_CHANNEL if match[2] == "pc" else int(match[3])
+        return cls(int(match[1]), group, match[4] is None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerInfo:
+    """One weight the compiler may quantize.
+
+    Attributes:
+        name: module path, e.g. "model.layers.0.self_attn.q_proj".
+        kind: what the module is.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        block: index of the block it lives in, in forward order; -1 outside the blocks.
+        stage: layers with the same (block, stage) read the same input and share one gram.
+        fused_group: layers with the same value are fused by servers and must share a spec.
+    """
+
+    name: str
+    kind: Literal["linear", "embedding"] = "linear"
+    out_features: int
+    in_features: int
+    block: int
+    stage: int
+    fused_group: str
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedWeight:
+    """A weight matrix as integers and scales.
+
+    The weight is `(codes - zero) * scale` formed in the dtype the model is loaded in; a symmetric
+    weight has the constant zero `2**(bits-1)` and stores none. Scales may be negative.
+
+    Attributes:
+        codes: [out, in] uint8, 0 .. 2**bits - 1.
+        scale: [out, groups] bfloat16 or float16.
+        zero: [out, groups] uint8, or None when symmetric.
+        spec: width and grouping.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    spec: QuantSpec
+
+    def __post_init__(self) -> None:
+        out, cols = self.codes.shape
+        groups = self.spec.groups(cols)
+        if self.codes.dtype != torch.uint8:
+            raise ValueError(f"codes must be uint8, got {self.codes.dtype}")
+        if self.scale.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"scales must be 16-bit, got {self.scale.dtype}")
+        if tuple(self.scale.shape) != (out, groups):
+            raise ValueError(f"scale must be {(out, groups)}, got {tuple(self.scale.shape)}")
+        if (self.zero is None) != self.spec.symmetric:
+            raise ValueError("a symmetric weight stores no zero, an asymmetric one must")
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[out, in] weight in `dtype`: the code difference times the scale, both in `dtype`."""
+        out, cols = self.codes.shape
+        groups = self.spec.groups(cols)
+        grouped = self.codes.view(out, groups, -1).to(torch.int16)
+        if self.zero is None:
+            offset = grouped - (1 << (self.spec.bits - 1))
+        else:
+            offset = grouped - self.zero.to(torch.int16).unsqueeze(-1)
+        return (offset.to(dtype) * self.scale.to(dtype).unsqueeze(-1)).view(out, cols)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitPlan:
+    """Which layer gets which spec, and what that costs.
+
+    Attributes:
+        assignment: layer name → spec; None keeps the layer in 16 bits. Covers every layer once.
+        budget: the budget as the user wrote it.
+        stored_bits: average stored bits a weight over all planned weights.
+        code_bits: average code bits a weight.
+        predicted_loss: predicted increase of the loss, in nats a token.
+        solver: what found it ("dynamic-program", "uniform", "file").
+    """
+
+    assignment: Mapping[str, QuantSpec | None]
+    budget: str
+    stored_bits: float
+    code_bits: float
+    predicted_loss: float
+    solver: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSet:
+    """Token sequences split once, before anything looks at them.
+
+    Attributes:
+        fitting: [sequences, length] int64: grams, gradients and compensation see these.
+        held_out: [sequences, length] int64: every choice between methods is made on these.
+        description: where the text came from, for the report.
+        fingerprint: SHA-256 of both tensors.
+    """
+
+    fitting: Tensor
+    held_out: Tensor
+    description: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivity:
+    """What calibration learns; any budget is answered from it.
+
+    Attributes:
+        layers: the planned layers, in forward order.
+        specs: candidates.
+        loss: [layers, specs] float64, predicted loss increase in nats a token; +inf where the
+            candidate does not fit the layer.
+        error: [layers, specs] float64, relative squared output error of the candidate.
+        estimator: name of the estimator that made `loss`.
+        fingerprint: of everything that made it.
+    """
+
+    layers: tuple[LayerInfo, ...]
+    specs: tuple[QuantSpec, ...]
+    loss: Tensor
+    error: Tensor
+    estimator: str
+    fingerprint: str
