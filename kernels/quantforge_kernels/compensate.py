@@ -1,0 +1,228 @@
+"""Scale search and the error-feedback column loop: definitions in torch, and the C++ that runs.
+
+The recurrence, for one row with columns taken in the order of the factor (GPTQ, arXiv 2210.17323;
+GPTAQ, arXiv 2504.02692; FOEM, arXiv 2507.11017, in the form that pulls one column at a time):
+
+    w_j  ←  w_j − β (w_j − f_j)                    FOEM: pull towards the float weight f (j > 0)
+    q_j  =  nearest grid point of w_j
+    e_j  =  ((w_j − q_j) − β (w_j − f_j)) / U_jj
+    w_k  ←  w_k − e_j U_jk + f_j P_jk   for k > j  P is GPTAQ's mismatch term
+
+with UᵀU the inverse of the damped gram. β = 0 and P = 0 is GPTQ. Nothing here depends on a block
+size, so FOEM's pull cannot be lost at a block's end and GPTAQ charges the same weight everywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quantforge_kernels import native
+
+# Multiples of (largest magnitude / 2^(bits-1)) that are tried as scales. Geometric, since what
+# matters is the relative step; the lower end serves rows with outliers at 2 bits, where the best
+# grid covers little more than a standard deviation on each side.
+SCALE_FACTORS = tuple(1.06 * 0.945**step for step in range(32))
+REFITS = 3
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The native library, or None (with one warning) where it cannot be built."""
+    try:
+        library = native.load("compensate")
+    except native.BuildError as error:
+        warnings.warn(f"compensation runs in torch, several times slower: {error}", stacklevel=2)
+        return None
+    library.qf_search_scales.restype = None
+    library.qf_column_loop.restype = None
+    return library
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def search_scales(
+    weight: Tensor, importance: Tensor, *, bits: int, width: int, native_code: bool = True
+) -> Tensor:
+    """Scales that minimise Σ importance (w − s q)² in each group, over size and sign.
+
+    The sign of a scale is free in the symmetric format and decides on which side the grid has its
+    extra level; values are bfloat16-representable.
+
+    Args:
+        weight: [out, in] float32.
+        importance: [in] float32, non-negative.
+        bits: width of the codes.
+        width: weights that share a scale; divides `in`.
+        native_code: use the C++ version where it can be built.
+
+    Returns:
+        [out, in / width] float32; 1 for a group of zeros.
+    """
+    weight, importance = weight.contiguous(), importance.float().contiguous()
+    library = _library() if native_code and weight.device.type == "cpu" else None
+    if library is None:
+        return search_scales_reference(weight, importance, bits=bits, width=width)
+    rows, columns = weight.shape
+    scale = torch.empty(rows, columns // width)
+    factors = (ctypes.c_float * len(SCALE_FACTORS))(*SCALE_FACTORS)
+    library.qf_search_scales(
+        _pointer(weight),
+        _pointer(importance),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        ctypes.c_int64(width),
+        ctypes.c_int(bits),
+        factors,
+        ctypes.c_int(len(SCALE_FACTORS)),
+        ctypes.c_int(REFITS),
+        ctypes.c_int(torch.get_num_threads()),
+        _pointer(scale),
+    )
+    return scale
+
+
+def search_scales_reference(weight: Tensor, importance: Tensor, *, bits: int, width: int) -> Tensor:
+    """`search_scales` in plain torch: the definition."""
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    groups = weight.view(weight.shape[0], -1, width)
+    weights = importance.view(-1, width)
+    largest = groups.abs().amax(-1)
+    best, best_error = torch.ones_like(largest), torch.full_like(largest, torch.inf)
+
+    def codes_of(scale: Tensor) -> Tensor:
+        return (groups / scale.unsqueeze(-1)).round().clamp(low, high)
+
+    def error_of(scale: Tensor) -> Tensor:
+        difference = groups - codes_of(scale) * scale.unsqueeze(-1)
+        return (weights * difference * difference).sum(-1).nan_to_num(torch.inf, torch.inf)
+
+    def storable(scale: Tensor) -> Tensor:
+        return scale.bfloat16().float()
+
+    for sign in (-1.0, 1.0):
+        local, local_error = torch.ones_like(largest), torch.full_like(largest, torch.inf)
+        for factor in SCALE_FACTORS:
+            trial = storable(sign * factor * largest / -low)
+            error = torch.where(trial == 0, torch.inf, error_of(trial))
+            local = torch.where(error < local_error, trial, local)
+            local_error = torch.minimum(error, local_error)
+        for _ in range(REFITS):
+            codes = codes_of(local)
+            square = (weights * codes * codes).sum(-1)
+            trial = storable((weights * groups * codes).sum(-1) / square)
+            trial = torch.where((square > 0) & (trial != 0), trial, local)
+            error = error_of(trial)
+            local = torch.where(error < local_error, trial, local)
+            local_error = torch.minimum(error, local_error)
+        best = torch.where(local_error < best_error, local, best)
+        best_error = torch.minimum(local_error, best_error)
+    return torch.where(largest > 0, best, torch.ones_like(best))
+
+
+def column_loop(
+    weight: Tensor,
+    upper: Tensor,
+    order: Tensor,
+    scale: Tensor,
+    *,
+    bits: int,
+    width: int,
+    zero: Tensor | None = None,
+    original: Tensor | None = None,
+    mismatch: Tensor | None = None,
+    pull: float = 0.0,
+    native_code: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Quantize column by column, pushing each column's error onto the columns still to come.
+
+    Args:
+        weight: [out, in] float32, columns in their original order.
+        upper: [in, in] float32 U, in the order of `order`; UᵀU is the inverse damped gram.
+        order: [in] int64, original index of the j-th column to be quantized.
+        scale: [out, in / width] float32, fixed before the loop.
+        bits: width of the codes.
+        width: weights that share a scale, in the original order.
+        zero: [out, in / width] float32 zero-points; None is the symmetric grid.
+        original: [out, in] float32 float weights; needed by `mismatch` and `pull`.
+        mismatch: [in, in] float32 P, strictly upper, in the order of `order`.
+        pull: FOEM's β.
+        native_code: use the C++ version where it can be built.
+
+    Returns:
+        codes [out, in] uint8 in the original order, and the loss Σ_j ((w_j − q_j) / U_jj)² of every
+        row, [out] float64, which equals the row's error in the damped gram.
+    """
+    library = _library() if native_code and weight.device.type == "cpu" else None
+    if library is None:
+        return column_loop_reference(
+            weight, upper, order, scale, bits=bits, width=width,
+            zero=zero, original=original, mismatch=mismatch, pull=pull,
+        )  # fmt: skip
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    loss = torch.empty(rows, dtype=torch.float64)
+    needed = original if (mismatch is not None or pull != 0.0) else None
+    held = [None if t is None else t.float().contiguous() for t in (weight, needed, upper)]
+    held += [None if t is None else t.float().contiguous() for t in (mismatch, scale, zero)]
+    order = order.contiguous()
+    library.qf_column_loop(
+        _pointer(held[0]),
+        _pointer(held[1]),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        _pointer(order),
+        _pointer(held[2]),
+        _pointer(held[3]),
+        _pointer(held[4]),
+        _pointer(held[5]),
+        ctypes.c_int64(width),
+        ctypes.c_int(bits),
+        ctypes.c_float(pull),
+        ctypes.c_int(torch.get_num_threads()),
+        _pointer(codes),
+        _pointer(loss),
+    )
+    return codes, loss
+
+
+def column_loop_reference(
+    weight: Tensor,
+    upper: Tensor,
+    order: Tensor,
+    scale: Tensor,
+    *,
+    bits: int,
+    width: int,
+    zero: Tensor | None = None,
+    original: Tensor | None = None,
+    mismatch: Tensor | None = None,
+    pull: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`column_loop` in plain torch, one column at a time: the definition."""
+    rows, columns = weight.shape
+    latent = weight[:, order].T.contiguous()  # [in, out]
+    fixed = latent.clone() if original is None else original[:, order].T.contiguous()
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
+    loss = torch.zeros(rows, dtype=torch.float64, device=weight.device)
+    top, centre = float((1 << bits) - 1), float(1 << (bits - 1))
+    for j, column in enumerate(order.tolist()):
+        if j > 0 and pull != 0.0:
+            latent[j] -= pull * (latent[j] - fixed[j])
+        s = scale[:, column // width]
+        z = centre if zero is None else zero[:, column // width]
+        code = (latent[j] / s + z).round().clamp(0.0, top)
+        residual = latent[j] - (code - z) * s
+        error = (residual - pull * (latent[j] - fixed[j])) / upper[j, j]
+        loss += (residual / upper[j, j]).double() ** 2
+        codes[column] = code.to(torch.uint8)
+        latent[j + 1 :] -= torch.outer(upper[j, j + 1 :], error)
+        if mismatch is not None:
+            latent[j + 1 :] += torch.outer(mismatch[j, j + 1 :], fixed[j])
+    return codes.T.contiguous(), loss

@@ -1,0 +1,112 @@
+"""Builds a C++ source with the system compiler on first use and loads it through ctypes.
+
+The library is cached under a key made of the source, the compiler's version and the instruction
+set, so that a new compiler, another machine or an edited source never meets a stale build. Where no
+compiler is found, or it fails, callers use the definition in torch and say so once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent / "cpu"
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffast-math", "-std=c++17", "-shared", "-fPIC")
+
+
+class BuildError(RuntimeError):
+    """The native library could not be built; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiler:
+    """A C++ compiler and what identifies it.
+
+    Attributes:
+        path: the executable.
+        version: first line of `--version`.
+    """
+
+    path: str
+    version: str
+
+
+def find_compiler() -> Compiler:
+    """The compiler named by $CXX, else the first of c++, g++, clang++ on the path.
+
+    Raises:
+        BuildError: there is none.
+    """
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        path = shutil.which(name)
+        if path:
+            answer = subprocess.run(
+                [path, "--version"], capture_output=True, text=True, check=False
+            )
+            return Compiler(path, answer.stdout.partition("\n")[0])
+    raise BuildError(f"no C++ compiler found (looked for {', '.join(names)}); install g++ or clang")
+
+
+def instruction_set() -> str:
+    """What `-march=native` depends on: the machine and its processor flags."""
+    flags = ""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {flags}"
+
+
+def build(source: Path, folder: Path) -> Path:
+    """Compile `source` into `folder` unless it is there already; return the library's path.
+
+    Raises:
+        BuildError: no compiler, or it failed (its first error line is in the message).
+    """
+    compiler = find_compiler()
+    parts = (source.read_text(encoding="utf-8"), compiler.version, instruction_set(), *FLAGS)
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    library = folder / f"{source.stem}-{key}.so"
+    if library.is_file():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = library.with_suffix(f".{os.getpid()}.partial")
+    command = [compiler.path, *FLAGS, str(source), "-o", str(temporary)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        temporary.unlink(missing_ok=True)
+        lines = [line for line in answer.stderr.splitlines() if "error" in line]
+        detail = lines[0] if lines else answer.stderr.strip()[:200]
+        raise BuildError(f"{compiler.path} could not compile {source.name}: {detail}")
+    temporary.replace(library)
+    return library
+
+
+def default_folder() -> Path:
+    """Where built libraries are kept: under $QUANTFORGE_CACHE or ~/.cache/quantforge."""
+    chosen = os.environ.get("QUANTFORGE_CACHE")
+    return (Path(chosen) if chosen else Path.home() / ".cache" / "quantforge") / "native"
+
+
+@cache
+def load(name: str) -> ctypes.CDLL:
+    """The library of `cpu/<name>.cpp`, built on first use.
+
+    Raises:
+        BuildError: it cannot be built or loaded here.
+    """
+    if sys.platform == "win32":
+        raise BuildError("the native kernels are built for Linux and macOS only")
+    try:
+        return ctypes.CDLL(str(build(SOURCES / f"{name}.cpp", default_folder())))
+    except OSError as error:
+        raise BuildError(f"{name} could not be built or loaded: {error}") from error

@@ -1,0 +1,60 @@
+"""A `Sensitivity` as a readable, versioned file: one JSON document."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from quantforge.errors import InputError
+from quantforge.files import write_json
+from quantforge.types import LayerInfo, QuantSpec, Sensitivity
+
+FORMAT_VERSION = 1
+
+
+def save_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
+    """Write `sensitivity` to `path`, atomically; infinities (does not fit) become null."""
+
+    def rows(table: torch.Tensor) -> list[list[float | None]]:
+        return [[v if v != torch.inf else None for v in row] for row in table.tolist()]
+
+    document = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": sensitivity.fingerprint,
+        "estimator": sensitivity.estimator,
+        "specs": [str(spec) for spec in sensitivity.specs],
+        "layers": [asdict(layer) for layer in sensitivity.layers],
+        "loss_nats": rows(sensitivity.loss),
+        "relative_output_error": rows(sensitivity.error),
+    }
+    write_json(path, document)
+
+
+def load_sensitivity(path: Path) -> Sensitivity:
+    """Read what `save_sensitivity` wrote.
+
+    Raises:
+        InputError: the file is not such a document or of another version.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format_version"] != FORMAT_VERSION:
+            raise InputError(f"{path}: sensitivity format {document['format_version']} is unknown")
+
+        def table(rows: list[list[float | None]]) -> torch.Tensor:
+            full = [[torch.inf if v is None else v for v in row] for row in rows]
+            return torch.tensor(full, dtype=torch.float64)
+
+        return Sensitivity(
+            layers=tuple(LayerInfo(**layer) for layer in document["layers"]),
+            specs=tuple(QuantSpec.parse(text) for text in document["specs"]),
+            loss=table(document["loss_nats"]),
+            error=table(document["relative_output_error"]),
+            estimator=document["estimator"],
+            fingerprint=document["fingerprint"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a sensitivity file ({error}); delete it") from error

@@ -1,0 +1,118 @@
+"""Every candidate of every layer, really quantized: its predicted loss and its integers.
+
+One walk through the float network gathers each block's grams; each gram is factored once and
+serves all candidates of all layers that read it. The integers are kept in a store on disk, so
+that uniform networks and plans can be put together and measured without quantizing again, and so
+that `fast` effort has its final weights already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantforge.calibrate.config import CalibrateConfig
+from quantforge.capture import BlockWalk, stage_grams
+from quantforge.format.store import CandidateStore
+from quantforge.methods.gptq import gptq
+from quantforge.models import Model
+from quantforge.numerics import Factor, factorize, output_error, relative
+from quantforge.progress import Monitor
+from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
+
+
+def predicted_loss(difference: Tensor, gram: Tensor, moments: Tensor) -> float:
+    """½ Σ_o E[g_o²] d_o gram d_oᵀ in nats a token (see `fisher`).
+
+    Args:
+        difference: [out, in] Ŵ − W.
+        gram: [in, in] mean x xᵀ.
+        moments: [out] E[g_o²].
+    """
+    return 0.5 * float((moments.double() * output_error(difference, gram).double()).sum())
+
+
+def measure_layer(
+    weight: Tensor,
+    gram: Tensor,
+    factor: Factor,
+    moments: Tensor,
+    specs: Sequence[QuantSpec],
+    config: CalibrateConfig,
+) -> tuple[list[float], list[float], dict[QuantSpec, QuantizedWeight]]:
+    """Predicted loss, relative output error and integers of every candidate of one layer.
+
+    A candidate that does not divide the row gets +inf and no integers.
+    """
+    losses, errors, quantized = [], [], {}
+    reference = output_error(weight, gram)
+    for spec in specs:
+        if not spec.divides(weight.shape[1]):
+            losses.append(torch.inf)
+            errors.append(torch.inf)
+            continue
+        quantized[spec] = gptq(weight, factor, spec, grid=config.grid)
+        difference = quantized[spec].dequantize() - weight
+        losses.append(predicted_loss(difference, gram, moments))
+        errors.append(relative(output_error(difference, gram), reference))
+    return losses, errors, quantized
+
+
+def measure(
+    model: Model,
+    tokens: Tensor,
+    moments: Mapping[str, Tensor],
+    specs: Sequence[QuantSpec],
+    config: CalibrateConfig,
+    *,
+    store: CandidateStore,
+    fingerprint: str,
+    monitor: Monitor,
+) -> Sensitivity:
+    """Quantize every layer at every candidate on the float network's inputs.
+
+    Args:
+        model: the float network; not changed.
+        tokens: [sequences, length] fitting tokens.
+        moments: layer name → [out] E[g_o²], from `fisher.output_gradient_moments`.
+        specs: the candidates.
+        config: calibration options.
+        store: receives the integers of every candidate.
+        fingerprint: of everything that determines the result.
+        monitor: progress and cancellation.
+    """
+    walk = BlockWalk(
+        model.module,
+        model.architecture,
+        tokens,
+        batch_size=config.batch_size,
+        precision=config.precision,
+    )
+    rows: list[tuple[LayerInfo, list[float], list[float]]] = []
+    for index, block in enumerate(walk.blocks):
+        grams = stage_grams(walk, block, model.architecture, advance=True)
+        factors = [factorize(gram, damping=config.damping) for gram in grams]
+        for layer in (one for one in model.layers if one.block == index):
+            weight: Any = model.module.get_submodule(layer.name).weight
+            losses, errors, quantized = measure_layer(
+                weight.detach().float(),
+                grams[layer.stage],
+                factors[layer.stage],
+                moments[layer.name],
+                specs,
+                config,
+            )
+            store.put(layer.name, quantized)
+            rows.append((layer, losses, errors))
+        monitor.step("candidates", index + 1, len(walk.blocks))
+    return Sensitivity(
+        layers=tuple(layer for layer, _, _ in rows),
+        specs=tuple(specs),
+        loss=torch.tensor([losses for _, losses, _ in rows], dtype=torch.float64),
+        error=torch.tensor([errors for _, _, errors in rows], dtype=torch.float64),
+        estimator=config.estimator,
+        fingerprint=fingerprint,
+    )

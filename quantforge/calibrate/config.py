@@ -1,0 +1,29 @@
+"""Options of the calibration stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from quantforge.config import Config
+
+
+class CalibrateConfig(Config):
+    """How sensitivities are measured.
+
+    Attributes:
+        estimator: how a candidate's loss increase is predicted.
+        gradient_sequences: fitting sequences used for gradients; grams use all of them.
+        batch_size: sequences a pass.
+        precision: of matrix products in forward and backward passes.
+        damping: of the grams, relative to the mean of their diagonals.
+        grid: what the scales of the candidates minimise.
+    """
+
+    estimator: Literal["fisher-factored"] = "fisher-factored"
+    gradient_sequences: int = Field(32, ge=1)
+    batch_size: int = Field(4, ge=1)
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    damping: float = Field(0.01, ge=0)
+    grid: Literal["minmax", "mse", "diagonal", "conditional"] = "conditional"

@@ -1,0 +1,113 @@
+"""Second moments of output gradients: the output side of the Fisher information.
+
+For a layer y = W x the increase of the token loss caused by a weight error D is, to second order
+and averaged over tokens, ½ E[(gᵀ D x)²], where g is the gradient of the log-likelihood of a label
+sampled from the network itself (so that the expectation is the Fisher information, which equals
+the curvature of the KL divergence). Taking outputs as uncorrelated and g as independent of x:
+
+    ½ Σ_o E[g_o²] · d_o gram d_oᵀ        d_o: row o of D
+
+so one first-order pass a batch serves every layer and every candidate. Units are nats a token.
+Gradients are of the sum over tokens, so an error's effect on later tokens counts in full.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantforge.capture import compute_in
+from quantforge.models import Model
+from quantforge.progress import Monitor
+
+HEAD_CHUNK = 512
+
+
+def sampled_label_gradient(hidden: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of Σ_t −log p(y_t) with y_t ~ p, with respect to the head's input.
+
+    Args:
+        hidden: [tokens, hidden] input of the head.
+        head: [vocabulary, hidden] weight of the head.
+        generator: draws the labels.
+
+    Returns:
+        [tokens, hidden] (p − onehot(y)) · head, in the dtype of `hidden`.
+    """
+    pieces = []
+    for chunk in torch.split(hidden, HEAD_CHUNK):
+        probability = torch.softmax((chunk @ head.T).float(), -1)
+        label = torch.multinomial(probability, 1, generator=generator)
+        one = torch.ones_like(label, dtype=probability.dtype)
+        residual = probability.scatter_add_(1, label, -one)
+        pieces.append(residual.to(head.dtype) @ head)
+    return torch.cat(pieces).to(hidden.dtype)
+
+
+def _accumulate_into(total: Tensor) -> Any:
+    def on_gradient(gradient: Tensor) -> None:
+        total.add_(gradient.detach().float().flatten(0, -2).square().sum(0))
+
+    def on_output(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.register_hook(on_gradient)
+
+    return on_output
+
+
+def output_gradient_moments(
+    model: Model,
+    tokens: Tensor,
+    *,
+    batch_size: int,
+    precision: Any,
+    generator: torch.Generator,
+    monitor: Monitor,
+) -> dict[str, Tensor]:
+    """E[g_o²] of every planned layer, over all tokens, with labels sampled from the model.
+
+    Args:
+        model: the float network; its parameters are frozen while this runs.
+        tokens: [sequences, length] int64.
+        batch_size: sequences a pass.
+        precision: of the matrix products.
+        generator: draws the labels.
+        monitor: progress and cancellation.
+
+    Returns:
+        layer name → [out] float32, in (nats / output unit)² a token.
+    """
+    module, architecture = model.module, model.architecture
+    moments = {layer.name: torch.zeros(layer.out_features) for layer in model.layers}
+    head = module.get_submodule(architecture.head).weight.detach()  # type: ignore[union-attr]
+    if precision == "bfloat16":
+        head = head.bfloat16()  # type: ignore[operator]
+    needs = {name: p.requires_grad for name, p in module.named_parameters()}
+    seen: dict[str, Tensor] = {}
+    batches = torch.split(tokens, batch_size)
+    with ExitStack() as stack:
+        module.requires_grad_(False)
+        for layer in model.layers:
+            hook = _accumulate_into(moments[layer.name])
+            stack.callback(module.get_submodule(layer.name).register_forward_hook(hook).remove)
+        embedding = module.get_submodule(architecture.embedding)
+        watch = embedding.register_forward_hook(lambda _, __, out: out.requires_grad_())
+        stack.callback(watch.remove)
+        norm = module.get_submodule(architecture.final_norm)
+        keep = norm.register_forward_hook(lambda _, __, out: seen.update(hidden=out))
+        stack.callback(keep.remove)
+        body = module.get_submodule(architecture.blocks.rpartition(".")[0])
+        for index, batch in enumerate(batches):
+            with torch.enable_grad(), compute_in(precision, head.device):
+                body(input_ids=batch, use_cache=False)
+            hidden = seen.pop("hidden")
+            with torch.no_grad():
+                flat = hidden.detach().flatten(0, 1).to(head.dtype)
+                gradient = sampled_label_gradient(flat, head, generator)
+            hidden.backward(gradient.view_as(hidden).to(hidden.dtype))
+            monitor.step("gradients", index + 1, len(batches))
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(needs[name])
+    return {name: total / tokens.numel() for name, total in moments.items()}

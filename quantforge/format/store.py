@@ -1,0 +1,46 @@
+"""A scratch store of candidates: per layer one safetensors file of packed codes and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from quantforge_kernels.layout import pack, unpack
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from quantforge.files import atomic_path
+from quantforge.types import QuantizedWeight, QuantSpec
+
+
+class CandidateStore:
+    """Keeps the integers of every candidate of every layer on disk.
+
+    Attributes:
+        folder: one `<layer>.safetensors` a layer; made on first `put`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _path(self, layer: str) -> Path:
+        return self.folder / f"{layer}.safetensors"
+
+    def put(self, layer: str, weights: Mapping[QuantSpec, QuantizedWeight]) -> None:
+        """Write all (symmetric) candidates of one layer, atomically."""
+        tensors = {}
+        for spec, weight in weights.items():
+            tensors[f"{spec}.codes"] = pack(weight.codes, spec.bits)
+            tensors[f"{spec}.scale"] = weight.scale
+        columns = next(iter(weights.values())).codes.shape[1]
+        with atomic_path(self._path(layer)) as temporary:
+            save_file(tensors, temporary, metadata={"columns": str(columns)})
+
+    def get(self, layer: str, spec: QuantSpec) -> QuantizedWeight:
+        """Read one candidate."""
+        with safe_open(self._path(layer), framework="pt") as file:
+            words = file.get_tensor(f"{spec}.codes")
+            scale = file.get_tensor(f"{spec}.scale")
+            columns = int(file.metadata()["columns"])
+        codes = unpack(words, spec.bits, columns)
+        return QuantizedWeight(codes=codes, scale=scale, zero=None, spec=spec)

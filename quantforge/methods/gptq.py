@@ -1,0 +1,75 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): rounding with second-order error feedback.
+
+Columns are quantized one after the other, and the error of each is pushed onto the columns still
+to come so that the layer's output on the calibration inputs changes least. The loop itself is
+`quantforge_kernels.compensate.column_loop`; here is what surrounds it.
+
+What differs from the paper's code: scales are fixed before the loop from the original weights
+(static groups), which lets columns go in order of activation without a permuted layout; they
+minimise the importance-weighted rounding error over size and sign instead of covering min and max;
+and the factor comes from one Cholesky in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from quantforge_kernels.compensate import column_loop, search_scales
+from torch import Tensor
+
+from quantforge.methods.rtn import minmax_scale
+from quantforge.numerics import Factor
+from quantforge.types import QuantizedWeight, QuantSpec
+
+Grid = Literal["minmax", "mse", "diagonal", "conditional"]
+
+
+def fit_scale(weight: Tensor, factor: Factor, spec: QuantSpec, grid: Grid) -> Tensor:
+    """[out, groups] float32 scales of a symmetric grid, bfloat16-representable.
+
+    Args:
+        weight: [out, in] float32.
+        factor: of the layer's gram.
+        spec: width and grouping.
+        grid: what the scales minimise: "minmax" covers the range, "mse" the plain rounding error,
+            "diagonal" the error weighted by the gram's diagonal, "conditional" the error weighted
+            by what error feedback cannot repair (`Factor.conditional_importance`).
+    """
+    if grid == "minmax":
+        return minmax_scale(weight, spec)
+    if grid == "mse":
+        importance = torch.ones_like(factor.diagonal)
+    elif grid == "diagonal":
+        importance = factor.diagonal
+    else:
+        importance = factor.conditional_importance()
+    # A group whose inputs are all dead still needs a grid: fall back to the plain error there.
+    floor = 1e-6 * importance.mean()
+    importance = importance.clamp_min(float(floor)) if floor > 0 else torch.ones_like(importance)
+    width = spec.width(weight.shape[1])
+    return search_scales(weight, importance, bits=spec.bits, width=width)
+
+
+def gptq(
+    weight: Tensor, factor: Factor, spec: QuantSpec, *, grid: Grid = "conditional"
+) -> QuantizedWeight:
+    """Quantize `weight` [out, in] so that its output on the calibration inputs changes least.
+
+    Args:
+        weight: [out, in], any float dtype.
+        factor: from `numerics.factorize`; reusable for every spec.
+        spec: width and grouping; symmetric.
+        grid: how the scales are fitted, see `fit_scale`.
+    """
+    target = torch.where(factor.dead, 0.0, weight.float())
+    scale = fit_scale(target, factor, spec, grid)
+    codes, _ = column_loop(
+        target,
+        factor.upper,
+        factor.order,
+        scale,
+        bits=spec.bits,
+        width=spec.width(weight.shape[1]),
+    )
+    return QuantizedWeight(codes=codes, scale=scale.bfloat16(), zero=None, spec=spec)

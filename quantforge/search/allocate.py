@@ -1,0 +1,181 @@
+"""From a sensitivity table and a budget to a plan; and the uniform plans it must not lose to."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantforge.errors import BudgetError
+from quantforge.search.budget import Budget
+from quantforge.search.config import SearchConfig
+from quantforge.search.knapsack import solve
+from quantforge.types import KEPT_BITS, BitPlan, LayerInfo, QuantSpec, Sensitivity
+
+
+def stored_cost(layer: LayerInfo, spec: QuantSpec | None) -> int:
+    """Stored bits of one layer; 16 a weight where it is kept."""
+    if spec is None:
+        return KEPT_BITS * layer.numel
+    return spec.stored_bits(layer.out_features, layer.in_features)
+
+
+def average_bits(
+    layers: Sequence[LayerInfo], assignment: Mapping[str, QuantSpec | None]
+) -> tuple[float, float]:
+    """Average (stored, code) bits a weight of an assignment."""
+    weights = sum(layer.numel for layer in layers)
+    stored = sum(stored_cost(layer, assignment[layer.name]) for layer in layers)
+    code = 0
+    for layer in layers:
+        spec = assignment[layer.name]
+        code += layer.numel * (spec.bits if spec is not None else KEPT_BITS)
+    return stored / weights, code / weights
+
+
+def make_plan(
+    sensitivity: Sensitivity,
+    assignment: Mapping[str, QuantSpec | None],
+    *,
+    budget: str,
+    solver: str,
+) -> BitPlan:
+    """A plan from an assignment, with its bits and predicted loss filled in."""
+    column = {spec: index for index, spec in enumerate(sensitivity.specs)}
+    predicted = 0.0
+    for row, layer in enumerate(sensitivity.layers):
+        spec = assignment[layer.name]
+        if spec is not None:
+            predicted += float(sensitivity.loss[row, column[spec]])
+    stored, code = average_bits(sensitivity.layers, assignment)
+    return BitPlan(
+        assignment=dict(assignment),
+        budget=budget,
+        stored_bits=stored,
+        code_bits=code,
+        predicted_loss=predicted,
+        solver=solver,
+    )
+
+
+def _items(sensitivity: Sensitivity, config: SearchConfig) -> list[list[int]]:
+    """Rows of the table that must share a spec, in forward order."""
+    groups: dict[str, list[int]] = {}
+    for row, layer in enumerate(sensitivity.layers):
+        key = layer.name if config.independent else layer.fused_group
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def _tables(
+    sensitivity: Sensitivity, items: Sequence[Sequence[int]]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """[items, specs + 1] losses and costs; the last column keeps the item in 16 bits."""
+    specs = sensitivity.specs
+    loss = np.zeros((len(items), len(specs) + 1))
+    cost = np.zeros((len(items), len(specs) + 1), dtype=np.int64)
+    table = sensitivity.loss.numpy()
+    for item, rows in enumerate(items):
+        members = [sensitivity.layers[row] for row in rows]
+        loss[item, :-1] = table[list(rows)].sum(axis=0)
+        cost[item, -1] = sum(stored_cost(layer, None) for layer in members)
+        for column, spec in enumerate(specs):
+            if math.isfinite(loss[item, column]):
+                cost[item, column] = sum(stored_cost(layer, spec) for layer in members)
+    return loss, cost
+
+
+def _dynamic_program(
+    loss: NDArray[np.float64], cost: NDArray[np.int64], limit: int
+) -> tuple[int, ...] | None:
+    choice = solve(loss, cost, limit)
+    return None if choice is None else choice.picks
+
+
+def _best_uniform(
+    loss: NDArray[np.float64], cost: NDArray[np.int64], limit: int
+) -> tuple[int, ...] | None:
+    total = np.where(cost.sum(axis=0) <= limit, loss.sum(axis=0), np.inf)
+    pick = int(total.argmin())
+    return (pick,) * len(loss) if np.isfinite(total[pick]) else None
+
+
+SOLVERS: dict[str, Callable[..., tuple[int, ...] | None]] = {
+    "dynamic-program": _dynamic_program,
+    "uniform": _best_uniform,
+}
+
+
+def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> BitPlan:
+    """The plan of least predicted loss within the budget, found exactly.
+
+    Args:
+        sensitivity: predicted losses of all candidates.
+        budget: limit on the average stored bits.
+        config: solver and tying rules.
+
+    Raises:
+        BudgetError: even the cheapest candidates exceed the budget; names the floor.
+    """
+    items = _items(sensitivity, config)
+    loss, cost = _tables(sensitivity, items)
+    weights = sum(layer.numel for layer in sensitivity.layers)
+    limit = budget.total_bits(weights)
+    picks = SOLVERS[config.solver](loss, cost, limit)
+    if picks is None:
+        cheapest = np.where(np.isfinite(loss), cost, np.iinfo(np.int64).max).min(axis=1)
+        floor = math.ceil(int(cheapest.sum()) / weights * 1000) / 1000
+        raise BudgetError(
+            f"budget {budget.text} cannot be met: the smallest plan needs {floor:.3f} stored bits "
+            f"a weight; raise --budget to at least {floor:.3f}bit"
+        )
+    assignment: dict[str, QuantSpec | None] = {}
+    for rows, pick in zip(items, picks, strict=True):
+        spec = sensitivity.specs[pick] if pick < len(sensitivity.specs) else None
+        for row in rows:
+            assignment[sensitivity.layers[row].name] = spec
+    ordered = {layer.name: assignment[layer.name] for layer in sensitivity.layers}
+    return make_plan(sensitivity, ordered, budget=budget.text, solver=config.solver)
+
+
+def uniform_plans(sensitivity: Sensitivity) -> list[BitPlan]:
+    """One plan for every candidate that fits all layers, by increasing stored bits."""
+    plans = []
+    for column, spec in enumerate(sensitivity.specs):
+        if bool(sensitivity.loss[:, column].isfinite().all()):
+            assignment = dict.fromkeys((layer.name for layer in sensitivity.layers), spec)
+            plans.append(
+                make_plan(sensitivity, assignment, budget=f"uniform {spec}", solver="uniform")
+            )
+    return sorted(plans, key=lambda plan: plan.stored_bits)
+
+
+def lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Lower convex hull of (stored bits, log KL) points, by increasing bits."""
+    hull: list[tuple[float, float]] = []
+    for point in sorted(points):
+        while len(hull) >= 2:
+            (x0, y0), (x1, y1) = hull[-2], hull[-1]
+            if (y1 - y0) * (point[0] - x0) < (point[1] - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def read_hull(points: Sequence[tuple[float, float]], stored_bits: float) -> float | None:
+    """KL of the uniform lower hull at `stored_bits`; None outside the measured range.
+
+    Args:
+        points: (stored bits, KL in nats) of uniform networks.
+        stored_bits: where to read.
+    """
+    hull = lower_hull([(bits, math.log(kl)) for bits, kl in points if kl > 0])
+    for (x0, y0), (x1, y1) in itertools.pairwise(hull):
+        if x0 <= stored_bits <= x1:
+            share = (stored_bits - x0) / (x1 - x0)
+            return math.exp(y0 + share * (y1 - y0))
+    return None

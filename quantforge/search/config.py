@@ -1,0 +1,30 @@
+"""Options of the search stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from quantforge.config import Config
+from quantforge.types import PER_CHANNEL, QuantSpec
+
+
+class SearchConfig(Config):
+    """Which candidates there are and how they are chosen among.
+
+    Attributes:
+        bits: widths of the candidates.
+        group_sizes: group sizes of the candidates; -1 is per channel. Sizes that divide no layer
+            drop out, sizes that divide some are used there.
+        solver: how the plan is found.
+        independent: let layers that servers fuse (q/k/v, gate/up) have different specs.
+    """
+
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    group_sizes: tuple[int, ...] = (32, 64, 128, 192, PER_CHANNEL)
+    solver: Literal["dynamic-program", "uniform"] = "dynamic-program"
+    independent: bool = False
+
+    def candidates(self, row_lengths: set[int]) -> tuple[QuantSpec, ...]:
+        """All (bits, group size) pairs that divide at least one row length, sorted."""
+        specs = {QuantSpec(bits, size) for bits in self.bits for size in self.group_sizes}
+        return tuple(sorted(s for s in specs if any(s.divides(n) for n in row_lengths)))
