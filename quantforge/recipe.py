@@ -270,10 +270,10 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys as nested mappings."""
     result: dict[str, Any] = {}
     for key, value in settings.items():
-        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        tree: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
         for part in reversed(key.split(".")):
-            value = {part: value}
-        result = _merge(result, value)
+            tree = {part: tree}
+        result = _merge(result, tree)
     return result
 
 
@@ -282,9 +282,8 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(low)
     for key, value in high.items():
         below = merged.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping):
-            value = _merge(below, value)
-        merged[key] = value
+        mixable = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(below, value) if mixable else value
     return merged
 
 
