@@ -181,3 +181,126 @@ class Report:
     versions: Mapping[str, str]
     warnings: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedLayer:
+    """One row of a plan.
+
+    Attributes:
+        name: module path.
+        spec: spec as text, "kept" where left alone.
+        weights: number of weights.
+        stored_bits: stored bits a weight.
+        predicted_loss: predicted loss increase in nats a token; None where it was not predicted.
+    """
+
+    name: str
+    spec: str
+    weights: int
+    stored_bits: float
+    predicted_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UniformPlan:
+    """One spec everywhere, as a plan is compared with.
+
+    Attributes:
+        name: e.g. "uniform 3b-g64".
+        stored_bits: average stored bits a weight.
+        predicted_loss: predicted loss increase in nats a token.
+        fits: whether it is within the budget.
+    """
+
+    name: str
+    stored_bits: float
+    predicted_loss: float
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """The outcome of `plan`, a run that stops before any weight is quantized.
+
+    Attributes:
+        model: name of the source model.
+        source: where it came from, as printed to the user.
+        plan: the plan that `quantize` would execute.
+        layers: one row a layer, in forward order.
+        reachable: lowest and highest stored bits a weight that the candidates can give.
+        sizes: sizes computed from the plan.
+        uniform: uniform plans, by stored bits.
+        scratch_bytes: disk that `quantize` needs for block inputs; 0 where they fit in memory.
+        calibration: description of the calibration text.
+        settings: the effective recipe.
+        warnings: one line each.
+    """
+
+    model: str
+    source: str
+    plan: BitPlan
+    layers: tuple[PlannedLayer, ...]
+    reachable: tuple[float, float]
+    sizes: SizeReport
+    uniform: tuple[UniformPlan, ...]
+    scratch_bytes: int
+    calibration: str
+    settings: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReport:
+    """The outcome of `evaluate`.
+
+    Attributes:
+        model: what was measured.
+        reference: the float model it was compared with.
+        quality: the measurement.
+        sizes: sizes counted from the files; None for a network in memory or a float model.
+        against: a second network measured on the same windows; empty if none.
+        against_quality: its measurement.
+        difference: `model` minus `against`, paired over the windows.
+        precision: dtype of the matrix products.
+        versions: library versions.
+        warnings: one line each.
+    """
+
+    model: str
+    reference: str
+    quality: Quality
+    sizes: SizeReport | None = None
+    against: str = ""
+    against_quality: Quality | None = None
+    difference: PairedDifference | None = None
+    precision: str = "float32"
+    versions: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectReport:
+    """What a folder holds, read from its files alone.
+
+    Attributes:
+        path: the folder, as given.
+        model: model class and name of its source.
+        format: on-disk format, e.g. "compressed-tensors pack-quantized".
+        budget: the budget it was made for; empty if unknown.
+        layers: one row a quantized layer, in file order.
+        kept: names of the weights left in 16 bits.
+        sizes: sizes counted from the files.
+        versions: library versions that wrote it.
+        warnings: one line each.
+    """
+
+    path: str
+    model: str
+    format: str
+    budget: str
+    layers: tuple[PlannedLayer, ...]
+    kept: tuple[str, ...]
+    sizes: SizeReport
+    versions: Mapping[str, str]
+    warnings: tuple[str, ...] = ()

@@ -1,6 +1,18 @@
-"""The command line."""
+"""The command line: options in, one pipeline call, results on stdout, progress on stderr.
+
+No maths and no model code here. What `--help` reaches imports typer and rich only; everything
+heavy is imported inside the command that needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
 
 
-def main() -> None:
-    """Entry point of the `quantforge` command."""
-    raise SystemExit(2)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `quantforge` command: runs it and ends the process with its exit code."""
+    from quantforge.cli.app import application
+    from quantforge.cli.outcome import run
+
+    sys.exit(run(application(), sys.argv[1:] if arguments is None else arguments))

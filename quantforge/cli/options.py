@@ -1,0 +1,71 @@
+"""Options that several commands share: names, types and help, written once."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Effort(StrEnum):
+    """Presets of `--effort`, by how long a run may take."""
+
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
+
+
+class Precision(StrEnum):
+    """Dtypes of `eval`'s matrix products."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="Recipe name or .yaml, Hugging Face folder, .gguf file, or hub id (owner/name).",
+    ),
+]
+Budget = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        show_default=False,
+        help="What the result may cost: stored bits a weight (3bit), bytes of the whole "
+        "checkpoint (90MB), or a share of the 16-bit one (0.3x).",
+    ),
+]
+EffortOption = Annotated[Effort, typer.Option(help="How much time to spend on quality.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Calibration text: .txt, .jsonl or .parquet file, hub data set, 'pydoc' or 'self'.",
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Set any recipe key, e.g. search.solver=uniform."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that exists.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore artefacts of earlier runs.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model ships.")
+]
+Override = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="Folder, .gguf or hub id for a recipe."),
+]
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="Folder to read.", show_default=False)
+]

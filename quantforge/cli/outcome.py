@@ -1,0 +1,195 @@
+"""How a command ends: one line on stderr and a documented exit code, whatever happened.
+
+| code | meaning |
+| ---- | ------- |
+| 0    | done |
+| 1    | a bug in quantforge |
+| 2    | the command is wrong |
+| 3    | a file or model is missing, damaged or not what it claims |
+| 4    | no plan meets the budget |
+| 5    | memory, disk or a needed program ran out |
+| 130  | interrupted (SIGINT, SIGTERM) |
+| 141  | whoever read our output went away |
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TextIO
+
+import typer
+
+from quantforge.cli.text import one_line
+from quantforge.errors import (
+    CancelledError,
+    InputError,
+    QuantforgeError,
+    ResourceError,
+    UsageError,
+)
+
+EXIT_BUG = 1
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG}
+
+
+class OutputClosedError(QuantforgeError):
+    """Nobody reads our stdout any more; nothing is said about it."""
+
+    exit_code = 141  # what a shell shows for a process that SIGPIPE ended
+
+
+def run(application: typer.Typer, arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code; prints the error line if there is one.
+
+    `--debug` may stand anywhere before `--`.
+    """
+    words, rest = _split_at_separator(list(arguments))
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"] + rest
+    _quiet_libraries(debug)
+    try:
+        code = application(words or ["--help"], standalone_mode=False, prog_name="quantforge")
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        return _report(error, debug)
+    except SystemExit:  # the option parser's way of saying that stdout is closed
+        return _report(OutputClosedError(), debug=False)
+    if code == CancelledError.exit_code:  # its way of passing on Ctrl-C
+        return _report(KeyboardInterrupt(), debug=False)
+    return code if isinstance(code, int) else 0
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and message of an exception that ended a command."""
+    if isinstance(error, BrokenPipeError):
+        error = OutputClosedError()
+    if isinstance(error, QuantforgeError):
+        code, text = error.exit_code, str(error)
+    elif isinstance(error, typer.TyperException):  # what the option parser raises
+        code, text = UsageError.exit_code, error.format_message().replace("Value error, ", "")
+    elif isinstance(error, KeyboardInterrupt | typer.Abort):
+        code, text = CancelledError.exit_code, "interrupted"
+    elif _is_out_of_memory(error):
+        code, text = (
+            ResourceError.exit_code,
+            f"out of memory: {error}" if str(error) else "out of memory",
+        )
+    elif isinstance(error, OSError) and error.errno in _FULL:
+        place = f"{error.filename}: " if error.filename else ""
+        code, text = ResourceError.exit_code, f"{place}{error.strerror}"
+    elif isinstance(error, OSError) and error.filename is not None:
+        code, text = InputError.exit_code, f"{error.filename}: {error.strerror or error}"
+    else:
+        kind = type(error).__name__
+        code = EXIT_BUG
+        text = f"this is a bug in quantforge: {kind}: {error} (--debug shows where)"
+    return code, one_line(text)
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Turn SIGINT and SIGTERM into a set cancel event and a KeyboardInterrupt.
+
+    The event stops workers at their next step; the exception unwinds the main thread, so that
+    whoever owns a staging folder removes it. A second signal has its default effect.
+    """
+    cancel = threading.Event()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in previous:
+            signal.signal(other, signal.SIG_DFL)
+        cancel.set()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield cancel
+        return
+    for number in previous:
+        signal.signal(number, stop)
+    try:
+        yield cancel
+    except KeyboardInterrupt:
+        raise CancelledError("interrupted") from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _report(error: BaseException, debug: bool) -> int:
+    code, text = explain(error)
+    try:
+        if debug:
+            traceback.print_exception(error, file=sys.stderr)
+        if code != OutputClosedError.exit_code:
+            print(f"error: {text}", file=sys.stderr, flush=True)  # noqa: T201
+        sys.stdout.flush()
+    except OSError:
+        _silence(sys.stderr)
+        _silence(sys.stdout)
+    return code
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")  # not imported: it cannot have raised then
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    # On CPUs torch raises a plain RuntimeError from its allocator.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _split_at_separator(words: list[str]) -> tuple[list[str], list[str]]:
+    cut = words.index("--") if "--" in words else len(words)
+    return words[:cut], words[cut:]
+
+
+def _silence(stream: TextIO) -> None:
+    """Point a broken stream at nothing, so that the interpreter's last flush is quiet."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Warnings of our own become one line; those of libraries and their bars are not shown."""
+    if debug:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+        return
+    logging.basicConfig(level=logging.ERROR, format="warning: %(message)s", stream=sys.stderr)
+    for name in ("quantforge", "quantforge_kernels"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # These libraries read their own settings when they are imported, which is later than this.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module=r"quantforge")
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"warning: {one_line(str(message))}", file=file or sys.stderr)

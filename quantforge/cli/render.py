@@ -1,0 +1,248 @@
+"""Results as tables for people, or as one JSON document for machines.
+
+Everything a report holds may come from a stranger's file, so rich markup is off and text is
+stripped of control characters; JSON has no NaN (a number that is not finite becomes null).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from quantforge.cli.text import number, one_line, size, with_error
+
+if TYPE_CHECKING:
+    from quantforge.results import (
+        EvaluationReport,
+        InspectReport,
+        PlannedLayer,
+        PlanReport,
+        Quality,
+        Report,
+        SizeReport,
+    )
+
+JSON_VERSION = 1
+_PIPE_WIDTH = 160
+
+
+def json_document(command: str, result: Any) -> str:
+    """One JSON object: the command's name, the document's version and the result's fields."""
+    fields = to_plain(result)
+    if not isinstance(fields, dict):
+        fields = {"result": fields}
+    document = {"command": command, "json_version": JSON_VERSION, **fields}
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, mappings, sequences and paths as what JSON has; a spec as its text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, PurePath) or hasattr(type(value), "parse"):
+        return str(value)  # a path, or a spec: its text is its form everywhere else
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Iterable):
+        return [to_plain(item) for item in value]
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def console(stream: TextIO | None = None) -> Console:
+    """Where results go: the terminal's width, or wide enough for module names in a pipe."""
+    stream = stream or sys.stdout
+    width = None if stream.isatty() else _PIPE_WIDTH
+    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
+
+
+def show_quantized(report: Report, out: Console) -> None:
+    """What `quantize` made, how good it is, and how to use it."""
+    rows = [
+        ("model", report.source),
+        ("calibration", report.calibration),
+        *_plan_rows(report.plan.budget, report.plan.stored_bits, report.plan.code_bits),
+        *_size_rows(report.sizes),
+        *_quality_rows(report.quality),
+    ]
+    if report.hull_kl is not None:
+        rows.append(("uniform at this size", f"KL {number(report.hull_kl)} nats (lower hull)"))
+    if report.cheapest_uniform is not None:
+        name, lowest = report.cheapest_uniform
+        rows.append(("cheapest uniform", f"KL {number(lowest)} nats ({name})"))
+    _pairs(rows, out)
+    _specs([(layer.spec, None) for layer in report.layers], out)
+    if report.curve:
+        table = _table("network", "stored bits", "held-out KL (nats)", "perplexity")
+        for point in sorted(report.curve, key=lambda p: p.stored_bits):
+            kl = with_error(point.quality.kl, point.quality.kl_stderr)
+            _row(
+                table, point.name, f"{point.stored_bits:.3f}", kl, number(point.quality.perplexity)
+            )
+        out.print(table)
+    for generation in report.generations:
+        out.print(one_line(f"prompt     {generation.prompt}"))
+        out.print(one_line(f"  float    {generation.reference}"))
+        out.print(one_line(f"  quantized {generation.quantized}"))
+    _warnings(report.warnings, out)
+    if report.output:
+        out.print(f"written to {one_line(report.output)}: see report.html there")
+
+
+def show_plan(report: PlanReport, out: Console) -> None:
+    """The plan, what it costs, and what uniform plans would cost."""
+    low, high = report.reachable
+    rows = [
+        ("model", report.source),
+        ("calibration", report.calibration),
+        *_plan_rows(report.plan.budget, report.plan.stored_bits, report.plan.code_bits),
+        ("reachable", f"{low:.3f} to {high:.3f} stored bits a weight"),
+        ("predicted loss", f"+{number(report.plan.predicted_loss)} nats a token"),
+        *_size_rows(report.sizes),
+    ]
+    if report.scratch_bytes:
+        rows.append(("scratch file", size(report.scratch_bytes)))
+    _pairs(rows, out)
+    _specs([(layer.spec, layer.weights) for layer in report.layers], out)
+    _layers(report.layers, out)
+    if report.uniform:
+        table = _table("uniform plan", "stored bits", "predicted loss (nats)", "fits")
+        for plan in report.uniform:
+            fits = "yes" if plan.fits else "no"
+            _row(table, plan.name, f"{plan.stored_bits:.3f}", number(plan.predicted_loss), fits)
+        out.print(table)
+    _warnings(report.warnings, out)
+
+
+def show_evaluation(report: EvaluationReport, out: Console) -> None:
+    """A measurement, and the comparison with a second network if there is one."""
+    quality, other = report.quality, report.against_quality
+    rows = [
+        ("model", report.model),
+        ("reference", report.reference),
+        ("precision", report.precision),
+        *(_size_rows(report.sizes) if report.sizes else []),
+        *_quality_rows(quality),
+    ]
+    if other is not None:
+        rows.append(("against", report.against))
+        rows.append(("  perplexity", number(other.perplexity)))
+        rows.append(("  KL", f"{with_error(other.kl, other.kl_stderr)} nats"))
+    if report.difference is not None:
+        gap = report.difference
+        verdict = "lower by two standard errors" if gap.lower else "not lower by two"
+        rows.append(("KL difference", f"{with_error(gap.kl, gap.kl_stderr)} nats, {verdict}"))
+        rows.append(("NLL difference", f"{with_error(gap.nll, gap.nll_stderr)} nats"))
+    _pairs(rows, out)
+    _warnings(report.warnings, out)
+
+
+def show_inspection(report: InspectReport, out: Console, *, layers: bool) -> None:
+    """What a checkpoint holds."""
+    rows = [("folder", report.path), ("model", report.model), ("format", report.format)]
+    if report.budget:
+        rows.append(("budget", report.budget))
+    rows += _size_rows(report.sizes)
+    rows.append(("kept in 16 bits", f"{len(report.kept)} tensors"))
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(report.versions.items()))
+    rows.append(("written with", versions or "unknown"))
+    _pairs(rows, out)
+    _specs([(layer.spec, layer.weights) for layer in report.layers], out)
+    if layers:
+        _layers(report.layers, out)
+    _warnings(report.warnings, out)
+
+
+def _plan_rows(budget: str, stored: float, code: float) -> list[tuple[str, str]]:
+    bits = f"{stored:.3f} stored bits a weight ({code:.3f} of them codes)"
+    return [("budget", budget), ("plan", bits)]
+
+
+def _size_rows(sizes: SizeReport) -> list[tuple[str, str]]:
+    share = sizes.checkpoint_bytes / max(sizes.reference_bytes, 1)
+    whole = (
+        f"{size(sizes.checkpoint_bytes)}, {sizes.checkpoint_bits:.3f} bits a weight; "
+        f"{share:.1%} of {size(sizes.reference_bytes)} in 16 bits"
+    )
+    counts = f"{sizes.planned_weights:,} planned, {sizes.kept_weights:,} kept in 16 bits"
+    return [("checkpoint", whole), ("weights", counts)]
+
+
+def _quality_rows(quality: Quality) -> list[tuple[str, str]]:
+    return [
+        ("measured on", quality.text),
+        ("KL to the float model", f"{with_error(quality.kl, quality.kl_stderr)} nats a token"),
+        (
+            "perplexity",
+            f"{number(quality.perplexity)} (float model {number(quality.reference_perplexity)})",
+        ),
+        ("same first token", f"{quality.top1:.1%}"),
+    ]
+
+
+def _specs(specs: Sequence[tuple[str, int | None]], out: Console) -> None:
+    """How many layers, and what share of the weights where known, each spec has."""
+    if not specs:
+        return
+    layers = Counter(spec for spec, _ in specs)
+    weights: Counter[str] = Counter()
+    for spec, count in specs:
+        weights[spec] += count or 0
+    total = sum(weights.values())
+    table = _table("spec", "layers", *(["share of weights"] if total else []))
+    for spec in sorted(layers, key=_spec_order):
+        share = [f"{weights[spec] / total:.1%}"] if total else []
+        _row(table, spec, str(layers[spec]), *share)
+    out.print(table)
+
+
+def _spec_order(spec: str) -> tuple[int, str]:
+    digits = spec.partition("b")[0]
+    return (int(digits) if digits.isdigit() else 16, spec)
+
+
+def _layers(layers: Iterable[PlannedLayer], out: Console) -> None:
+    table = _table("layer", "spec", "weights", "stored bits", "predicted loss (nats)")
+    for layer in layers:
+        loss = "" if layer.predicted_loss is None else number(layer.predicted_loss)
+        _row(table, layer.name, layer.spec, f"{layer.weights:,}", f"{layer.stored_bits:.3f}", loss)
+    out.print(table)
+
+
+def _pairs(rows: Iterable[tuple[str, str]], out: Console) -> None:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        _row(grid, name, value)
+    out.print(grid)
+
+
+def _table(first: str, *numeric: str) -> Table:
+    """A plain table whose columns after the first are right-aligned."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(first, overflow="fold")
+    for name in numeric:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _row(table: Table, *cells: str) -> None:
+    table.add_row(*(cell if cell.startswith("  ") else one_line(cell) for cell in cells))
+
+
+def _warnings(warnings: Iterable[str], out: Console) -> None:
+    for warning in warnings:
+        out.print(f"warning: {one_line(warning)}", style="yellow")

@@ -1,0 +1,345 @@
+"""Recipes: the stages' own configurations put together, and where the values come from.
+
+A recipe is a YAML file under `recipes/` (or anywhere) whose sections are the stages' `Config`
+classes; defaults live only there. What a run uses is composed from five layers, later ones win:
+
+    defaults < effort preset < recipe file < settings (`--set key=value`) < named options
+
+Each layer is plain data; they are merged first and validated once, strictly: an unknown key, a
+wrong type or a value out of range is one line that names the key by its path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, Field, ValidationError
+
+from quantforge import strict_yaml
+from quantforge.calibrate.config import CalibrateConfig
+from quantforge.config import Config
+from quantforge.errors import InputError, UsageError
+from quantforge.quantize.config import QuantizeConfig
+from quantforge.search.config import SearchConfig
+
+_PACKAGE = Path(__file__).resolve().parent
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SUFFIXES = (".yaml", ".yml")
+
+EFFORTS: tuple[str, ...] = ("fast", "balanced", "best")
+
+
+# The four classes below stand in for the stages' own until those are merged; each is replaced by
+# one import line and nothing else in this file changes.
+class PackagedModel(Config):
+    """Stand-in for `quantforge.load.source.PackagedModel`."""
+
+    package: str = Field(min_length=1)
+    version: str = Field(min_length=1)
+    file: str = Field(min_length=1)
+    wheel_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    description: str
+    licence: str
+
+
+class CalibrationConfig(Config):
+    """Stand-in for `quantforge.load.text.CalibrationConfig`."""
+
+    source: str = "default"
+    sequences: int = Field(default=128, ge=1)
+    sequence_length: int = Field(default=512, ge=2)
+    held_out_share: float = Field(default=0.125, gt=0, lt=1)
+    chat_template: Literal["auto", "always", "never"] = "auto"
+    column: str | None = None
+    split: str = "train"
+
+
+class ExportConfig(Config):
+    """Stand-in for the export stage's configuration."""
+
+    shard_bytes: int = Field(default=5_000_000_000, ge=1)
+
+
+class EvaluateConfig(Config):
+    """Stand-in for the evaluate stage's configuration."""
+
+    windows: int = Field(default=40, ge=1)
+    window_length: int = Field(default=1024, ge=2)
+
+
+# What an effort changes, below the recipe. "balanced" is the defaults themselves.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"calibrate": {"estimator": "factored"}, "search": {"group_sizes": [64, 192, -1]}},
+    "balanced": {},
+    "best": {},
+}
+
+
+class Recipe(Config):
+    """One run's configuration, all of it.
+
+    Attributes:
+        schema_version: version of the file's form.
+        description: one line for people.
+        architecture: registered architecture; None takes it from the model's class.
+        model: a checkpoint that a package carries, or a folder, .gguf file or hub id.
+        calibration: which text is read.
+        calibrate: how sensitivities are estimated.
+        search: which plans are considered.
+        quantize: how weights become codes.
+        export: how the checkpoint is written.
+        evaluate: how quality is measured.
+    """
+
+    schema_version: Literal[1] = 1
+    description: str = ""
+    architecture: str | None = None
+    model: PackagedModel | str | None = None
+    calibration: CalibrationConfig = CalibrationConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
+    search: SearchConfig = SearchConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    export: ExportConfig = ExportConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What the first argument of a command means.
+
+    Attributes:
+        name: short name for titles and the default output folder.
+        recipe: path of the recipe file, None where the argument is a model itself.
+        model: folder, .gguf file or hub id, None where the recipe names the model.
+    """
+
+    name: str
+    recipe: Path | None = None
+    model: str | None = None
+
+
+def recipe_root() -> Path:
+    """The folder of the shipped recipes: inside an installed wheel, else beside a checkout.
+
+    Raises:
+        InputError: the package was installed without its recipes.
+    """
+    for root in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes"):
+        if any(root.glob("*/*.yaml")):
+            return root
+    raise InputError(f"no recipes beside {_PACKAGE}: reinstall the package")
+
+
+def known_recipes() -> dict[str, Path]:
+    """Qualified name ("llm/llama") → file of every shipped recipe, sorted by name."""
+    root = recipe_root()
+    found = (p for p in root.rglob("*") if p.suffix in _SUFFIXES)
+    return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(found)}
+
+
+def find_recipe(name: str, known: Mapping[str, Path] | None = None) -> Path | None:
+    """The recipe called `name`, short ("llama") or qualified ("llm/llama"); None if there is none.
+
+    Raises:
+        UsageError: the short name belongs to several recipes.
+    """
+    known = known_recipes() if known is None else known
+    if name in known:
+        return known[name]
+    matches = [full for full in known if full.rpartition("/")[2] == name]
+    if len(matches) > 1:
+        raise UsageError(f"recipe {name!r} is ambiguous: say one of {', '.join(matches)}")
+    return known[matches[0]] if matches else None
+
+
+def resolve_target(model: str | Path) -> Target:
+    """Read a command's first argument: YAML file, recipe, folder or .gguf, hub id, in this order.
+
+    Raises:
+        InputError: it is spelled as a file or folder that does not exist.
+        UsageError: it is none of these, or an ambiguous recipe name.
+    """
+    text, path = os.fspath(model), Path(model)
+    if path.suffix in _SUFFIXES:
+        if not path.is_file():
+            raise InputError(f"recipe file {text} does not exist")
+        return Target(name=path.stem, recipe=path)
+    recipe = find_recipe(text)
+    if recipe is not None:
+        return Target(name=recipe.stem, recipe=recipe)
+    if path.is_dir():
+        return Target(name=path.resolve().name or "model", model=text)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{text} is a file but neither .gguf nor .yaml; give its folder")
+        return Target(name=path.stem, model=text)
+    if path.suffix == ".gguf" or text.startswith((".", "/", "~")) or text.endswith("/"):
+        raise InputError(f"{text} does not exist")
+    if _HUB_ID.fullmatch(text):
+        return Target(name=path.name, model=text)
+    shorts = sorted({name.rpartition("/")[2] for name in known_recipes()})
+    raise UsageError(
+        f"{text!r} is no recipe, folder, .gguf file or hub id (owner/name); "
+        f"recipes: {', '.join(shorts)}{_suggest(text, shorts)}"
+    )
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """The recipe of that name or file, with every default filled in.
+
+    Raises:
+        InputError: the file cannot be read.
+        UsageError: there is no such recipe, or it holds an unknown key or a bad value.
+    """
+    target = resolve_target(name_or_path)
+    if target.recipe is None:
+        raise UsageError(f"{name_or_path} is a model, not a recipe")
+    return compose(target, effort="balanced")
+
+
+def compose(
+    target: Target, *, effort: str = "balanced", settings: Mapping[str, Any] | None = None
+) -> Recipe:
+    """The effective recipe of a run; its `model` is always set unless nothing names one.
+
+    Args:
+        target: what `resolve_target` made of the first argument.
+        effort: name of a preset.
+        settings: dotted key → value, e.g. {"search.solver": "uniform"}; values may be nested
+            mappings. Named options that are recipe keys go here too and are set last.
+
+    Raises:
+        InputError: the recipe file cannot be read.
+        UsageError: an unknown effort or key, a bad value, or a model given twice.
+    """
+    if effort not in PRESETS:
+        close = _suggest(effort, PRESETS)
+        raise UsageError(f"unknown effort {effort!r}; known: {', '.join(PRESETS)}{close}")
+    written = strict_yaml.read_mapping(target.recipe) if target.recipe else {}
+    if target.recipe:
+        _validate(written, str(target.recipe))  # a fault of the file is reported with its name
+    changes = _nested(settings or {})
+    if target.model is not None:
+        if changes.get("model") not in (None, target.model):
+            raise UsageError(f"the model is given twice: {target.model} and {changes['model']}")
+        changes = {**changes, "model": target.model}
+    merged: dict[str, Any] = {}
+    for layer in (PRESETS[effort], written, changes):
+        merged = _merge(merged, layer)
+    return _validate(merged, "settings")
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """`key=value` options as dotted key → value; values are YAML scalars or flow lists.
+
+    Raises:
+        UsageError: no `=`, an empty key, a key given twice, or a value that is not YAML.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            raise UsageError(f"--set {pair}: expected key=value, e.g. search.solver=uniform")
+        if key in settings:
+            raise UsageError(f"--set {key} is given twice")
+        settings[key] = strict_yaml.parse_value(value, f"--set {key}")
+    return settings
+
+
+def setting_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted key that `--set` takes, in the order of the sections."""
+    keys = []
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        if section is not None and name != "model":
+            keys += setting_keys(section, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested mappings."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        tree: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        result = _merge(result, tree)
+    return result
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """`high` over `low`, section by section; anything but a section is replaced whole."""
+    merged = dict(low)
+    for key, value in high.items():
+        below = merged.get(key)
+        mixable = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(below, value) if mixable else value
+    return merged
+
+
+def _validate(values: Mapping[str, Any], where: str) -> Recipe:
+    """Strict validation through JSON: `True` is no int, "3" no number, a list may be a tuple."""
+    try:
+        return Recipe.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {_one_line(error)}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _one_line(error: ValidationError) -> str:
+    """The problem that matters most, named by its key path."""
+    # Of a union (a packaged model or text) the member that got furthest is what was meant, and a
+    # misspelt key explains the missing one beside it.
+    problem = max(
+        error.errors(include_url=False),
+        key=lambda p: (len(p["loc"]), p["type"] == "extra_forbidden"),
+    )
+    path = ""
+    model: type[BaseModel] | None = Recipe
+    for part in problem["loc"]:
+        field = model.model_fields.get(str(part)) if model is not None else None
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif field is not None:
+            path = f"{path}.{part}".lstrip(".")
+            model = _section(field.annotation)
+        elif model is not None and problem["type"] == "extra_forbidden" and part != model.__name__:
+            return _unknown_key(path, part, model)
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    text = f"{path}: {message[:1].lower()}{message[1:]}, got {problem['input']!r:.60}"
+    choices = re.findall(r"'([^']*)'", str(problem.get("ctx", {}).get("expected", "")))
+    return text + _suggest(str(problem["input"]), choices)
+
+
+def _unknown_key(parent: str, key: str, model: type[BaseModel]) -> str:
+    """Says that a section has no such key, and which one may be meant."""
+    prefix = f"{parent}." if parent else ""
+    elsewhere = [full for full in setting_keys() if full.rpartition(".")[2] == key]
+    close = difflib.get_close_matches(key, model.model_fields, n=1)
+    meant = [prefix + close[0]] if close else elsewhere[:1]
+    hint = f"did you mean {meant[0]!r}?" if meant else f"known: {', '.join(model.model_fields)}"
+    return f"unknown key {prefix + key!r}; {hint}"
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The `Config` class inside an annotation, if there is one."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _suggest(text: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(text, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
