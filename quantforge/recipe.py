@@ -26,6 +26,10 @@ from quantforge import strict_yaml
 from quantforge.calibrate.config import CalibrateConfig
 from quantforge.config import Config
 from quantforge.errors import InputError, UsageError
+from quantforge.evaluate.config import EvaluateConfig
+from quantforge.export.config import ExportConfig
+from quantforge.load.source import PackagedModel
+from quantforge.load.text import CalibrationConfig
 from quantforge.quantize.config import QuantizeConfig
 from quantforge.search.config import SearchConfig
 
@@ -36,47 +40,13 @@ _SUFFIXES = (".yaml", ".yml")
 EFFORTS: tuple[str, ...] = ("fast", "balanced", "best")
 
 
-# The four classes below stand in for the stages' own until those are merged; each is replaced by
-# one import line and nothing else in this file changes.
-class PackagedModel(Config):
-    """Stand-in for `quantforge.load.source.PackagedModel`."""
-
-    package: str = Field(min_length=1)
-    version: str = Field(min_length=1)
-    file: str = Field(min_length=1)
-    wheel_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    description: str
-    licence: str
-
-
-class CalibrationConfig(Config):
-    """Stand-in for `quantforge.load.text.CalibrationConfig`."""
-
-    source: str = "default"
-    sequences: int = Field(default=128, ge=1)
-    sequence_length: int = Field(default=512, ge=2)
-    held_out_share: float = Field(default=0.125, gt=0, lt=1)
-    chat_template: Literal["auto", "always", "never"] = "auto"
-    column: str | None = None
-    split: str = "train"
-
-
-class ExportConfig(Config):
-    """Stand-in for the export stage's configuration."""
-
-    shard_bytes: int = Field(default=5_000_000_000, ge=1)
-
-
-class EvaluateConfig(Config):
-    """Stand-in for the evaluate stage's configuration."""
-
-    windows: int = Field(default=40, ge=1)
-    window_length: int = Field(default=1024, ge=2)
-
-
 # What an effort changes, below the recipe. "balanced" is the defaults themselves.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"calibrate": {"estimator": "factored"}, "search": {"group_sizes": [64, 192, -1]}},
+    "fast": {
+        "calibration": {"sequences": 64},
+        "calibrate": {"gradient_sequences": 16},
+        "quantize": {"sequential": False},
+    },
     "balanced": {},
     "best": {},
 }

@@ -23,11 +23,19 @@ from torch import Tensor
 
 from quantforge_kernels import native
 
-# Multiples of (largest magnitude / 2^(bits-1)) that are tried as scales. Geometric, since what
-# matters is the relative step; the lower end serves rows with outliers at 2 bits, where the best
-# grid covers little more than a standard deviation on each side.
-SCALE_FACTORS = tuple(1.06 * 0.945**step for step in range(32))
+# The smallest multiple of (largest magnitude / 2^(bits-1)) that is tried as a scale, by bits. At 2
+# bits the best grid of a row with outliers covers little more than a standard deviation on each
+# side; at 8 bits it always covers nearly everything, and finer steps there are worth more.
+LOWEST_FACTOR = {2: 0.18, 3: 0.24, 4: 0.35, 5: 0.5, 6: 0.6, 7: 0.7, 8: 0.75}
+HIGHEST_FACTOR = 1.06
+FACTOR_STEPS = 32
 REFITS = 3
+
+
+def scale_factors(bits: int) -> list[float]:
+    """Multiples of (largest magnitude / 2^(bits-1)) tried as scales, in geometric steps."""
+    ratio = (LOWEST_FACTOR[bits] / HIGHEST_FACTOR) ** (1 / (FACTOR_STEPS - 1))
+    return [HIGHEST_FACTOR * ratio**step for step in range(FACTOR_STEPS)]
 
 
 @cache
@@ -71,7 +79,7 @@ def search_scales(
         return search_scales_reference(weight, importance, bits=bits, width=width)
     rows, columns = weight.shape
     scale = torch.empty(rows, columns // width)
-    factors = (ctypes.c_float * len(SCALE_FACTORS))(*SCALE_FACTORS)
+    factors = (ctypes.c_float * FACTOR_STEPS)(*scale_factors(bits))
     library.qf_search_scales(
         _pointer(weight),
         _pointer(importance),
@@ -80,7 +88,7 @@ def search_scales(
         ctypes.c_int64(width),
         ctypes.c_int(bits),
         factors,
-        ctypes.c_int(len(SCALE_FACTORS)),
+        ctypes.c_int(FACTOR_STEPS),
         ctypes.c_int(REFITS),
         ctypes.c_int(torch.get_num_threads()),
         _pointer(scale),
@@ -108,7 +116,7 @@ def search_scales_reference(weight: Tensor, importance: Tensor, *, bits: int, wi
 
     for sign in (-1.0, 1.0):
         local, local_error = torch.ones_like(largest), torch.full_like(largest, torch.inf)
-        for factor in SCALE_FACTORS:
+        for factor in scale_factors(bits):
             trial = storable(sign * factor * largest / -low)
             error = torch.where(trial == 0, torch.inf, error_of(trial))
             local = torch.where(error < local_error, trial, local)

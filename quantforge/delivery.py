@@ -1,0 +1,235 @@
+"""The end of a compilation: the checkpoint, the checks on it, and what is told about it.
+
+The checkpoint is written as layers arrive, opened again by a strict reader that decodes every
+tensor and compares it with what was meant, and measured on held-out tokens exactly as it stands in
+the file (kept tensors rounded to 16 bits) before it may take its final name.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from quantforge.calibrate.artefact import save_sensitivity
+from quantforge.compilation import Chosen, Job
+from quantforge.export.verify import verify_checkpoint
+from quantforge.export.writer import CheckpointWriter
+from quantforge.files import write_json
+from quantforge.format.manifest import plan_to_dict, tool_versions
+from quantforge.load.huggingface import generation_config, model_config, save_tokenizer
+from quantforge.quantize.sequential import QuantizedLayer
+from quantforge.report.card import model_card
+from quantforge.report.html import render
+from quantforge.results import (
+    LayerReport,
+    PlannedLayer,
+    PlanReport,
+    Report,
+    SizeReport,
+    UniformPlan,
+)
+from quantforge.search.allocate import reachable_bits, search, stored_cost, uniform_plans
+from quantforge.search.budget import Budget
+from quantforge.types import BitPlan, LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
+from quantforge.workspace import machine_traits
+
+KEPT_DTYPE = torch.bfloat16
+
+
+def deliver(
+    job: Job,
+    layers: Iterable[QuantizedLayer],
+    chosen: Chosen,
+    sensitivity: Sensitivity,
+    staged: Path | None,
+    output: Path | None,
+) -> Report:
+    """Consume the quantized layers; write and check the checkpoint; report.
+
+    Args:
+        job: the compilation.
+        layers: from `Job.quantize`.
+        chosen: the plan and its comparisons.
+        sensitivity: goes into the folder for later budgets.
+        staged: folder to write; None writes nothing.
+        output: final name of that folder, for the report.
+    """
+    if staged is None:
+        rows = [layer.report for layer in layers]
+        sizes = planned_sizes(job, chosen.plan)
+    else:
+        rows, sizes = write_checkpoint(job, layers, chosen.plan, staged)
+    round_kept_tensors(job)
+    quality = job.measure_held_out(text=f"held-out part of: {job.calibration.description}")
+    report = Report(
+        model=job.model.source.name,
+        source=job.model.source.description,
+        output="" if output is None else output.name,
+        plan=chosen.plan,
+        layers=tuple(rows),
+        sizes=sizes,
+        quality=quality,
+        curve=chosen.curve,
+        hull_kl=chosen.hull_kl,
+        cheapest_uniform=chosen.cheapest_uniform,
+        generations=job.generations(),
+        calibration=job.calibration.description,
+        settings=job.recipe.model_dump(mode="json"),
+        versions=tool_versions(),
+        warnings=(*chosen.warnings, *layer_warnings(rows)),
+    )
+    if staged is not None:
+        write_documents(job, report, sensitivity, staged)
+    return replace(report, timings=dict(job.timings))
+
+
+def write_checkpoint(
+    job: Job, layers: Iterable[QuantizedLayer], plan: BitPlan, folder: Path
+) -> tuple[list[LayerReport], SizeReport]:
+    """Stream layers and kept tensors into `folder`, then open and compare every tensor."""
+    module = job.model.module
+    planned = {layer.name for layer in job.model.layers}
+    linears = [n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
+    rows: list[LayerReport] = []
+    expected: dict[str, QuantizedWeight] = {}
+    with CheckpointWriter(
+        folder,
+        model_config=model_config(module),
+        generation_config=generation_config(module),
+        plan=plan,
+        ignore=[name for name in linears if name not in planned],
+        seed=job.seed,
+        shard_bytes=job.recipe.export.shard_bytes,
+        dtype=KEPT_DTYPE,
+        head=job.model.architecture.head,
+    ) as writer:
+        for one in layers:
+            rows.append(one.report)
+            if one.weight is not None:
+                bias: Any = module.get_submodule(one.layer.name).bias
+                writer.add_layer(one.layer.name, one.weight, bias)
+                expected[one.layer.name] = one.weight
+        for name, tensor in module.state_dict().items():
+            if name.rpartition(".")[0] not in expected:
+                writer.add_tensor(name, tensor)
+        sizes = writer.finish()
+    verify_checkpoint(folder, expected)
+    return rows, sizes
+
+
+def round_kept_tensors(job: Job) -> None:
+    """Give tensors outside the plan the values that the checkpoint holds, in place."""
+    planned = {f"{layer.name}.weight" for layer in job.model.layers}
+    with torch.no_grad():
+        for name, parameter in job.model.module.named_parameters():
+            if name not in planned:
+                parameter.copy_(parameter.to(KEPT_DTYPE))
+
+
+def write_documents(job: Job, report: Report, sensitivity: Sensitivity, folder: Path) -> None:
+    """Tokenizer, plan, sensitivities, effective recipe, report, card; and `run.json`.
+
+    Only `run.json` holds times, the date and the machine; the rest is the same for the same seed.
+    """
+    if job.model.tokenizer is not None:
+        save_tokenizer(job.model.source, folder, tokenizer=job.model.tokenizer)
+    write_json(folder / "plan.json", plan_to_dict(report.plan))
+    save_sensitivity(sensitivity, folder / "sensitivity.json")
+    recipe = yaml.safe_dump(dict(report.settings), sort_keys=False, allow_unicode=True)
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    (folder / "report.html").write_text(render(report), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+    run = {
+        "source": {"kind": job.model.source.kind, "location": job.model.source.location},
+        "effort": job.effort,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": job.timings,
+        "machine": [platform.processor() or platform.machine(), *machine_traits()],
+    }
+    write_json(folder / "run.json", run)
+
+
+def dry_run(
+    job: Job, sensitivity: Sensitivity, budget: Budget, output: Path | None
+) -> PlanReport:
+    """What `quantize` would do within `budget`, with `plan.json` written to `output` if given."""
+    plan = search(sensitivity, budget, job.recipe.search)
+    column = {spec: index for index, spec in enumerate(sensitivity.specs)}
+    rows = []
+    for row, layer in enumerate(sensitivity.layers):
+        spec = plan.assignment[layer.name]
+        loss = 0.0 if spec is None else float(sensitivity.loss[row, column[spec]])
+        rows.append(planned_layer(layer, spec, loss))
+    uniform = tuple(
+        UniformPlan(
+            name=one.budget,
+            stored_bits=one.stored_bits,
+            predicted_loss=one.predicted_loss,
+            fits=one.stored_bits <= budget.bits,
+        )
+        for one in uniform_plans(sensitivity)
+    )
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "plan.json", plan_to_dict(plan))
+        save_sensitivity(sensitivity, output / "sensitivity.json")
+    return PlanReport(
+        model=job.model.source.name,
+        source=job.model.source.description,
+        plan=plan,
+        layers=tuple(rows),
+        reachable=reachable_bits(sensitivity, job.recipe.search),
+        sizes=planned_sizes(job, plan),
+        uniform=uniform,
+        scratch_bytes=0,
+        calibration=job.calibration.description,
+        settings=job.recipe.model_dump(mode="json"),
+    )
+
+
+def planned_layer(layer: LayerInfo, spec: QuantSpec | None, loss: float | None) -> PlannedLayer:
+    """One row of a plan."""
+    return PlannedLayer(
+        name=layer.name,
+        spec="kept" if spec is None else str(spec),
+        weights=layer.numel,
+        stored_bits=stored_cost(layer, spec) / layer.numel,
+        predicted_loss=loss,
+    )
+
+
+def planned_sizes(job: Job, plan: BitPlan) -> SizeReport:
+    """Sizes computed from a plan: tensors only, without the files' headers."""
+    planned = sum(layer.numel for layer in job.model.layers)
+    total = sum(parameter.numel() for parameter in job.model.module.parameters())
+    stored = sum(stored_cost(one, plan.assignment[one.name]) for one in job.model.layers)
+    size = math.ceil(stored / 8) + 2 * (total - planned)
+    return SizeReport(
+        planned_weights=planned,
+        code_bits=plan.code_bits,
+        stored_bits=plan.stored_bits,
+        kept_weights=total - planned,
+        checkpoint_bytes=size,
+        checkpoint_bits=8 * size / total,
+        reference_bytes=2 * total,
+    )
+
+
+def layer_warnings(rows: Iterable[LayerReport]) -> list[str]:
+    """One line for every kind of trouble that layers had."""
+    damped = [row.name for row in rows if "damping" in row.note]
+    dead = [row.name for row in rows if row.dead_columns]
+    found = []
+    if damped:
+        found.append(f"{len(damped)} layers needed more damping, first {damped[0]}")
+    if dead:
+        found.append(f"{len(dead)} layers have inputs that were always zero, first {dead[0]}")
+    return found

@@ -1,0 +1,31 @@
+"""Options of the evaluate stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from quantforge.config import Config
+
+
+class EvaluateConfig(Config):
+    """How networks are compared while compiling.
+
+    Attributes:
+        curve_windows: held-out sequences on which uniform networks and the plan are measured.
+        curve_span: uniform plans within this many bits of the budget are measured; 0 measures none.
+        precision: of matrix products.
+        prompts: texts whose greedy continuations go into the report.
+        tokens: length of those continuations.
+    """
+
+    curve_windows: int = Field(8, ge=2)
+    curve_span: float = Field(1.3, ge=0)
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    prompts: tuple[str, ...] = (
+        "The capital of France is",
+        "To make a cup of tea, first",
+        "In 1969, the first astronauts",
+    )
+    tokens: int = Field(24, ge=1)

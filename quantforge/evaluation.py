@@ -1,0 +1,235 @@
+"""Looking at finished networks: load, measure, continue a prompt, read what a folder holds."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from quantforge.compilation import load_source
+from quantforge.delivery import planned_layer
+from quantforge.errors import InputError
+from quantforge.evaluate.generate import stream
+from quantforge.evaluate.quality import ReferenceOutputs, measure, paired
+from quantforge.evaluate.sizes import size_report
+from quantforge.format.checkpoint import open_checkpoint
+from quantforge.format.manifest import read_manifest, tool_versions
+from quantforge.load.huggingface import load_tokenizer
+from quantforge.load.text import evaluation_windows
+from quantforge.models import Architecture, architecture_of
+from quantforge.progress import Monitor, ProgressEvent
+from quantforge.recipe import compose, resolve_target
+from quantforge.results import EvaluationReport, InspectReport, Quality, SizeReport
+from quantforge.runtime.load import load as load_packed
+from quantforge.types import LayerInfo
+
+Progress = Callable[[ProgressEvent], None]
+Precision = Literal["float32", "bfloat16"]
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    backend: str = "auto",
+) -> nn.Module:
+    """A checkpoint as a network whose linears stay packed.
+
+    Args:
+        path: folder written by `quantize`.
+        device: where to put it.
+        dtype: of activations and kept tensors; None takes the checkpoint's.
+        backend: kernels to run on.
+
+    Raises:
+        InputError: the folder is not a whole checkpoint.
+        UsageError: the backend cannot run here; the message says why.
+    """
+    return load_packed(path, device=device, dtype=dtype, backend=backend)
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    reference: str | Path | None = None,
+    text: str | Path | None = None,
+    windows: int = 40,
+    window_length: int = 1024,
+    against: str | Path | None = None,
+    precision: Precision = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    cancel: threading.Event | None = None,
+) -> EvaluationReport:
+    """Compare a checkpoint with its float model on a text, window by window.
+
+    Args:
+        checkpoint: folder written by `quantize`, or any float model.
+        reference: the float model; None takes the one the checkpoint was made from.
+        text: .txt or .jsonl file; None takes technical English that every Python carries.
+        windows: non-overlapping windows to measure.
+        window_length: tokens a window.
+        against: a second network, compared on the same windows.
+        precision: of matrix products.
+        device: where the networks run.
+        trust_remote_code: let a hub model bring its own code.
+        progress: called after every step.
+        cancel: once set, stops with `CancelledError`.
+
+    Raises:
+        InputError: a folder, model or text is missing, broken or too short.
+    """
+    monitor = Monitor(progress=progress, cancel=cancel)
+    name = str(reference) if reference is not None else _source_of(Path(checkpoint))
+    float_model = load_source(
+        compose(resolve_target(name)), device, trust_remote_code=trust_remote_code, monitor=monitor
+    )
+    tokens, description = evaluation_windows(
+        "pydoc" if text is None else str(text),
+        float_model.tokenizer,
+        windows=windows,
+        length=window_length,
+    )
+    outputs = ReferenceOutputs.collect(
+        float_model.module,
+        float_model.architecture,
+        tokens,
+        precision=precision,
+        keep_head_copy=True,
+        monitor=monitor,
+    )
+    del float_model
+
+    def measured(path: str | Path) -> Quality:
+        module, architecture = _network(path, device, trust_remote_code, monitor)
+        return measure(
+            module, architecture, tokens, outputs,
+            text=description, precision=precision, monitor=monitor,
+        )  # fmt: skip
+
+    quality = measured(checkpoint)
+    other = None if against is None else measured(against)
+    return EvaluationReport(
+        model=str(checkpoint),
+        reference=name,
+        quality=quality,
+        sizes=_sizes(Path(checkpoint)),
+        against="" if against is None else str(against),
+        against_quality=other,
+        difference=None if other is None else paired(quality, other),
+        precision=precision,
+        versions=tool_versions(),
+    )
+
+
+def generate(
+    checkpoint: str | Path,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: str = "cpu",
+    backend: str = "auto",
+    progress: Progress | None = None,
+    cancel: threading.Event | None = None,
+) -> Iterator[str]:
+    """Continue a prompt with the packed network, yielding text as it is made.
+
+    Args:
+        checkpoint: folder written by `quantize`.
+        prompt: text to continue.
+        tokens: most tokens to add.
+        temperature: 0 takes the likeliest token.
+        top_p: probability mass that is sampled from.
+        seed: of the sampling.
+        device: where it runs.
+        backend: kernels to run on.
+        progress: called after every token.
+        cancel: once set, stops with `CancelledError`.
+    """
+    monitor = Monitor(progress=progress, cancel=cancel)
+    module = load(checkpoint, device=device, backend=backend)
+    tokenizer = load_tokenizer(Path(checkpoint))
+    pieces = stream(
+        module, tokenizer, prompt,
+        tokens=tokens, temperature=temperature, top_p=top_p, seed=seed,
+    )  # fmt: skip
+    for index, piece in enumerate(pieces):
+        yield piece
+        monitor.step("generate", index + 1, tokens)
+
+
+def inspect(checkpoint: str | Path) -> InspectReport:
+    """What a quantized folder holds, from its files alone.
+
+    Raises:
+        InputError: the folder is not a whole quantized checkpoint.
+    """
+    opened = open_checkpoint(checkpoint)
+    manifest = read_manifest(Path(checkpoint))
+    specs = opened.specs
+    rows, kept = [], []
+    for name, spec in specs.items():
+        shape = opened.shape_of(name)
+        info = LayerInfo(
+            name=name, out_features=shape[0], in_features=shape[1], block=-1, stage=0, fused_group=name
+        )
+        rows.append(planned_layer(info, spec, None))
+    for name in opened.entries:
+        if name.endswith(".weight"):
+            kept.append(name.removesuffix(".weight"))
+    return InspectReport(
+        path=str(checkpoint),
+        model=", ".join(opened.config.get("architectures") or ["unknown"]),
+        format="compressed-tensors pack-quantized",
+        budget="" if manifest is None else manifest.plan.budget,
+        layers=tuple(rows),
+        kept=tuple(kept),
+        sizes=size_report(Path(checkpoint)),
+        versions={} if manifest is None else manifest.versions,
+    )
+
+
+def _is_quantized(path: Path) -> bool:
+    config = path / "config.json"
+    if not config.is_file():
+        return False
+    try:
+        return "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{config} is not JSON ({error})") from error
+
+
+def _sizes(path: Path) -> SizeReport | None:
+    return size_report(path) if _is_quantized(path) else None
+
+
+def _network(
+    path: str | Path, device: str, trust_remote_code: bool, monitor: Monitor
+) -> tuple[Any, Architecture]:
+    if _is_quantized(Path(path)):
+        module = load(path, device=device)
+        return module, architecture_of(module)
+    recipe = compose(resolve_target(path))
+    model = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
+    return model.module, model.architecture
+
+
+def _source_of(checkpoint: Path) -> str:
+    """Location of the float model a checkpoint was made from, as its `run.json` remembers it."""
+    record = checkpoint / "run.json"
+    if not record.is_file():
+        raise InputError(f"{checkpoint} does not say which model it came from; give --reference")
+    location = str(json.loads(record.read_text(encoding="utf-8"))["source"]["location"])
+    if not location:
+        raise InputError(f"{checkpoint} was made from a network in memory; give --reference")
+    return location

@@ -1,0 +1,148 @@
+"""The whole compiler: each arrow of the design is one call here.
+
+    source ─ load → Model ─ calibrate → Sensitivity ─ search → BitPlan ─ quantize → layers ─ export
+
+Everything a caller needs is a function of this module, re-exported from `quantforge`. Nothing
+prints and nothing is global: progress goes to a callback, cancellation comes from an event.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quantforge.compilation import open_job
+from quantforge.delivery import deliver, dry_run
+from quantforge.evaluation import evaluate, generate, inspect, load
+from quantforge.progress import Monitor, ProgressEvent
+from quantforge.recipe import resolve_target
+from quantforge.results import PlanReport, Report
+from quantforge.search.budget import Budget
+from quantforge.workspace import check_output, staging
+
+__all__ = ["evaluate", "generate", "inspect", "load", "plan", "quantize"]
+
+Source = str | Path | nn.Module
+Progress = Callable[[ProgressEvent], None]
+
+
+def quantize(
+    model: Source,
+    *,
+    budget: str,
+    calibration: str | Path | Iterable[Any] | None = None,
+    output: str | Path | None = None,
+    effort: str = "balanced",
+    seed: int = 0,
+    device: str = "cpu",
+    settings: Mapping[str, Any] | None = None,
+    force: bool = False,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    cancel: threading.Event | None = None,
+) -> Report:
+    """Compile a float network to mixed-precision low-bit weights within a budget.
+
+    Args:
+        model: recipe name, recipe file, Hugging Face folder, .gguf file, hub id, or a network in
+            memory, whose linears then hold the dequantized weights afterwards.
+        budget: "3bit", "3.25bpw", ...: stored bits a weight over the planned weights.
+        calibration: text file (.txt, .jsonl, .parquet), hub id, "pydoc", "self", or an iterable of
+            token batches; None takes the recipe's.
+        output: folder to write; `./<name>-<budget>` for a source on disk, nothing for a network in
+            memory.
+        effort: "fast", "balanced" or "best".
+        seed: of everything random.
+        device: where the network runs.
+        settings: recipe keys, e.g. {"search.bits": [2, 4]}.
+        force: replace an output folder that an earlier run wrote.
+        fresh: measure anew instead of using what an earlier run left in the cache.
+        trust_remote_code: let a hub model bring its own code.
+        tokenizer: of a network in memory.
+        progress: called after every step.
+        cancel: once set, the run stops with `CancelledError` and leaves nothing behind.
+
+    Returns:
+        What was decided, written and measured; the same as `report.html` shows.
+
+    Raises:
+        UsageError: a wrong budget, recipe, setting or output.
+        InputError: a model or text that is missing, broken or empty.
+        BudgetError: the budget is below what the candidates can reach.
+        CancelledError: `cancel` was set.
+    """
+    limit = Budget.parse(budget)
+    folder = _output_folder(model, output, budget)
+    with staging(folder, force=force) if folder else nullcontext() as staged:
+        job = open_job(
+            model,
+            calibration=calibration,
+            effort=effort,
+            seed=seed,
+            device=device,
+            settings=settings,
+            trust_remote_code=trust_remote_code,
+            tokenizer=tokenizer,
+            monitor=Monitor(progress=progress, cancel=cancel),
+        )
+        sensitivity, store = job.measure(fresh=fresh)
+        chosen = job.search(sensitivity, store, limit)
+        layers = job.quantize(chosen.plan, sensitivity, store)
+        return deliver(job, layers, chosen, sensitivity, staged, folder)
+
+
+def plan(
+    model: Source,
+    *,
+    budget: str,
+    calibration: str | Path | Iterable[Any] | None = None,
+    output: str | Path | None = None,
+    effort: str = "balanced",
+    seed: int = 0,
+    device: str = "cpu",
+    settings: Mapping[str, Any] | None = None,
+    force: bool = False,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    cancel: threading.Event | None = None,
+) -> PlanReport:
+    """Find the plan for a budget and what it costs; quantize nothing.
+
+    What is measured for it is kept in the cache, so a plan for another budget, or `quantize` after
+    it, starts from there. Arguments and errors are those of `quantize`; `output` receives
+    `plan.json` and `sensitivity.json`.
+    """
+    limit = Budget.parse(budget)
+    folder = None if output is None else Path(output)
+    if folder:
+        check_output(folder, force=force)
+    job = open_job(
+        model,
+        calibration=calibration,
+        effort=effort,
+        seed=seed,
+        device=device,
+        settings=settings,
+        trust_remote_code=trust_remote_code,
+        tokenizer=tokenizer,
+        monitor=Monitor(progress=progress, cancel=cancel),
+    )
+    sensitivity, _ = job.measure(fresh=fresh)
+    return dry_run(job, sensitivity, limit, folder)
+
+
+def _output_folder(model: Source, output: str | Path | None, budget: str) -> Path | None:
+    if output is not None:
+        return Path(output)
+    if isinstance(model, nn.Module):
+        return None
+    return Path(f"{resolve_target(model).name}-{budget.replace(':', '-').replace('/', '-')}")

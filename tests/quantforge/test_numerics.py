@@ -1,0 +1,72 @@
+"""Grams against explicit loops, factors against dense inverses."""
+
+import pytest
+import torch
+
+from quantforge.errors import InputError
+from quantforge.numerics import GramAccumulator, factorize, output_error
+
+
+@pytest.mark.parametrize("features", [1, 3, 10, 64])
+def test_gram_is_the_mean_outer_product(features):
+    inputs = torch.randn(5, 7, features, generator=torch.Generator().manual_seed(0))
+    accumulator = GramAccumulator(features)
+    accumulator.add(inputs[:2])
+    accumulator.add(inputs[2:].double())
+    expected = sum(torch.outer(x, x) for x in inputs.reshape(-1, features)) / 35
+    assert torch.allclose(accumulator.mean(), expected, atol=1e-6)
+    assert torch.equal(accumulator.mean(), accumulator.mean().T)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_factor_is_the_root_of_the_inverse(act_order):
+    inputs = torch.randn(12, 50, generator=torch.Generator().manual_seed(0))
+    gram = inputs @ inputs.T / 50
+    factor = factorize(gram, damping=0.02, act_order=act_order)
+    exact = gram.double() + 0.02 * gram.diagonal().double().mean() * torch.eye(12)
+    inverse = torch.linalg.inv(exact)[factor.order][:, factor.order]
+    upper = factor.upper.double()
+    assert torch.allclose(upper.T @ upper, inverse, rtol=1e-4, atol=1e-5)
+    assert torch.equal(upper, upper.triu())
+    if act_order:
+        assert (gram.diagonal()[factor.order].diff() <= 0).all()
+
+
+def test_conditional_importance_is_the_variance_left_by_later_columns():
+    inputs = torch.randn(9, 60, generator=torch.Generator().manual_seed(2))
+    gram = inputs @ inputs.T / 60
+    factor = factorize(gram, damping=1e-9)
+    exact = gram.double()[factor.order][:, factor.order]
+    importance = factor.conditional_importance()[factor.order]
+    for j in range(9):
+        later = exact[j + 1 :, j + 1 :]
+        explained = exact[j, j + 1 :] @ torch.linalg.solve(later, exact[j + 1 :, j])
+        assert float(importance[j]) == pytest.approx(float(exact[j, j] - explained), rel=1e-3)
+
+
+def test_dead_and_duplicate_inputs_are_survived():
+    inputs = torch.randn(6, 30, generator=torch.Generator().manual_seed(1))
+    inputs[2] = 0
+    inputs[4] = inputs[1]
+    factor = factorize(inputs @ inputs.T / 30)
+    assert factor.dead.tolist() == [False, False, True, False, False, False]
+    assert torch.isfinite(factor.upper).all()
+
+
+def test_damping_grows_until_a_singular_gram_can_be_factored():
+    direction = torch.randn(8, generator=torch.Generator().manual_seed(1))
+    factor = factorize(torch.outer(direction, direction) - 1e-3 * torch.eye(8), damping=1e-6)
+    assert factor.damping > 1e-6
+    assert torch.isfinite(factor.upper).all()
+
+
+def test_non_finite_gram_is_refused():
+    with pytest.raises(InputError, match="NaN or Inf"):
+        factorize(torch.full((3, 3), torch.nan))
+
+
+def test_output_error_is_the_mean_squared_output():
+    inputs = torch.randn(10, 40, generator=torch.Generator().manual_seed(0))
+    difference = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    expected = (difference @ inputs).square().mean(1)
+    assert torch.allclose(output_error(difference, inputs @ inputs.T / 40), expected, rtol=1e-5)
