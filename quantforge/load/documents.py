@@ -1,0 +1,245 @@
+"""Texts out of files: plain text, JSON lines, parquet, and data sets of a hub.
+
+Rows become documents lazily, so that a large file is read only as far as tokens are needed. A row
+holds its text in one column (`text`, `content`), in two (`context` + `continuation`,
+`prompt`/`response`), or as a chat (`messages`, `conversations`) that goes through the tokenizer's
+chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from quantforge.errors import InputError
+from quantforge.load.silence import quiet
+from quantforge.load.source import HUB_ID, HUB_TIMEOUT_S
+
+ChatTemplate = Literal["auto", "always", "never"]
+PLAIN_SUFFIXES = (".txt", ".text", ".md")
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+CHAT_COLUMNS = ("messages", "conversations")
+TEXT_COLUMNS = ("text", "content")
+JOINED_COLUMNS = ("context", "continuation")
+TURN_COLUMNS = ("prompt", "response")
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One text to be tokenised.
+
+    Attributes:
+        text: never empty.
+        templated: it went through a chat template, which writes its own special tokens.
+    """
+
+    text: str
+    templated: bool = False
+
+
+def documents(
+    source: str,
+    *,
+    tokenizer: Any,
+    column: str | None = None,
+    chat_template: ChatTemplate = "auto",
+    split: str = "train",
+) -> Iterator[Document]:
+    """The documents of a `.jsonl` or `.parquet` file or of a hub data set, in order.
+
+    Args:
+        source: path or hub id.
+        tokenizer: its chat template is used for chats.
+        column: the text column; None finds it.
+        chat_template: "auto" templates rows with messages, if the tokenizer has a template;
+            "always" also wraps plain texts as a user's message; "never" joins the messages.
+        split: of a hub data set.
+
+    Raises:
+        InputError: no such file or data set, an unreadable row, no text column, no template.
+    """
+    if chat_template == "always" and not has_template(tokenizer):
+        raise InputError(
+            "the tokenizer has no chat template: set calibration.chat_template to auto or never"
+        )
+    template = tokenizer if chat_template != "never" and has_template(tokenizer) else None
+    for number, row in _rows(source, split):
+        where = f"{source} row {number}"
+        content = _content(row, where, column)
+        if isinstance(content, str) and chat_template == "always":
+            content = [{"role": "user", "content": content}]
+        if not isinstance(content, str) and _is_turns(row, column) and chat_template != "always":
+            template_here = None
+        else:
+            template_here = template
+        yield from _document(content, template_here, where)
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer can format chats."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def read_text(path: Path, limit: int | None = None) -> str:
+    """A UTF-8 text file, or its first `limit` characters.
+
+    Raises:
+        InputError: missing, unreadable, not UTF-8 or blank.
+    """
+    try:
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read() if limit is None else stream.read(limit)
+    except FileNotFoundError:
+        raise InputError(f"no text file at {path}: check the path") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it first") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    if not text.strip():
+        raise InputError(f"{path} holds no text: give a file with text")
+    return text
+
+
+def _rows(source: str, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix in LINES_SUFFIXES:
+            return _lines(path)
+        if path.suffix == ".parquet":
+            return _parquet(path)
+        raise InputError(
+            f"{path} has an unknown format: give .txt, .jsonl or .parquet, or a hub data set"
+        )
+    known = (*PLAIN_SUFFIXES, *LINES_SUFFIXES, ".parquet")
+    if HUB_ID.fullmatch(source) and path.suffix not in known:
+        return _hub(source, split)
+    raise InputError(f"no text at {source}: give a file, a hub data set, 'pydoc' or 'self'")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise InputError(f"{path} row {number} is not a JSON object")
+                yield number, row
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} row {number} is not JSON ({error.msg}): correct it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error})") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read as parquet ({reason}): get it again") from None
+
+
+def _hub(name: str, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows of a hub data set, streamed; the hub is asked once first, which fails without retries."""
+    from huggingface_hub import HfApi
+
+    unreachable = "give a .txt, .jsonl or .parquet file instead"
+    try:
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
+    except (OSError, ValueError) as error:
+        kind = type(error).__name__
+        raise InputError(
+            f"no file {name} here, and no such data set can be had from the hub ({kind}): "
+            f"{unreachable}"
+        ) from None
+    import datasets
+
+    try:
+        with quiet():
+            rows = datasets.load_dataset(name, split=split, streaming=True)
+            yield from enumerate(rows, start=1)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"the data set {name} cannot be read ({reason}): {unreachable}") from None
+
+
+def _content(row: Mapping[str, Any], where: str, column: str | None) -> str | list[dict[str, str]]:
+    """A row's text, or its chat as role/content messages."""
+    if column is not None:
+        if column not in row:
+            raise InputError(f"{where} has no column {column!r}; columns: {', '.join(row)}")
+        value = row[column]
+        return value if isinstance(value, str) else _messages(value, where, column)
+    for name in CHAT_COLUMNS:
+        if isinstance(row.get(name), list):
+            return _messages(row[name], where, name)
+    for name in TEXT_COLUMNS:
+        if isinstance(row.get(name), str):
+            return str(row[name])
+    if all(isinstance(row.get(name), str) for name in JOINED_COLUMNS):
+        return joined(str(row["context"]), str(row["continuation"]))
+    if all(isinstance(row.get(name), str) for name in TURN_COLUMNS):
+        return [
+            {"role": "user", "content": str(row["prompt"])},
+            {"role": "assistant", "content": str(row["response"])},
+        ]
+    raise InputError(
+        f"{where} has no text column; columns: {', '.join(row)}: name one with calibration.column"
+    )
+
+
+def joined(context: str, continuation: str) -> str:
+    """Context and continuation with exactly the one space between them that words need."""
+    if not context or not continuation or context[-1].isspace() or continuation[0].isspace():
+        return context + continuation
+    return f"{context} {continuation}"
+
+
+def _is_turns(row: Mapping[str, Any], column: str | None) -> bool:
+    """Whether the content came from prompt/response columns, which are no messages."""
+    return column is None and not any(isinstance(row.get(name), list) for name in CHAT_COLUMNS)
+
+
+def _messages(value: Any, where: str, column: str) -> list[dict[str, str]]:
+    messages = []
+    for turn in value if isinstance(value, list) else [None]:
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise InputError(
+                f"{where}: column {column!r} holds neither text nor messages with role and content"
+            )
+        messages.append({"role": ROLES.get(role, role), "content": content})
+    return messages
+
+
+def _document(
+    content: str | list[dict[str, str]], tokenizer: Any, where: str
+) -> Iterator[Document]:
+    from jinja2 import TemplateError
+
+    if isinstance(content, str):
+        text, templated = content, False
+    elif tokenizer is None:
+        text, templated = "\n".join(message["content"] for message in content), False
+    else:
+        try:
+            text = tokenizer.apply_chat_template(content, tokenize=False)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InputError(f"{where} does not fit the chat template ({error})") from None
+        templated = True
+    if text.strip():
+        yield Document(text=text, templated=templated)

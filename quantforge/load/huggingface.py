@@ -1,0 +1,272 @@
+"""Load a float model strictly: every weight from the file, none invented, all of them finite.
+
+transformers initialises what a checkpoint lacks at random and carries on; here a missing, extra or
+misshapen weight is an error that names it, as are NaN and infinite values.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from quantforge.errors import InputError
+from quantforge.files import fingerprint
+from quantforge.load.gguf_file import converted_folder
+from quantforge.load.silence import quiet
+from quantforge.load.source import hub_folder
+from quantforge.load.weights import read_config, some, weight_files
+from quantforge.models import ARCHITECTURES, Model, ModelSource, architecture_of
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+# What transformers raises for a malformed configuration, checkpoint or tokenizer.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    SafetensorError,
+)
+
+
+def local_folder(source: ModelSource) -> Path:
+    """The Hugging Face folder behind a source; a GGUF is converted into the cache first.
+
+    Raises:
+        InputError: the source is in memory, unreachable or malformed.
+        ResourceError: the cache cannot be written.
+    """
+    if source.kind == "folder":
+        return source.path
+    if source.kind == "gguf":
+        return converted_folder(source.path, source.fingerprint)
+    if source.kind == "hub":
+        return hub_folder(source.location)
+    raise InputError(f"{source.name} is in memory and has no files")
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load the network and its tokenizer.
+
+    Args:
+        source: from `resolve_source`.
+        dtype: dtype of the weights in memory.
+        device: where the network goes.
+        trust_remote_code: let transformers run Python code that the folder contains.
+
+    Raises:
+        InputError: unknown architecture, quantized, missing, unexpected, misshapen, truncated or
+            non-finite weights, malformed configuration or tokenizer.
+        ResourceError: the cache cannot be written (GGUF).
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = local_folder(source)
+    _check_class(folder, read_config(folder))
+    weight_files(folder)
+    try:
+        with quiet():
+            module, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except LOAD_ERRORS as error:
+        raise InputError(f"{folder} cannot be loaded: {_first_line(error)}") from None
+    _check_loading(folder, module, loading)
+    check_finite(module, str(source.location))
+    module.train(False).to(device)
+    architecture = architecture_of(module)
+    return Model(
+        module=module,
+        architecture=architecture,
+        layers=architecture.layers(module),
+        source=source,
+        tokenizer=_load_tokenizer(folder, trust_remote_code=trust_remote_code),
+    )
+
+
+def from_module(module: nn.Module, *, name: str = "in-memory", tokenizer: Any = None) -> Model:
+    """Wrap a network that is already in memory; it is put into evaluation mode and not copied.
+
+    Raises:
+        InputError: unknown architecture, quantized, on the meta device or non-finite weights.
+    """
+    architecture = architecture_of(module)
+    config: Any = getattr(module, "config", None)
+    method = getattr(config, "quantization_config", None)
+    if method is not None or getattr(module, "hf_quantizer", None) is not None:
+        raise InputError(f"{name} is already quantized: pass the float network")
+    layers = architecture.layers(module)
+    for key, tensor in module.state_dict().items():
+        if tensor.is_meta:
+            raise InputError(f"{name}: {key} has no data (meta device): load the weights first")
+    check_finite(module, name)
+    module.train(False)
+    source = ModelSource(
+        kind="memory",
+        location="",
+        name=name,
+        fingerprint=_module_fingerprint(module),
+        description=f"{type(module).__name__} in memory",
+    )
+    return Model(
+        module=module,
+        architecture=architecture,
+        layers=layers,
+        source=source,
+        tokenizer=tokenizer,
+    )
+
+
+def check_finite(module: nn.Module, where: str) -> None:
+    """Refuse NaN and infinite weights, by name.
+
+    Raises:
+        InputError: a floating-point parameter or buffer holds a value that is not finite.
+    """
+    for name, tensor in module.state_dict(keep_vars=False).items():
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        low, high = torch.aminmax(tensor)  # NaN propagates into both
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise InputError(
+                f"{where}: {name} holds {count} NaN or infinite values: the checkpoint is damaged"
+            )
+
+
+def model_config(module: nn.Module) -> dict[str, Any]:
+    """The network's `config.json` as a dict, without quantization and without local paths."""
+    import json
+
+    config: Any = module.config
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    values = {key: value for key, value in values.items() if not key.startswith("_")}
+    values.pop("quantization_config", None)
+    values["architectures"] = [type(module).__name__]
+    return values
+
+
+def generation_config(module: nn.Module) -> dict[str, Any] | None:
+    """The network's `generation_config.json` as a dict, or None where it has none."""
+    import json
+
+    config: Any = getattr(module, "generation_config", None)
+    if config is None:
+        return None
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return {key: value for key, value in values.items() if not key.startswith("_")}
+
+
+def save_tokenizer(source: ModelSource, folder: Path, *, tokenizer: Any = None) -> None:
+    """Write the tokenizer files of `source` into `folder`, byte for byte where it has files.
+
+    Args:
+        source: folder and hub sources are copied; a GGUF's files were written from its metadata.
+        folder: existing or new folder.
+        tokenizer: saved instead where the source is in memory; None writes nothing then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if source.kind == "memory":
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return
+    origin = local_folder(source)
+    for name in TOKENIZER_FILES:
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, folder / name)
+    templates = origin / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
+
+
+def _check_class(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse an unknown architecture before its weights are read."""
+    known = [name for entry in ARCHITECTURES.values() for name in entry.classes]
+    names = config.get("architectures")
+    if isinstance(names, list) and names and names[0] not in known:
+        raise InputError(
+            f"{folder} is a {names[0]}, which is not a known architecture; known model classes: "
+            f"{', '.join(known)}"
+        )
+
+
+def _check_loading(folder: Path, module: nn.Module, loading: dict[str, Any]) -> None:
+    missing = set(loading.get("missing_keys") or ())
+    if missing:
+        raise InputError(f"{folder} lacks the weights {some(missing)}: get the checkpoint again")
+    unexpected = set(loading.get("unexpected_keys") or ())
+    if unexpected:
+        raise InputError(
+            f"{folder} holds weights that a {type(module).__name__} has no place for: "
+            f"{some(unexpected)}"
+        )
+    misshapen = loading.get("mismatched_keys") or ()
+    if misshapen:
+        names = {str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in misshapen}
+        raise InputError(f"{folder}: the shapes of {some(names)} disagree with config.json")
+
+
+def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The folder's tokenizer; None where it has no tokenizer files."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        return None
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except LOAD_ERRORS as error:
+        raise InputError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from None
+
+
+def _module_fingerprint(module: nn.Module) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_raw_bytes(tensor))
+    return fingerprint(model_config(module), digest.hexdigest())
+
+
+def _raw_bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no detail'}"
