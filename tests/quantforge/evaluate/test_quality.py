@@ -53,15 +53,6 @@ def brute_force(reference, module, windows) -> dict[str, list]:
     return found
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices: a second thread only waits, the more so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model():
     module = tiny_llama(seed=3)

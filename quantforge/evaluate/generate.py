@@ -1,0 +1,142 @@
+"""Continue a prompt with any causal language model, token by token.
+
+Written out rather than left to `transformers.generate`, so that the same few lines serve packed and
+float networks, randomness comes from one explicit seed, and text is available as it appears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantforge.errors import InputError, UsageError
+
+_UNFINISHED = "�"
+
+
+def greedy(module: nn.Module, tokenizer: Any, prompt: str, *, tokens: int = 32) -> str:
+    """The most likely continuation, one token after another; without the prompt.
+
+    Raises:
+        InputError: the prompt has no tokens or does not fit the model.
+        UsageError: `tokens` is negative.
+    """
+    return "".join(stream(module, tokenizer, prompt, tokens=tokens))
+
+
+def stream(
+    module: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    tokens: int = 32,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Yield the continuation in pieces of text as they become certain.
+
+    A token may end inside a character; its text is held back until the character is whole. Ends at
+    the model's end token, after `tokens` tokens, or where the model's positions end.
+
+    Args:
+        module: a causal language model in evaluation mode.
+        tokenizer: its tokenizer.
+        prompt: the text to continue.
+        tokens: most tokens to add.
+        temperature: 0 takes the most likely token; 1 samples from the model's distribution.
+        top_p: sample among the most likely tokens that hold this share of the probability.
+        seed: of the sampling.
+
+    Raises:
+        InputError: the prompt has no tokens or does not fit the model.
+        UsageError: an option is out of range.
+    """
+    _check_options(tokens, temperature, top_p)
+    prefix = _encode(module, tokenizer, prompt)
+    return _stream(module, tokenizer, prefix, tokens, _Sampler(temperature, top_p, seed))
+
+
+def _stream(
+    module: nn.Module, tokenizer: Any, prefix: list[int], tokens: int, sampler: _Sampler
+) -> Iterator[str]:
+    device = next(module.parameters()).device
+    ends = _end_tokens(module, tokenizer)
+    positions = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    room = tokens if positions is None else min(tokens, positions - len(prefix))
+    made: list[int] = []
+    shown, cache, following = "", None, prefix
+    for _ in range(room):
+        with torch.no_grad():
+            output = module(
+                input_ids=torch.tensor([following], device=device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache = output.past_key_values
+        token = sampler.choose(output.logits[0, -1])
+        if token in ends:
+            break
+        made.append(token)
+        following = [token]
+        text = tokenizer.decode(made, skip_special_tokens=True)
+        if not text.endswith(_UNFINISHED) and len(text) > len(shown):
+            yield text[len(shown) :]
+            shown = text
+    rest = tokenizer.decode(made, skip_special_tokens=True)[len(shown) :]
+    if rest:
+        yield rest
+
+
+class _Sampler:
+    """Chooses a token from logits; the generator lives on the CPU on any device."""
+
+    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+        self.temperature, self.top_p = temperature, top_p
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def choose(self, logits: Tensor) -> int:
+        """Index of the chosen token from logits [vocabulary]."""
+        scores = logits.float().cpu()
+        if self.temperature == 0:
+            return int(scores.argmax())
+        share, order = torch.softmax(scores / self.temperature, -1).sort(descending=True)
+        # keep a token if those before it hold less than top_p; the first one always stays
+        share = share.where(share.cumsum(0) - share < self.top_p, 0.0)
+        share[0] = share[0].clamp_min(torch.finfo(share.dtype).tiny)
+        return int(order[torch.multinomial(share, 1, generator=self.generator)])
+
+
+def _check_options(tokens: int, temperature: float, top_p: float) -> None:
+    if tokens < 0:
+        raise UsageError(f"tokens must not be negative, got {tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise UsageError(f"temperature must be 0 or a positive number, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+def _encode(module: nn.Module, tokenizer: Any, prompt: str) -> list[int]:
+    prefix = [int(token) for token in tokenizer(prompt)["input_ids"]]
+    if not prefix:
+        start = getattr(tokenizer, "bos_token_id", None)
+        if start is None:
+            raise InputError("the prompt has no tokens and the tokenizer no start token; give text")
+        prefix = [int(start)]
+    positions = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    if positions is not None and len(prefix) > positions:
+        raise InputError(
+            f"the prompt has {len(prefix)} tokens, the model holds {positions}; shorten it"
+        )
+    return prefix
+
+
+def _end_tokens(module: nn.Module, tokenizer: Any) -> set[int]:
+    found = {getattr(tokenizer, "eos_token_id", None)}
+    for name in ("generation_config", "config"):
+        value = getattr(getattr(module, name, None), "eos_token_id", None)
+        found |= set(value) if isinstance(value, list | tuple) else {value}
+    return {int(token) for token in found if token is not None}

@@ -1,0 +1,139 @@
+"""README.md of a checkpoint: what it is, how to load it, how good and how big it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from quantforge.report.numbers import (
+    KEPT,
+    against_uniform,
+    percent,
+    place,
+    significant,
+    size,
+    with_error,
+)
+from quantforge.results import Report
+
+
+def model_card(report: Report) -> str:
+    """The model card as Markdown with YAML front matter."""
+    sections = (_front_matter(report), _intro(report), _loading(report), _quality(report))
+    made = f"## Calibration\n\n{_inline(report.calibration)}\n"
+    return "\n".join((*sections, made, _limits(report)))
+
+
+def _front_matter(report: Report) -> str:
+    # a JSON string is a YAML string: quotes, colons and line breaks in a name stay data
+    return (
+        "---\n"
+        f"base_model: {json.dumps(report.model)}\n"
+        "base_model_relation: quantized\n"
+        "library_name: transformers\n"
+        "pipeline_tag: text-generation\n"
+        "tags:\n- quantforge\n- compressed-tensors\n- mixed-precision\n- quantized\n"
+        "---\n"
+    )
+
+
+def _intro(report: Report) -> str:
+    lines = [
+        f"# {_inline(report.model)}, {report.sizes.stored_bits:.2f} bits\n",
+        f"Mixed-precision quantization of {_inline(report.model)} "
+        f"({_inline(report.source)}), made with quantforge for a budget of "
+        f"{_inline(report.plan.budget)}. `report.html` shows every layer and the comparison with "
+        "uniform networks; `plan.json` is the plan; `quantforge.json` holds "
+        "versions and hashes.\n",
+    ]
+    if report.warnings:
+        lines += ["Warnings of the run:\n", *(f"- {_inline(w)}" for w in report.warnings), ""]
+    return "\n".join(lines)
+
+
+def stock_obstacle(report: Report) -> str | None:
+    """Why stock transformers cannot load the checkpoint, or None if it can."""
+    specs = [layer for layer in report.layers if layer.spec != KEPT]
+    if any(layer.spec.endswith("-asym") for layer in specs):
+        return "it holds asymmetric weights"
+    if any("embed" in place(layer.name).kind.rpartition(".")[2] for layer in specs):
+        return "its token embedding is quantized"
+    return None
+
+
+def _loading(report: Report) -> str:
+    obstacle = stock_obstacle(report)
+    own = (
+        "With quantforge, which computes on the packed weights (install it from its source; the "
+        "package of that name on PyPI is another project):\n\n"
+        '```python\nimport quantforge\n\nmodel = quantforge.load("path/to/this/folder")\n```\n'
+    )
+    if obstacle is not None:
+        return (
+            f"## Loading\n\nStock transformers cannot load this checkpoint, because {obstacle} "
+            f"(checked with transformers 5.23 and compressed-tensors 0.20).\n\n{own}"
+        )
+    return (
+        "## Loading\n\nWith stock transformers, which needs `pip install compressed-tensors` "
+        "(0.17 or later):\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "path/to/this/folder"\n'
+        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n\n"
+        "The weights are then expanded to 16 bits in memory.\n\n" + own
+    )
+
+
+def _quality(report: Report) -> str:
+    quality, sizes = report.quality, report.sizes
+    rows = (
+        ("", "float", "this checkpoint"),
+        ("---", "---:", "---:"),
+        (
+            "perplexity",
+            significant(quality.reference_perplexity, 4),
+            significant(quality.perplexity, 4),
+        ),
+        ("KL from float, nats a token", "0", with_error(quality.kl, quality.kl_stderr)),
+        ("same first choice as float", percent(1.0), percent(quality.top1)),
+        ("stored bits per planned weight", "16", f"{sizes.stored_bits:.3f}"),
+        ("code bits per planned weight", "16", f"{sizes.code_bits:.3f}"),
+        ("bits over all weights", "16", f"{sizes.checkpoint_bits:.3f}"),
+        ("safetensors files", size(sizes.reference_bytes), size(sizes.checkpoint_bytes)),
+    )
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    lines = [
+        "## Quality and size\n",
+        table + "\n",
+        f"Measured on {quality.windows} windows of {quality.window_length} tokens: "
+        f"{_inline(quality.text)}. ± is one standard error over windows.\n",
+        *(f"{sentence}\n" for sentence in against_uniform(report)),
+    ]
+    return "\n".join(lines)
+
+
+def _limits(report: Report) -> str:
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in _limit_lines(report)) + "\n"
+
+
+def _limit_lines(report: Report) -> Iterator[str]:
+    yield (
+        "The figures are on text held out from calibration, of the same origin; no task was "
+        "measured. Test on your own before use."
+    )
+    yield "What the float model gets wrong, says unfairly or may not be used for stays so."
+    if stock_obstacle(report) is None and len({layer.spec for layer in report.layers}) > 1:
+        yield (
+            "Do not load it with `CompressedTensorsConfig(dequantize=True)`: with several widths "
+            "in one file transformers 5.23 then decodes every layer with the first one's."
+        )
+    kept = sum(layer.spec == KEPT for layer in report.layers)
+    weights = f"{report.sizes.kept_weights:,} weights (embeddings, head, norms)"
+    layers = f" and {kept} of {len(report.layers)} planned layers" if kept else ""
+    yield f"{weights}{layers} are kept in 16 bits."
+
+
+def _inline(text: str) -> str:
+    """Text that stays one line of plain Markdown: no markup, no HTML, no table cell."""
+    escaped = "".join("\\" + c if c in "\\`*_[]<>|#" else c for c in " ".join(text.split()))
+    return escaped.replace("&", "&amp;")

@@ -1,0 +1,340 @@
+"""report.html: one file that needs nothing else, drawn from `Report` alone.
+
+No script, no network, no font. The same run gives the same bytes wherever it is written, so timings
+and the output folder are left out (they are in run.json). Every piece of text is escaped where it
+enters the page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
+from importlib import resources
+from typing import Any
+
+from quantforge.report.figures import curve_figure, layers_figure
+from quantforge.report.numbers import (
+    NO_BREAK,
+    against_uniform,
+    bits_of,
+    percent,
+    place,
+    significant,
+    size,
+    with_error,
+)
+from quantforge.results import LayerReport, Report
+
+
+def render(report: Report) -> str:
+    """The whole page as text; write it as UTF-8."""
+    style = resources.files("quantforge.report").joinpath("report.css").read_text("utf-8")
+    title = f"{report.model} at {report.sizes.stored_bits:.2f} bits"
+    body = "\n".join(
+        (
+            _header(report),
+            _warnings(report.warnings),
+            _headline(report),
+            _decisions(report),
+            _curve(report),
+            _strip(report),
+            _generations(report),
+            _sizes(report),
+            _layer_table(report.layers),
+            _run(report),
+        )
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)} - quantforge</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _header(report: Report) -> str:
+    return (
+        f"<header><h1>{escape(report.model)}, quantized to a budget of "
+        f"{escape(report.plan.budget)}</h1>\n"
+        f'<p class="soft source">{escape(report.source)}</p></header>'
+    )
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    if not warnings:
+        return ""
+    items = "".join(f"<li>{escape(line)}</li>" for line in warnings)
+    return f'<section class="warnings" role="note"><h2>Warnings</h2><ul>{items}</ul></section>'
+
+
+def _headline(report: Report) -> str:
+    quality, sizes = report.quality, report.sizes
+    ratio = sizes.reference_bytes / sizes.checkpoint_bytes if sizes.checkpoint_bytes else math.nan
+    change = quality.perplexity / quality.reference_perplexity - 1
+    kl, _, error = with_error(quality.kl, quality.kl_stderr).partition(f"{NO_BREAK}±{NO_BREAK}")
+    tiles = (
+        (
+            "Stored bits a weight",
+            f"{sizes.stored_bits:.3f}",
+            f"budget {report.plan.budget}; codes alone {sizes.code_bits:.3f}",
+        ),
+        (
+            "Held-out KL, nats",
+            kl,
+            f"±{NO_BREAK}{error or 'unknown'}, one standard error ({quality.windows} windows)",
+        ),
+        (
+            "Perplexity",
+            significant(quality.perplexity, 4),
+            f"float {significant(quality.reference_perplexity, 4)} "
+            f"({100 * change:+.1f}{NO_BREAK}%)",
+        ),
+        ("Top-1 agreement", percent(quality.top1), "tokens with the same first choice as float"),
+        (
+            "Checkpoint",
+            size(sizes.checkpoint_bytes),
+            f"{significant(ratio)} times smaller than {size(sizes.reference_bytes)} in 16 bits",
+        ),
+    )
+    inside = "".join(
+        f'<div class="tile"><dt>{escape(name)}</dt><dd class="value">{escape(value)}</dd>'
+        f'<dd class="detail">{escape(detail)}</dd></div>'
+        for name, value, detail in tiles
+    )
+    return f'<dl class="tiles">{inside}</dl>\n<p class="soft">{escape(quality.text)}</p>'
+
+
+def _decisions(report: Report) -> str:
+    layers = report.layers
+    sentences = [*against_uniform(report), *_spread(layers)]
+    intro = (
+        f"The {report.plan.solver} solver chose a width and a grouping for each of {len(layers)} "
+        f"layers. It spends a bit where that lowers the predicted loss most for the bits it "
+        f"stores: a layer with many bits is one the loss is sensitive to for its size. The plan's "
+        f"predicted loss is {significant(report.plan.predicted_loss)} nats a token."
+    )
+    items = "".join(f"<li>{escape(s)}</li>" for s in sentences)
+    return (
+        f"<section><h2>What was decided, and why</h2><p>{escape(intro)}</p><ul>{items}</ul>\n"
+        f"{_kind_table(layers)}</section>"
+    )
+
+
+def _spread(layers: Sequence[LayerReport]) -> Iterator[str]:
+    """Sentences on who got what and where the predicted loss lies."""
+    if not layers:
+        return
+    specs = Counter(layer.spec for layer in layers)
+    common = ", ".join(f"{spec} ({count})" for spec, count in _most_common(specs)[:8])
+    more = f", and {len(specs) - 8} others" if len(specs) > 8 else ""
+    yield f"Specs by number of layers: {common}{more}."
+    high = max(bits_of(layer) for layer in layers)
+    low = min(bits_of(layer) for layer in layers)
+    if high > low:
+        most = [layer.name for layer in layers if bits_of(layer) == high]
+        fewest = [layer.name for layer in layers if bits_of(layer) == low]
+        yield f"Most bits ({high}): {_listed(most)}."
+        yield f"Fewest bits ({low}): {_listed(fewest)}."
+    total = math.fsum(layer.predicted_loss for layer in layers)
+    if total > 0:
+        ranked = sorted(layers, key=lambda layer: (-layer.predicted_loss, layer.name))
+        tenth = ranked[: max(1, len(ranked) // 10)]
+        share = math.fsum(layer.predicted_loss for layer in tenth) / total
+        yield (
+            f"{percent(share, 0)} of the predicted loss lies in {len(tenth)} of {len(layers)} "
+            f"layers; most of it in {_listed([layer.name for layer in ranked[:3]])}."
+        )
+    ratios = [
+        layer.output_error / layer.rtn_output_error
+        for layer in layers
+        if layer.rtn_output_error > 0 and math.isfinite(layer.output_error)
+    ]
+    if ratios:
+        yield (
+            "Compensation leaves a median of "
+            f"{percent(statistics.median(ratios), 0)} of the output error of rounding to nearest."
+        )
+
+
+def _most_common(counts: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _listed(names: Sequence[str], shown: int = 3) -> str:
+    """Some names, or the kinds of many."""
+    if len(names) <= shown:
+        return ", ".join(names)
+    kinds = _most_common(Counter(place(name).kind for name in names))
+    text = ", ".join(f"{kind} ({count})" for kind, count in kinds[:6])
+    return f"{len(names)} layers: {text}" + (", and others" if len(kinds) > 6 else "")
+
+
+def _kind_table(layers: Sequence[LayerReport]) -> str:
+    groups: dict[str, list[LayerReport]] = defaultdict(list)
+    for layer in layers:
+        groups[place(layer.name).kind].append(layer)
+    total = math.fsum(layer.predicted_loss for layer in layers)
+    rows = []
+    for kind, members in groups.items():
+        loss = math.fsum(layer.predicted_loss for layer in members)
+        bits = [bits_of(layer) for layer in members]
+        rows.append(
+            (
+                kind,
+                str(len(members)),
+                f"{statistics.fmean(bits):.2f}",
+                f"{min(bits)} to {max(bits)}" if min(bits) < max(bits) else str(bits[0]),
+                significant(loss),
+                percent(loss / total) if total else "0 %",
+            )
+        )
+    heads = ("layer type", "layers", "mean code bits", "range", "predicted loss", "share of loss")
+    return _table("by-kind", heads, rows, names=1, short=True)
+
+
+def _curve(report: Report) -> str:
+    figure = curve_figure(report)
+    if not figure:
+        return ""
+    caption = (
+        "Circles: uniform networks, one width and grouping for all layers. Dashed: their lower "
+        "hull. Open diamond: the plan with the same one-pass compensation, the fair comparison. "
+        "Filled diamond: the finished network, after everything else this run did. Bars: one "
+        "standard error. Lower and further left is better."
+    )
+    return _figure("Size and quality against uniform networks", figure, caption)
+
+
+def _strip(report: Report) -> str:
+    figure = layers_figure(report.layers)
+    outside = [layer for layer in report.layers if place(layer.name).block is None]
+    note = "".join(f" {layer.name}: {layer.spec}." for layer in outside)
+    if not figure:
+        return ""
+    caption = (
+        "Each cell is a layer, its number the code bits; darker means more (lighter on a dark "
+        "page). Grey bars: predicted loss added up over a block (above) or a layer type (right), "
+        "in nats a token." + (f" Outside the blocks:{note}" if note else "")
+    )
+    return _figure("Bits by layer", figure, caption)
+
+
+def _figure(title: str, figure: str, caption: str) -> str:
+    return (
+        f"<section><h2>{escape(title)}</h2><figure>{figure}"
+        f"<figcaption>{escape(caption)}</figcaption></figure></section>"
+    )
+
+
+def _generations(report: Report) -> str:
+    if not report.generations:
+        return ""
+    rows = [(g.prompt, g.reference, g.quantized) for g in report.generations]
+    table = _table("generations", ("prompt", "float", "quantized"), rows, texts=3, short=True)
+    return f"<section><h2>Short continuations, before and after</h2>{table}</section>"
+
+
+def _sizes(report: Report) -> str:
+    sizes = report.sizes
+    rows = (
+        ("planned weights", f"{sizes.planned_weights:,}"),
+        ("code bits per planned weight", f"{sizes.code_bits:.4f}"),
+        ("stored bits per planned weight", f"{sizes.stored_bits:.4f}"),
+        ("other weights (embeddings, head, norms)", f"{sizes.kept_weights:,}"),
+        ("checkpoint", f"{sizes.checkpoint_bytes:,} bytes"),
+        ("checkpoint, bits over all weights", f"{sizes.checkpoint_bits:.4f}"),
+        ("the same network in 16 bits", f"{sizes.reference_bytes:,} bytes"),
+    )
+    table = _table("sizes", ("size", "value"), rows, numbers_from=1, short=True)
+    return f"<section><h2>Sizes</h2><p>Counted from the written files.</p>{table}</section>"
+
+
+def _layer_table(layers: Sequence[LayerReport]) -> str:
+    heads = (
+        "layer", "spec", "predicted loss", "weight error", "output error", "RTN output error",
+        "damping", "notes",
+    )  # fmt: skip
+    rows = []
+    for layer in layers:
+        dead = f"{layer.dead_columns} dead inputs" if layer.dead_columns else ""
+        rows.append(
+            (
+                layer.name,
+                layer.spec,
+                significant(layer.predicted_loss),
+                significant(layer.weight_error),
+                significant(layer.output_error),
+                significant(layer.rtn_output_error),
+                significant(layer.damping),
+                "; ".join(note for note in (layer.note, dead) if note),
+            )
+        )
+    return (
+        "<section><h2>Layers</h2><p>Errors are squared and relative; output errors are on the "
+        "calibration inputs, RTN is rounding to nearest on the same kind of grid. Predicted loss "
+        "is in nats a token.</p>"
+        f"{_table('layers', heads, rows, names=2, numbers_from=2, numbers_to=7)}</section>"
+    )
+
+
+def _run(report: Report) -> str:
+    settings = list(_flatten(report.settings))
+    versions = sorted(report.versions.items())
+    return (
+        "<section><h2>How it was made</h2>"
+        f"<p>Calibrated on: {escape(report.calibration)}</p>\n"
+        f"<h3>Settings</h3>{_table('settings', ('key', 'value'), settings, names=2)}\n"
+        f"<h3>Versions</h3>{_table('versions', ('library', 'version'), versions, short=True)}"
+        "</section>"
+    )
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as sorted dotted keys, the spelling `--set` takes."""
+    for key in sorted(settings):
+        value = settings[key]
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            yield f"{prefix}{key}", text
+
+
+def _table(
+    name: str,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    names: int = 0,
+    texts: int = 0,
+    numbers_from: int | None = None,
+    numbers_to: int | None = None,
+    short: bool = False,
+) -> str:
+    """A table; the first columns may be names or free text, a range of others numbers."""
+    first = names or texts or len(heads)
+    start = min(first, len(heads)) if numbers_from is None else numbers_from
+    stop = len(heads) if numbers_to is None else numbers_to
+
+    def kind(index: int) -> str:
+        if index < names:
+            return ' class="name"'
+        if index < texts:
+            return ' class="text"'
+        return ' class="number"' if start <= index < stop else ""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        classes = [kind(i) if tag == "td" or "number" in kind(i) else "" for i in range(len(cells))]
+        pairs = zip(cells, classes, strict=True)
+        return "<tr>" + "".join(f"<{tag}{c}>{escape(t)}</{tag}>" for t, c in pairs) + "</tr>"
+
+    body = "\n".join(row(cells, "td") for cells in rows)
+    scroll = "scroll short" if short else "scroll"
+    return (
+        f'<div class="{scroll}"><table id="{name}"><thead>{row(heads, "th")}</thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
