@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from quantforge.cli import render, text
+from quantforge.results import PairedDifference
 from quantforge.types import QuantSpec
 
 
@@ -62,10 +64,25 @@ def test_evaluation_report_as_tables(reports) -> None:
     lines = drawn(render.show_evaluation, reports.evaluation_report())
     for expected in (
         "against other",
-        "KL difference -0.250 ± 0.050 nats, lower by two standard errors",
+        "KL difference -0.250 ± 0.050 nats: clearly lower",
         "NLL difference -0.12 ± 0.25 nats",
     ):
         assert expected in lines
+
+
+@pytest.mark.parametrize(
+    ("kl", "verdict"),
+    [
+        (-0.11, "clearly lower"),
+        (0.11, "clearly higher"),
+        (0.09, "equal within two standard errors"),
+    ],
+)
+def test_a_difference_counts_from_two_standard_errors(reports, kl: float, verdict: str) -> None:
+    difference = PairedDifference(kl=kl, kl_stderr=0.05, nll=0.0, nll_stderr=0.0)
+    report = dataclasses.replace(reports.evaluation_report(), difference=difference)
+    line = next(x for x in drawn(render.show_evaluation, report) if x.startswith("KL difference"))
+    assert line.endswith(f" nats: {verdict}")
 
 
 def test_inspection_lists_layers_when_asked(reports) -> None:
