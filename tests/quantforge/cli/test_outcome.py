@@ -143,7 +143,13 @@ def quantize(model, *, output, progress, cancel, **options):
 
 module = types.ModuleType("quantforge.pipeline")
 module.quantize = quantize
-module.inspect = lambda path: 1 / 0
+def inspect(path):
+    import warnings
+    warnings.warn_explicit("ours,\\n in two lines", UserWarning, "f.py", 1, module="quantforge.x")
+    warnings.warn_explicit("a library's", UserWarning, "g.py", 1, module="library")
+    1 / 0
+
+module.inspect = inspect
 sys.modules["quantforge.pipeline"] = quantforge.pipeline = module
 from quantforge.cli import main
 main()
@@ -196,6 +202,27 @@ def test_a_full_disk_under_stdout_is_exit_code_5(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=30)
     assert process.returncode == 5
     assert err == "error: No space left on device\n"
+
+
+def test_own_warnings_are_one_line_and_the_libraries_none(tmp_path: Path) -> None:
+    process = start(tmp_path, "inspect", "x", stdout=subprocess.PIPE)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    bug = "error: this is a bug in quantforge: ZeroDivisionError: division by zero"
+    assert err == f"warning: ours, in two lines\n{bug} (--debug shows where)\n"
+    process = start(tmp_path, "inspect", "x", "--debug", stdout=subprocess.PIPE)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "Traceback" in err
+    assert "a library's" in err
+
+
+def test_a_narrow_encoding_does_not_fail(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = start(tmp_path, "eval", "\u00fc\u2016.yaml", "--wrong\u2016", stdout=subprocess.PIPE)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert err.startswith("error: No such option: --wrong?")
 
 
 def test_module_entry_point() -> None:
