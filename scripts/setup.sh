@@ -17,10 +17,11 @@ python=${PYTHON:-python3}
   exit 2
 }
 "$python" -m venv "$folder"
-pip=("$folder/bin/python" -m pip --disable-pip-version-check --no-input)
+# Modules are compiled when they are first imported: most of them never are.
+install=("$folder/bin/python" -m pip --disable-pip-version-check install --no-input --no-compile)
 
 # torch first and pinned: pip then keeps a CPU build where it finds one, and the project's own
 # requirement (torch>=2.6) takes nothing newer. Linux wheels from PyPI bring CUDA, about 3 GB.
-"${pip[@]}" install torch==2.13.0
-"${pip[@]}" install --editable '.[dev]'
+"${install[@]}" torch==2.13.0
+"${install[@]}" --editable '.[dev]'
 echo "$wanted" >"$stamp"

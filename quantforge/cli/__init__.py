@@ -6,6 +6,7 @@ heavy is imported inside the command that needs it.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,11 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `quantforge` command: runs it and ends the process with its exit code."""
     from quantforge.cli.app import application
-    from quantforge.cli.outcome import run
+    from quantforge.cli.outcome import quiet_libraries, run
 
-    sys.exit(run(application(), sys.argv[1:] if arguments is None else arguments))
+    words = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a narrow encoding is no reason to fail
+    quiet_libraries(debug="--debug" in words)
+    sys.exit(run(application(), words))

@@ -384,7 +384,7 @@ def _print_result(
     out = render.console()
     with out.capture() as drawn:
         show(out)
-    _write(drawn.get())
+    _write("".join(f"{line.rstrip()}\n" for line in drawn.get().splitlines()))
 
 
 def _write(text: str, out: TextIO | None = None) -> None:

@@ -57,14 +57,14 @@ def run(application: typer.Typer, arguments: Sequence[str]) -> int:
     words, rest = _split_at_separator(list(arguments))
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"] + rest
-    _quiet_libraries(debug)
     try:
         code = application(words or ["--help"], standalone_mode=False, prog_name="quantforge")
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         return _report(error, debug)
-    except SystemExit:  # the option parser's way of saying that stdout is closed
-        return _report(OutputClosedError(), debug=False)
+    except SystemExit as error:  # the option parser's way of saying that stdout is closed
+        cause = error.__context__
+        return _report(cause if isinstance(cause, BrokenPipeError) else error, debug)
     if code == CancelledError.exit_code:  # its way of passing on Ctrl-C
         return _report(KeyboardInterrupt(), debug=False)
     return code if isinstance(code, int) else 0
@@ -81,10 +81,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     elif isinstance(error, KeyboardInterrupt | typer.Abort):
         code, text = CancelledError.exit_code, "interrupted"
     elif _is_out_of_memory(error):
-        code, text = (
-            ResourceError.exit_code,
-            f"out of memory: {error}" if str(error) else "out of memory",
-        )
+        detail = f": {error}" if str(error) else ""
+        code, text = ResourceError.exit_code, f"out of memory{detail}"
     elif isinstance(error, OSError) and error.errno in _FULL:
         place = f"{error.filename}: " if error.filename else ""
         code, text = ResourceError.exit_code, f"{place}{error.strerror}"
@@ -105,7 +103,8 @@ def interruptible() -> Iterator[threading.Event]:
     whoever owns a staging folder removes it. A second signal has its default effect.
     """
     cancel = threading.Event()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
 
     def stop(number: int, frame: FrameType | None) -> None:
         for other in previous:
@@ -125,6 +124,23 @@ def interruptible() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def quiet_libraries(*, debug: bool) -> None:
+    """Set this process up: warnings of our own become one line, the libraries' are not shown."""
+    if debug:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+        return
+    logging.basicConfig(level=logging.ERROR, format="warning: %(message)s", stream=sys.stderr)
+    for name in ("quantforge", "quantforge_kernels"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # These libraries read their own settings when they are imported, which is later than this.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module=r"quantforge")
+    warnings.showwarning = _show_warning
 
 
 def _report(error: BaseException, debug: bool) -> int:
@@ -165,23 +181,6 @@ def _silence(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
-
-
-def _quiet_libraries(debug: bool) -> None:
-    """Warnings of our own become one line; those of libraries and their bars are not shown."""
-    if debug:
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-        return
-    logging.basicConfig(level=logging.ERROR, format="warning: %(message)s", stream=sys.stderr)
-    for name in ("quantforge", "quantforge_kernels"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # These libraries read their own settings when they are imported, which is later than this.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", module=r"quantforge")
-    warnings.showwarning = _show_warning
 
 
 def _show_warning(

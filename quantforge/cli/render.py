@@ -91,11 +91,17 @@ def show_quantized(report: Report, out: Console) -> None:
             _row(
                 table, point.name, f"{point.stored_bits:.3f}", kl, number(point.quality.perplexity)
             )
-        out.print(table)
+        _print_table(table, out)
     for generation in report.generations:
-        out.print(one_line(f"prompt     {generation.prompt}"))
-        out.print(one_line(f"  float    {generation.reference}"))
-        out.print(one_line(f"  quantized {generation.quantized}"))
+        out.line()
+        _pairs(
+            [
+                ("prompt", generation.prompt),
+                ("  float model", generation.reference),
+                ("  quantized", generation.quantized),
+            ],
+            out,
+        )
     _warnings(report.warnings, out)
     if report.output:
         out.print(f"written to {one_line(report.output)}: see report.html there")
@@ -122,7 +128,7 @@ def show_plan(report: PlanReport, out: Console) -> None:
         for plan in report.uniform:
             fits = "yes" if plan.fits else "no"
             _row(table, plan.name, f"{plan.stored_bits:.3f}", number(plan.predicted_loss), fits)
-        out.print(table)
+        _print_table(table, out)
     _warnings(report.warnings, out)
 
 
@@ -142,8 +148,9 @@ def show_evaluation(report: EvaluationReport, out: Console) -> None:
         rows.append(("  KL", f"{with_error(other.kl, other.kl_stderr)} nats"))
     if report.difference is not None:
         gap = report.difference
-        verdict = "lower by two standard errors" if gap.lower else "not lower by two"
-        rows.append(("KL difference", f"{with_error(gap.kl, gap.kl_stderr)} nats, {verdict}"))
+        side = "lower" if gap.lower else "higher" if gap.kl > 2 * gap.kl_stderr else "equal"
+        verdict = f"{side} within two standard errors" if side == "equal" else f"clearly {side}"
+        rows.append(("KL difference", f"{with_error(gap.kl, gap.kl_stderr)} nats: {verdict}"))
         rows.append(("NLL difference", f"{with_error(gap.nll, gap.nll_stderr)} nats"))
     _pairs(rows, out)
     _warnings(report.warnings, out)
@@ -205,7 +212,7 @@ def _specs(specs: Sequence[tuple[str, int | None]], out: Console) -> None:
     for spec in sorted(layers, key=_spec_order):
         share = [f"{weights[spec] / total:.1%}"] if total else []
         _row(table, spec, str(layers[spec]), *share)
-    out.print(table)
+    _print_table(table, out)
 
 
 def _spec_order(spec: str) -> tuple[int, str]:
@@ -218,7 +225,7 @@ def _layers(layers: Iterable[PlannedLayer], out: Console) -> None:
     for layer in layers:
         loss = "" if layer.predicted_loss is None else number(layer.predicted_loss)
         _row(table, layer.name, layer.spec, f"{layer.weights:,}", f"{layer.stored_bits:.3f}", loss)
-    out.print(table)
+    _print_table(table, out)
 
 
 def _pairs(rows: Iterable[tuple[str, str]], out: Console) -> None:
@@ -226,7 +233,7 @@ def _pairs(rows: Iterable[tuple[str, str]], out: Console) -> None:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows:
-        _row(grid, name, value)
+        grid.add_row(name, one_line(value))
     out.print(grid)
 
 
@@ -240,7 +247,12 @@ def _table(first: str, *numeric: str) -> Table:
 
 
 def _row(table: Table, *cells: str) -> None:
-    table.add_row(*(cell if cell.startswith("  ") else one_line(cell) for cell in cells))
+    table.add_row(*map(one_line, cells))
+
+
+def _print_table(table: Table, out: Console) -> None:
+    out.line()
+    out.print(table)
 
 
 def _warnings(warnings: Iterable[str], out: Console) -> None:

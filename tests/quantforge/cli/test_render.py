@@ -1,0 +1,165 @@
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from quantforge.cli import render, text
+from quantforge.results import PairedDifference
+from quantforge.types import QuantSpec
+
+
+def drawn(show, *arguments, **options) -> list[str]:
+    stream = io.StringIO()
+    show(*arguments, render.console(stream), **options)
+    return [" ".join(line.split()) for line in stream.getvalue().splitlines()]
+
+
+def test_quantized_report_as_tables(reports) -> None:
+    lines = drawn(render.show_quantized, reports.quantized_report())
+    for expected in (
+        "model SmolLM2, from a package",
+        "budget 3bit",
+        "plan 2.992 stored bits a weight (2.875 of them codes)",
+        "checkpoint 874 kB, 5.594 bits a weight; 35.0% of 2.5 MB in 16 bits",
+        "weights 1,000,000 planned, 250,000 kept in 16 bits",
+        "KL to the float model 0.250 ± 0.013 nats a token",
+        "perplexity 31.5 (float model 21.25)",
+        "same first token 75.0%",
+        "uniform at this size KL 0.375 nats (lower hull)",
+        "cheapest uniform KL 0.5 nats (uniform 3b-pc)",
+        "2b-g64 1",
+        "kept 1",
+        "plan 2.992 0.250 ± 0.013 31.5",
+        "uniform 3b-pc 3.020 0.500 ± 0.020 31.5",
+        "prompt One [bold]two[/bold]",  # markup in foreign text is text
+        "quantized th\ufffd[31mree",  # and so are terminal controls
+        "warning: damping was raised",
+        "written to out: see report.html there",
+    ):
+        assert expected in lines
+    assert lines.index("plan 2.992 0.250 ± 0.013 31.5") < lines.index(
+        "uniform 3b-pc 3.020 0.500 ± 0.020 31.5"
+    )
+
+
+def test_plan_report_as_tables(reports) -> None:
+    lines = drawn(render.show_plan, reports.plan_report())
+    for expected in (
+        "reachable 2.030 to 8.500 stored bits a weight",
+        "predicted loss +0.125 nats a token",
+        "scratch file 4.53 GB",
+        "2b-g64 1 60.0%",
+        "4b-pc 1 30.0%",
+        "kept 1 10.0%",
+        "model.layers.0.self_attn.q_proj 2b-g64 600,000 2.250 0.1",
+        "model.layers.1.x kept 100,000 16.000",
+        "3b-pc 3.020 0.5 no",
+    ):
+        assert expected in lines
+
+
+def test_evaluation_report_as_tables(reports) -> None:
+    lines = drawn(render.show_evaluation, reports.evaluation_report())
+    for expected in (
+        "against other",
+        "KL difference -0.250 ± 0.050 nats: clearly lower",
+        "NLL difference -0.12 ± 0.25 nats",
+    ):
+        assert expected in lines
+
+
+@pytest.mark.parametrize(
+    ("kl", "verdict"),
+    [
+        (-0.11, "clearly lower"),
+        (0.11, "clearly higher"),
+        (0.09, "equal within two standard errors"),
+    ],
+)
+def test_a_difference_counts_from_two_standard_errors(reports, kl: float, verdict: str) -> None:
+    difference = PairedDifference(kl=kl, kl_stderr=0.05, nll=0.0, nll_stderr=0.0)
+    report = dataclasses.replace(reports.evaluation_report(), difference=difference)
+    line = next(x for x in drawn(render.show_evaluation, report) if x.startswith("KL difference"))
+    assert line.endswith(f" nats: {verdict}")
+
+
+def test_inspection_lists_layers_when_asked(reports) -> None:
+    report = reports.inspect_report()
+    row = "model.layers.0.mlp.down_proj 4b-pc 300,000 4.030 0.02"
+    assert row in drawn(render.show_inspection, report, layers=True)
+    short = drawn(render.show_inspection, report, layers=False)
+    assert row not in short
+    assert "written with quantforge 1, torch 2" in short
+
+
+def test_json_document_is_valid_and_complete(reports) -> None:
+    document = json.loads(
+        render.json_document("quantize", reports.quantized_report()),
+        parse_constant=lambda name: pytest.fail(f"{name} is not JSON"),
+    )
+    assert document["command"] == "quantize"
+    assert document["json_version"] == 1
+    assert document["plan"]["assignment"] == {
+        "model.layers.0.self_attn.q_proj": "2b-g64",
+        "model.layers.0.mlp.down_proj": "4b-pc",
+        "model.layers.1.x": None,
+    }
+    assert document["sizes"]["stored_bits"] == 2.9921875
+    assert document["quality"]["window_kl"] == [0.2375, 0.2625]
+    assert document["timings"] == {"search": None}  # infinity has no JSON form
+    assert document["generations"][0]["quantized"] == "th\x1b[31mree"
+
+
+def test_plain_values() -> None:
+    value = {"a": (QuantSpec(3, 64, False), Path("x/y")), 1: [True, float("nan"), 0.1]}
+    assert render.to_plain(value) == {"a": ["3b-g64-asym", "x/y"], "1": [True, None, 0.1]}
+    with pytest.raises(TypeError, match="object has no JSON form"):
+        render.to_plain(object())
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (999_600, "1 MB"),
+        (67_890_000, "67.9 MB"),
+        (4_529_848_320, "4.53 GB"),
+        (5e15, "5e+03 TB"),
+    ],
+)
+def test_sizes(count: float, shown: str) -> None:
+    assert text.size(count) == shown
+
+
+def test_durations() -> None:
+    assert [text.duration(s) for s in (-1, 7.4, 59.6, 725, 3723)] == [
+        "0:00",
+        "0:07",
+        "1:00",
+        "12:05",
+        "1:02:03",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (0.123456, 0.00123, "0.1235 ± 0.0012"),
+        (21.37, 0.5, "21.37 ± 0.50"),
+        (123.4, 25.0, "123 ± 25"),
+        (0.5, 0.0, "0.5"),
+        (0.5, float("nan"), "0.5"),
+    ],
+)
+def test_measurements_show_two_digits_of_their_error(value, error, shown) -> None:
+    assert text.with_error(value, error) == shown
+
+
+def test_foreign_text_is_one_harmless_line() -> None:
+    assert text.one_line(" a\r\n\tb\x1b]0;x\x07 ü\u202e ") == "a b\ufffd]0;x\ufffd ü\ufffd"
+    assert text.file_name("vram:24GB@32k") == "vram-24GB-32k"
+    assert text.file_name("../..") == "model"

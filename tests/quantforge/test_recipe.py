@@ -1,0 +1,235 @@
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from quantforge import recipe as recipes
+from quantforge import strict_yaml
+from quantforge.errors import InputError, UsageError
+from quantforge.recipe import Recipe, Target, compose, parse_settings, resolve_target
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def message(call: object, *args: object, **options: object) -> str:
+    with pytest.raises(UsageError) as caught:
+        call(*args, **options)  # type: ignore[operator]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- what the first argument means ---------------------------------------------------------------
+
+
+def test_first_argument_resolves_in_the_stated_order(here: Path) -> None:
+    shipped = recipes.known_recipes()["llm/llama"]
+    (here / "llama").mkdir()
+    (here / "net.yaml").mkdir()  # a folder is no recipe file
+    mine = write(here / "mine.yaml", "{}\n")
+    gguf = write(here / "x.Q4.gguf", "")
+
+    assert resolve_target("llama") == Target(name="llama", recipe=shipped)
+    assert resolve_target("llm/llama") == Target(name="llama", recipe=shipped)
+    assert resolve_target("./llama") == Target(name="llama", model="./llama")
+    assert resolve_target("mine.yaml") == Target(name="mine", recipe=Path("mine.yaml"))
+    assert resolve_target(mine) == Target(name="mine", recipe=mine)
+    assert resolve_target(gguf) == Target(name="x.Q4", model=str(gguf))
+    assert resolve_target("owner/some-model") == Target(name="some-model", model="owner/some-model")
+    with pytest.raises(InputError, match=r"net\.yaml does not exist"):
+        resolve_target("net.yaml")
+
+
+@pytest.mark.parametrize("text", ["./absent", "../absent/x", "/absent/x", "absent.gguf", "absent/"])
+def test_a_path_that_is_not_there_is_no_hub_id(here: Path, text: str) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        resolve_target(text)
+
+
+def test_a_file_of_another_kind_is_an_input_error(here: Path) -> None:
+    write(here / "model.bin", "")
+    with pytest.raises(InputError, match=r"neither \.gguf nor \.yaml"):
+        resolve_target("model.bin")
+
+
+def test_an_unknown_name_lists_the_recipes_and_suggests(here: Path) -> None:
+    text = message(resolve_target, "lama")
+    assert "recipes: llama" in text
+    assert text.endswith("did you mean 'llama'?")
+    assert "did you mean" not in message(resolve_target, "zzzz")
+
+
+def test_a_short_name_of_two_recipes_is_ambiguous() -> None:
+    known = {"cnn/net": Path("a"), "llm/net": Path("b"), "llm/other": Path("c")}
+    assert message(recipes.find_recipe, "net", known).endswith("say one of cnn/net, llm/net")
+    assert recipes.find_recipe("cnn/net", known) == Path("a")
+    assert recipes.find_recipe("other", known) == Path("c")
+    assert recipes.find_recipe("absent", known) is None
+
+
+# --- precedence ----------------------------------------------------------------------------------
+
+LAYERS = ("preset", "recipe", "settings")
+SOLVERS = {"preset": [2, 3], "recipe": [3, 4], "settings": [4, 5]}
+
+
+@pytest.mark.parametrize(
+    "present",
+    [c for n in range(4) for c in itertools.combinations(LAYERS, n)],
+    ids=lambda present: "+".join(present) or "none",
+)
+def test_later_layers_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, present: tuple[str, ...]
+) -> None:
+    preset = {"search": {"bits": SOLVERS["preset"]}} if "preset" in present else {}
+    monkeypatch.setattr(recipes, "PRESETS", {"fast": preset})
+    bits = f"{{search: {{bits: {SOLVERS['recipe']}}}}}\n" if "recipe" in present else "{}\n"
+    target = resolve_target(write(tmp_path / "r.yaml", bits))
+    settings = {"search.bits": SOLVERS["settings"]} if "settings" in present else None
+
+    got = compose(target, effort="fast", settings=settings).search.bits
+
+    expected = SOLVERS[present[-1]] if present else Recipe().search.bits
+    assert list(got) == list(expected)
+
+
+def test_layers_mix_key_by_key(tmp_path: Path) -> None:
+    target = resolve_target(
+        write(tmp_path / "r.yaml", "{calibration: {sequences: 7}, model: a/b}\n")
+    )
+    recipe = compose(target, settings={"calibration.sequence_length": 9, "calibration.source": "s"})
+    assert recipe.model == "a/b"
+    assert recipe.calibration.sequences == 7
+    assert recipe.calibration.sequence_length == 9
+    assert recipe.calibration.source == "s"
+    assert recipe.calibration.split == Recipe().calibration.split
+
+
+def test_a_recipes_model_can_be_replaced_or_adjusted() -> None:
+    target = resolve_target("llama")
+    assert compose(target, settings={"model": "./folder"}).model == "./folder"
+    adjusted = compose(target, settings={"model.version": "0.1.3"}).model
+    shipped = compose(target).model
+    assert adjusted == shipped.model_copy(update={"version": "0.1.3"})
+
+
+def test_a_model_given_twice_is_an_error() -> None:
+    target = Target(name="x", model="./x")
+    assert compose(target).model == "./x"
+    assert "given twice: ./x and ./y" in message(compose, target, settings={"model": "./y"})
+
+
+def test_balanced_is_the_defaults() -> None:
+    assert compose(Target(name="x")) == Recipe()
+    assert set(recipes.PRESETS) == set(recipes.EFFORTS)
+    for effort in recipes.EFFORTS:
+        compose(Target(name="x"), effort=effort)
+    assert message(compose, Target(name="x"), effort="fst").endswith("did you mean 'fast'?")
+
+
+# --- strictness ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"search.solvr": 1}, "unknown key 'search.solvr'; did you mean 'search.solver'?"),
+        ({"serach.solver": 1}, "unknown key 'serach'; did you mean 'search'?"),
+        ({"solver": "uniform"}, "unknown key 'solver'; did you mean 'search.solver'?"),
+        ({"zzzz": 1}, "unknown key 'zzzz'; known: schema_version, description, architecture"),
+        ({"search.solver": "unifrm"}, "got 'unifrm'; did you mean 'uniform'?"),
+        ({"search.bits": [2, "3"]}, "search.bits[1]: input should be a valid integer, got '3'"),
+        ({"search.bits": [2, True]}, "search.bits[1]: input should be a valid integer, got True"),
+        ({"search.bits": [9]}, "search.bits[0]: input should be less than or equal to 8, got 9"),
+        ({"search": 3}, "search: input should be an object, got 3"),
+        ({"quantize.damping": float("nan")}, "quantize.damping: input should be a finite number"),
+        ({"schema_version": 2}, "schema_version: input should be 1, got 2"),
+        ({"model": {"pakage": "x"}}, "unknown key 'model.pakage'; did you mean 'model.package'?"),
+        ({"model": {"package": "x"}}, "model.version: field required"),
+        ({"search.bits": object()}, "not JSON serializable"),
+    ],
+)
+def test_a_bad_setting_is_named_by_its_path(settings: dict[str, object], expected: str) -> None:
+    assert expected in message(compose, Target(name="x"), settings=settings)
+
+
+def test_a_fault_of_the_file_is_reported_with_its_name(tmp_path: Path) -> None:
+    target = resolve_target(write(tmp_path / "r.yaml", "search: {solvr: 1}\n"))
+    assert message(compose, target).startswith(f"{tmp_path / 'r.yaml'}: unknown key 'search.solvr'")
+
+
+def test_remote_code_cannot_be_switched_on_by_a_recipe(tmp_path: Path) -> None:
+    target = resolve_target(write(tmp_path / "r.yaml", "trust_remote_code: true\n"))
+    assert "unknown key 'trust_remote_code'" in message(compose, target)
+
+
+def test_settings_are_parsed_as_yaml() -> None:
+    parsed = parse_settings(["a.b=1e-3", "c=[2, 3]", "d=x=y", "e=", "f = 4"])
+    assert parsed == {"a.b": 0.001, "c": [2, 3], "d": "x=y", "e": None, "f": 4}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        (["abc"], "--set abc: expected key=value"),
+        (["=1"], "expected key=value"),
+        (["a..b=1"], "expected key=value"),
+        (["a=1", "a=2"], "--set a is given twice"),
+        (["a=[1"], "--set a, line 1"),
+    ],
+)
+def test_a_malformed_setting_is_refused(pairs: list[str], expected: str) -> None:
+    assert expected in message(parse_settings, pairs)
+
+
+def test_every_listed_key_can_be_set() -> None:
+    plain = json.loads(Recipe().model_dump_json())
+    for key in recipes.setting_keys():
+        value = plain
+        for part in key.split("."):
+            value = value[part]
+        compose(Target(name="x"), settings={key: value})
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_a_recipe_round_trips_through_yaml(tmp_path: Path) -> None:
+    target = resolve_target("llama")
+    recipe = compose(target, effort="fast", settings={"quantize.damping": 1e-5})
+    text = strict_yaml.dump(recipe.model_dump(mode="json"))
+    again = recipes.load_recipe(write(tmp_path / "again.yaml", text))
+    assert again == recipe
+    assert again.quantize.damping == 1e-5
+
+
+def test_load_recipe_refuses_a_model(here: Path) -> None:
+    (here / "folder").mkdir()
+    assert "is a model, not a recipe" in message(recipes.load_recipe, "folder")
+
+
+def test_recipes_are_found_in_a_wheel_before_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "quantforge"
+    checkout = write(tmp_path / "recipes" / "llm" / "a.yaml", "{}\n")
+    monkeypatch.setattr(recipes, "_PACKAGE", package)
+    assert recipes.known_recipes() == {"llm/a": checkout}
+    (package / "recipes" / "llm").mkdir(parents=True)  # what an uninstall leaves behind
+    assert recipes.recipe_root() == tmp_path / "recipes"
+    installed = write(package / "recipes" / "llm" / "b.yaml", "{}\n")
+    assert recipes.known_recipes() == {"llm/b": installed}
+    installed.unlink()
+    checkout.unlink()
+    with pytest.raises(InputError, match="no recipes beside"):
+        recipes.recipe_root()
