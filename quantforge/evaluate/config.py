@@ -20,12 +20,12 @@ class EvaluateConfig(Config):
         tokens: length of those continuations.
     """
 
-    curve_windows: int = Field(8, ge=2)
-    curve_span: float = Field(1.3, ge=0)
+    curve_windows: int = Field(default=8, ge=2)
+    curve_span: float = Field(default=1.3, ge=0)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     prompts: tuple[str, ...] = (
         "The capital of France is",
         "To make a cup of tea, first",
         "In 1969, the first astronauts",
     )
-    tokens: int = Field(24, ge=1)
+    tokens: int = Field(default=24, ge=1)

@@ -14,4 +14,4 @@ class ExportConfig(Config):
         shard_bytes: largest size of one safetensors file.
     """
 
-    shard_bytes: int = Field(4_000_000_000, ge=1_000_000)
+    shard_bytes: int = Field(default=4_000_000_000, ge=1_000_000)

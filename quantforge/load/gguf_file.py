@@ -124,7 +124,7 @@ def _field(reader: Any, name: str) -> Any:
 
 
 def _refuse_rope_scaling(path: Path, reader: Any) -> None:
-    """transformers drops scaled rotary frequencies of a GGUF, which would change the network."""
+    """Transformers drops scaled rotary frequencies of a GGUF, which would change the network."""
     scaling = _field(reader, "llama.rope.scaling.type")
     scaled = scaling not in (None, "none")
     if scaled or any(tensor.name.startswith("rope_") for tensor in reader.tensors):

@@ -249,7 +249,9 @@ def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
     except LOAD_ERRORS as error:
-        raise InputError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from None
+        raise InputError(
+            f"the tokenizer in {folder} cannot be read: {_first_line(error)}"
+        ) from None
 
 
 def _module_fingerprint(module: nn.Module) -> str:

@@ -25,6 +25,6 @@ class QuantizeConfig(Config):
     method: Literal["rtn", "gptq"] = "gptq"
     sequential: bool = True
     grid: Literal["minmax", "mse", "diagonal", "conditional"] = "conditional"
-    damping: float = Field(0.01, ge=0)
-    batch_size: int = Field(4, ge=1)
+    damping: float = Field(default=0.01, ge=0)
+    batch_size: int = Field(default=4, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"

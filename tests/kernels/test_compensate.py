@@ -85,9 +85,7 @@ def test_equals_obq_conditional_least_squares_and_babai(columns, bits):
     weight, gram = problem(columns)
     factor = factorize(gram, act_order=False)
     scale = weight.abs().amax(1, keepdim=True) / (1 << (bits - 1))
-    codes, _ = column_loop(
-        weight, factor.upper, factor.order, scale, bits=bits, width=columns
-    )
+    codes, _ = column_loop(weight, factor.upper, factor.order, scale, bits=bits, width=columns)
     found = decode(codes, scale, bits, columns)
     exact = damped(gram)
     arguments = (weight.double(), exact, scale.double(), bits)
@@ -118,9 +116,10 @@ def test_diagonal_gram_is_rounding_to_nearest():
 def test_scaling_the_gram_changes_nothing():
     weight, gram = problem(20)
     scale = search_scales(weight, torch.ones(20), bits=3, width=10)
-    runs = []
-    for factor in (factorize(gram), factorize(gram * 64.0)):
-        runs.append(column_loop(weight, factor.upper, factor.order, scale, bits=3, width=10)[0])
+    runs = [
+        column_loop(weight, factor.upper, factor.order, scale, bits=3, width=10)[0]
+        for factor in (factorize(gram), factorize(gram * 64.0))
+    ]
     assert torch.equal(*runs)
 
 
@@ -142,7 +141,7 @@ def test_beats_rounding_and_is_bounded_by_exhaustive_search():
     exact = damped(gram)
     factor = factorize(gram)
     scale = weight.abs().amax(1, keepdim=True) / 2
-    codes, loss = column_loop(weight, factor.upper, factor.order, scale, bits=2, width=4)
+    _, loss = column_loop(weight, factor.upper, factor.order, scale, bits=2, width=4)
     levels = torch.tensor(list(itertools.product([-2.0, -1.0, 0.0, 1.0], repeat=4)))
     rounded = nearest(weight.double(), scale.double(), 2) - weight.double()
     rounding = ((rounded @ exact) * rounded).sum(1)
