@@ -1,0 +1,122 @@
+"""Gradient moments against plain autograd, predictions against measured KL."""
+
+import pytest
+import torch
+
+from quantforge.calibrate.candidates import measure, predicted_loss
+from quantforge.calibrate.config import CalibrateConfig
+from quantforge.calibrate.fisher import output_gradient_moments, sampled_label_gradient
+from quantforge.capture import BlockWalk, stage_grams
+from quantforge.evaluate.quality import ReferenceOutputs
+from quantforge.evaluate.quality import measure as measure_quality
+from quantforge.format.store import CandidateStore
+from quantforge.load.huggingface import from_module
+from quantforge.progress import Monitor
+from quantforge.testing import markov_tokens, tiny_llama, train
+from quantforge.types import QuantSpec
+
+
+@pytest.fixture(scope="module")
+def model():
+    return from_module(train(tiny_llama(blocks=2)))
+
+
+def test_sampled_label_gradient_is_the_gradient_of_the_sampled_likelihood():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=generator, requires_grad=True)
+    head = torch.randn(11, 5, generator=generator)
+    found = sampled_label_gradient(hidden.detach(), head, torch.Generator().manual_seed(3))
+    logits = hidden @ head.T
+    labels = torch.multinomial(
+        logits.softmax(-1).detach(), 1, generator=torch.Generator().manual_seed(3)
+    )
+    torch.nn.functional.cross_entropy(logits, labels.squeeze(1), reduction="sum").backward()
+    assert torch.allclose(found, hidden.grad, atol=1e-5)
+
+
+def test_moments_equal_a_plain_loop(model):
+    tokens = markov_tokens(4, 12)
+    found = output_gradient_moments(
+        model, tokens, batch_size=2, precision="float32",
+        generator=torch.Generator().manual_seed(7), monitor=Monitor(),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(7)
+    totals = {layer.name: 0.0 for layer in model.layers}
+    for batch in tokens.split(2):
+        outputs = {}
+        hooks = []
+        for layer in model.layers:
+
+            def keep(module, args, output, name=layer.name):
+                output.retain_grad()
+                outputs[name] = output
+
+            hooks.append(model.module.get_submodule(layer.name).register_forward_hook(keep))
+        logits = model.module(input_ids=batch).logits
+        labels = torch.multinomial(
+            logits.detach().flatten(0, 1).softmax(-1), 1, generator=generator
+        )
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.squeeze(1), reduction="sum"
+        ).backward()
+        for name, output in outputs.items():
+            totals[name] = totals[name] + output.grad.flatten(0, 1).square().sum(0)
+        for hook in hooks:
+            hook.remove()
+    for name, total in totals.items():
+        assert torch.allclose(found[name], total / tokens.numel(), rtol=1e-3, atol=1e-8)
+    assert all(p.requires_grad for p in model.module.parameters())
+
+
+def test_prediction_is_near_the_kl_that_small_errors_cause(model):
+    """The factored form drops correlations, so it is near, not equal: within a factor of two."""
+    tokens = markov_tokens(64, 48, seed=1)
+    moments = output_gradient_moments(
+        model, tokens, batch_size=16, precision="float32",
+        generator=torch.Generator().manual_seed(0), monitor=Monitor(),
+    )  # fmt: skip
+    held_out = markov_tokens(48, 48, seed=2)
+    reference = ReferenceOutputs.collect(model.module, model.architecture, held_out)
+    walk = BlockWalk(model.module, model.architecture, tokens, precision="float32")
+    ratios = []
+    for index, block in enumerate(walk.blocks):
+        grams = stage_grams(walk, block, model.architecture, advance=True)
+        for layer in (one for one in model.layers if one.block == index):
+            weight = model.module.get_submodule(layer.name).weight
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+            noise *= 0.05 * weight.detach().std()
+            with torch.no_grad():
+                weight += noise
+                quality = measure_quality(
+                    model.module, model.architecture, held_out, reference, text=""
+                )
+                weight -= noise
+            ratios.append(
+                predicted_loss(noise, grams[layer.stage], moments[layer.name]) / quality.kl
+            )
+    ratios = torch.tensor(ratios)
+    assert 0.6 < float(ratios.log().mean().exp()) < 1.6
+    assert float(ratios.log().abs().max()) < 1.0
+
+
+def test_table_rises_with_fewer_bits_and_the_store_gives_back_what_was_measured(model, tmp_path):
+    tokens = markov_tokens(16, 32, seed=1)
+    moments = {layer.name: torch.ones(layer.out_features) for layer in model.layers}
+    specs = (QuantSpec(2, 32), QuantSpec(3, 32), QuantSpec(4, 32), QuantSpec(4, 128), QuantSpec(8))
+    store = CandidateStore(tmp_path / "store")
+    sensitivity = measure(
+        model, tokens, moments, specs, CalibrateConfig(precision="float32"),
+        store=store, fingerprint="f", monitor=Monitor(),
+    )  # fmt: skip
+    assert [layer.name for layer in sensitivity.layers] == [one.name for one in model.layers]
+    for column in (0, 1):
+        assert (sensitivity.loss[:, column] > sensitivity.loss[:, column + 1]).all()
+    # rows of 64 hold no two groups of 128, nor do rows of 128
+    assert torch.isinf(sensitivity.loss[:, 3]).all()
+    walk = BlockWalk(model.module, model.architecture, tokens, precision="float32")
+    grams = stage_grams(walk, walk.blocks[0], model.architecture)
+    layer = sensitivity.layers[3]
+    weight = model.module.get_submodule(layer.name).weight.detach()
+    difference = store.get(layer.name, QuantSpec(3, 32)).dequantize() - weight
+    expected = 0.5 * ((difference @ grams[layer.stage]) * difference).sum()
+    assert float(sensitivity.loss[3, 1]) == pytest.approx(float(expected), rel=1e-4)
