@@ -26,4 +26,4 @@ class CalibrateConfig(Config):
     batch_size: int = Field(default=4, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     damping: float = Field(default=0.01, ge=0)
-    grid: Literal["minmax", "mse", "diagonal", "conditional"] = "conditional"
+    grid: Literal["minmax", "mse", "diagonal", "conditional"] = "diagonal"

@@ -6,7 +6,8 @@ to come so that the layer's output on the calibration inputs changes least. The 
 
 What differs from the paper's code: scales are fixed before the loop from the original weights
 (static groups), which lets columns go in order of activation without a permuted layout; they
-minimise the importance-weighted rounding error over size and sign instead of covering min and max;
+minimise the rounding error weighted by the gram diagonal, over size and sign, instead of covering
+min and max (KL 0.91 → 0.25 at 3 bits, group 64, on SmolLM2-135M);
 and the factor comes from one Cholesky in float64.
 """
 
@@ -52,7 +53,7 @@ def fit_scale(weight: Tensor, factor: Factor, spec: QuantSpec, grid: Grid) -> Te
 
 
 def gptq(
-    weight: Tensor, factor: Factor, spec: QuantSpec, *, grid: Grid = "conditional"
+    weight: Tensor, factor: Factor, spec: QuantSpec, *, grid: Grid = "diagonal"
 ) -> QuantizedWeight:
     """Quantize `weight` [out, in] so that its output on the calibration inputs changes least.
 

@@ -24,7 +24,7 @@ class QuantizeConfig(Config):
 
     method: Literal["rtn", "gptq"] = "gptq"
     sequential: bool = True
-    grid: Literal["minmax", "mse", "diagonal", "conditional"] = "conditional"
+    grid: Literal["minmax", "mse", "diagonal", "conditional"] = "diagonal"
     damping: float = Field(default=0.01, ge=0)
     batch_size: int = Field(default=4, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
