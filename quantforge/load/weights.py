@@ -102,7 +102,9 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
     for shard, expected in sorted(shards.items()):
         path = folder / shard
         if not path.is_file():
-            raise InputError(f"{path} is missing, and the index says it holds {len(expected)} weights")
+            raise InputError(
+                f"{path} is missing, and the index says it holds {len(expected)} weights"
+            )
         absent = expected - _check_header(path)
         if absent:
             raise InputError(f"{path} lacks {some(absent)}, which the index says it holds")
