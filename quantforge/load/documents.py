@@ -41,6 +41,18 @@ class Document:
     templated: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """A row as messages; a plain text is one user's message that is not a chat."""
+
+    messages: list[dict[str, str]]
+    chat: bool
+
+    @property
+    def plain(self) -> str:
+        return "\n".join(message["content"] for message in self.messages)
+
+
 def documents(
     source: str,
     *,
@@ -66,17 +78,14 @@ def documents(
         raise InputError(
             "the tokenizer has no chat template: set calibration.chat_template to auto or never"
         )
-    template = tokenizer if chat_template != "never" and has_template(tokenizer) else None
     for number, row in _rows(source, split):
         where = f"{source} row {number}"
         content = _content(row, where, column)
-        if isinstance(content, str) and chat_template == "always":
-            content = [{"role": "user", "content": content}]
-        if not isinstance(content, str) and _is_turns(row, column) and chat_template != "always":
-            template_here = None
-        else:
-            template_here = template
-        yield from _document(content, template_here, where)
+        chat = content.chat and has_template(tokenizer) and chat_template == "auto"
+        templated = chat or chat_template == "always"
+        text = _templated(content, tokenizer, where) if templated else content.plain
+        if text.strip():
+            yield Document(text=text, templated=templated)
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -153,7 +162,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _hub(name: str, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Rows of a hub data set, streamed; the hub is asked once first, which fails without retries."""
+    """Rows of a hub data set, streamed; one request first, because `datasets` retries for long."""
     from huggingface_hub import HfApi
 
     unreachable = "give a .txt, .jsonl or .parquet file instead"
@@ -176,26 +185,25 @@ def _hub(name: str, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise InputError(f"the data set {name} cannot be read ({reason}): {unreachable}") from None
 
 
-def _content(row: Mapping[str, Any], where: str, column: str | None) -> str | list[dict[str, str]]:
-    """A row's text, or its chat as role/content messages."""
+def _content(row: Mapping[str, Any], where: str, column: str | None) -> _Content:
+    """Find the text of a row: the named column, a chat, a text, or a pair of columns."""
     if column is not None:
         if column not in row:
             raise InputError(f"{where} has no column {column!r}; columns: {', '.join(row)}")
         value = row[column]
-        return value if isinstance(value, str) else _messages(value, where, column)
+        return _text(value) if isinstance(value, str) else _chat(value, where, column)
     for name in CHAT_COLUMNS:
         if isinstance(row.get(name), list):
-            return _messages(row[name], where, name)
+            return _chat(row[name], where, name)
     for name in TEXT_COLUMNS:
         if isinstance(row.get(name), str):
-            return str(row[name])
+            return _text(row[name])
     if all(isinstance(row.get(name), str) for name in JOINED_COLUMNS):
-        return joined(str(row["context"]), str(row["continuation"]))
+        return _text(joined(row["context"], row["continuation"]))
     if all(isinstance(row.get(name), str) for name in TURN_COLUMNS):
-        return [
-            {"role": "user", "content": str(row["prompt"])},
-            {"role": "assistant", "content": str(row["response"])},
-        ]
+        roles = ("user", "assistant")
+        turns = zip(roles, TURN_COLUMNS, strict=True)
+        return _Content([{"role": role, "content": row[name]} for role, name in turns], chat=False)
     raise InputError(
         f"{where} has no text column; columns: {', '.join(row)}: name one with calibration.column"
     )
@@ -208,12 +216,11 @@ def joined(context: str, continuation: str) -> str:
     return f"{context} {continuation}"
 
 
-def _is_turns(row: Mapping[str, Any], column: str | None) -> bool:
-    """Whether the content came from prompt/response columns, which are no messages."""
-    return column is None and not any(isinstance(row.get(name), list) for name in CHAT_COLUMNS)
+def _text(text: str) -> _Content:
+    return _Content([{"role": "user", "content": text}], chat=False)
 
 
-def _messages(value: Any, where: str, column: str) -> list[dict[str, str]]:
+def _chat(value: Any, where: str, column: str) -> _Content:
     messages = []
     for turn in value if isinstance(value, list) else [None]:
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
@@ -223,23 +230,13 @@ def _messages(value: Any, where: str, column: str) -> list[dict[str, str]]:
                 f"{where}: column {column!r} holds neither text nor messages with role and content"
             )
         messages.append({"role": ROLES.get(role, role), "content": content})
-    return messages
+    return _Content(messages, chat=True)
 
 
-def _document(
-    content: str | list[dict[str, str]], tokenizer: Any, where: str
-) -> Iterator[Document]:
+def _templated(content: _Content, tokenizer: Any, where: str) -> str:
     from jinja2 import TemplateError
 
-    if isinstance(content, str):
-        text, templated = content, False
-    elif tokenizer is None:
-        text, templated = "\n".join(message["content"] for message in content), False
-    else:
-        try:
-            text = tokenizer.apply_chat_template(content, tokenize=False)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"{where} does not fit the chat template ({error})") from None
-        templated = True
-    if text.strip():
-        yield Document(text=text, templated=templated)
+    try:
+        return str(tokenizer.apply_chat_template(content.messages, tokenize=False))
+    except (TemplateError, TypeError, ValueError) as error:
+        raise InputError(f"{where} does not fit the chat template ({error})") from None

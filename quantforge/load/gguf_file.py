@@ -124,7 +124,7 @@ def _field(reader: Any, name: str) -> Any:
 
 
 def _refuse_rope_scaling(path: Path, reader: Any) -> None:
-    """Transformers drops scaled rotary frequencies of a GGUF, which would change the network."""
+    """Scaled rotary frequencies of a GGUF are lost in transformers: another network would load."""
     scaling = _field(reader, "llama.rope.scaling.type")
     scaled = scaling not in (None, "none")
     if scaled or any(tensor.name.startswith("rope_") for tensor in reader.tensors):
@@ -138,11 +138,13 @@ def _empty_network(path: Path) -> Any:
     """The network on the meta device, from the file's metadata."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    auto: Any = AutoModelForCausalLM
+
     try:
         with quiet():
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
             with torch.device("meta"):
-                network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                network = auto.from_config(config, dtype=torch.float32)
     except METADATA_ERRORS as error:
         raise InputError(f"the metadata of {path} describe no known network ({error})") from None
     name = type(network).__name__

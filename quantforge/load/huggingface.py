@@ -87,12 +87,14 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    auto: Any = AutoModelForCausalLM
+
     folder = local_folder(source)
     _check_class(folder, read_config(folder))
     weight_files(folder)
     try:
         with quiet():
-            module, loading = AutoModelForCausalLM.from_pretrained(
+            module, loading = auto.from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -264,9 +266,9 @@ def _module_fingerprint(module: nn.Module) -> str:
     return fingerprint(model_config(module), digest.hexdigest())
 
 
-def _raw_bytes(tensor: Tensor) -> memoryview:
+def _raw_bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no log lines below errors inside the block; settings are restored."""
-    from huggingface_hub.utils import are_progress_bars_disabled
-    from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
-    from huggingface_hub.utils import enable_progress_bars as enable_hub_bars
-    from transformers.utils import logging
+    """No progress bars and no log lines inside the block; the caller's settings are restored."""
+    import huggingface_hub.utils
+    import transformers.utils.logging
 
+    logging: Any = transformers.utils.logging
+    hub: Any = huggingface_hub.utils
     verbosity = logging.get_verbosity()
-    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    bars, no_hub_bars = logging.is_progress_bar_enabled(), hub.are_progress_bars_disabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
@@ -27,4 +28,4 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-        (enable_hub_bars if hub_bars else disable_hub_bars)()
+        (hub.disable_progress_bars if no_hub_bars else hub.enable_progress_bars)()

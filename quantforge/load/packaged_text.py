@@ -1,0 +1,161 @@
+"""Calibration text on a machine without a network: Python's own manual, or the model itself.
+
+"pydoc" is the text of `pydoc_data.topics`, 465,000 characters of technical English that come with
+every CPython. "self" is sampled from the model: half of it after the opening of a user's turn of
+its chat template, half after a single random token, as in data-free quantization (LLM-QAT, Liu et
+al. 2023). Sampling is a batched decode with a key-value cache in bfloat16, in pieces of
+`PIECE_LENGTH` tokens, because the cost of attention to the cache grows with the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantforge.models import Model
+from quantforge.progress import Monitor
+
+PIECE_LENGTH = 128
+BATCH = 128
+TEMPERATURE = 1.0
+MARK = "\N{REPLACEMENT CHARACTER}"
+
+
+def pydoc_text() -> str:
+    """The topics of Python's manual, in the order of their names."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n"
+
+
+def sampled_tokens(
+    model: Model, count: int, *, seed: int, monitor: Monitor, temperature: float = TEMPERATURE
+) -> Tensor:
+    """[count] int64 tokens drawn from the model, pieces of both kinds in turn.
+
+    Args:
+        model: the float network; it is not changed.
+        count: tokens wanted.
+        seed: of the only generator used.
+        monitor: told every decoding step; its cancel event stops the sampling.
+        temperature: logits are divided by it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pieces = -(-count // PIECE_LENGTH)
+    opening = _chat_opening(model.tokenizer)
+    chat_pieces = pieces // 2 if opening else 0
+    jobs: list[list[int]] = [[]] * (pieces - chat_pieces) + [opening] * chat_pieces
+    rows = _sample(model, jobs, generator, monitor, temperature)
+    free, chat = rows[: pieces - chat_pieces], rows[pieces - chat_pieces :]
+    if not chat_pieces:
+        return free.reshape(-1)[:count]
+    paired = torch.stack([free[:chat_pieces], chat], dim=1).reshape(-1)
+    return torch.cat([paired, free[chat_pieces:].reshape(-1)])[:count]
+
+
+def _chat_opening(tokenizer: Any) -> list[int]:
+    """Tokens that open a user's turn, after the system message if the template has one."""
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        return []
+    message = [{"role": "user", "content": MARK}]
+    text = str(tokenizer.apply_chat_template(message, tokenize=False))
+    opening = text.partition(MARK)[0]
+    return [int(token) for token in tokenizer(opening, add_special_tokens=False)["input_ids"]]
+
+
+def _sample(
+    model: Model,
+    prompts: list[list[int]],
+    generator: torch.Generator,
+    monitor: Monitor,
+    temperature: float,
+) -> Tensor:
+    """[prompts, PIECE_LENGTH]: what follows each prompt; equal prompts are batched."""
+    step = _step_function(model)
+    rows: list[Tensor] = []
+    starts = _ordinary_tokens(model)
+    batches = _batches(prompts)
+    for index, (prompt, size) in enumerate(batches):
+        if prompt:
+            given = torch.tensor(prompt).expand(size, -1)
+            pieces = []
+        else:
+            chosen = torch.randint(len(starts), (size, 1), generator=generator)
+            given = starts[chosen]
+            pieces = [given]
+        cache = _new_cache(model)
+        while sum(piece.shape[1] for piece in pieces) < PIECE_LENGTH:
+            monitor.step(
+                "sample text", index * PIECE_LENGTH + len(pieces), len(batches) * PIECE_LENGTH
+            )
+            given = _draw(step(given, cache), generator, temperature)
+            pieces.append(given)
+        rows.append(torch.cat(pieces, dim=1))
+    return torch.cat(rows)
+
+
+def _batches(prompts: list[list[int]]) -> list[tuple[list[int], int]]:
+    """Runs of equal prompts as (prompt, size), at most `BATCH` long."""
+    batches: list[tuple[list[int], int]] = []
+    for prompt in prompts:
+        if batches and batches[-1][0] == prompt and batches[-1][1] < BATCH:
+            batches[-1] = (prompt, batches[-1][1] + 1)
+        else:
+            batches.append((prompt, 1))
+    return batches
+
+
+def _ordinary_tokens(model: Model) -> Tensor:
+    """[tokens] ids a text may begin with: the vocabulary without special tokens."""
+    embedding: Any = model.module.get_submodule(model.architecture.embedding)
+    special = set(getattr(model.tokenizer, "all_special_ids", None) or ())
+    size = int(embedding.num_embeddings)
+    if model.tokenizer is not None:
+        size = min(size, len(model.tokenizer))
+    return torch.tensor([token for token in range(size) if token not in special])
+
+
+def _new_cache(model: Model) -> Any:
+    from transformers import DynamicCache
+
+    config: Any = model.module.config
+    return DynamicCache(config=config)
+
+
+def _step_function(model: Model) -> Callable[[Tensor, Any], Tensor]:
+    """A function (tokens [B, T], cache) → float32 logits [B, vocabulary] of the last position."""
+    parameters = dict(model.module.named_parameters())
+    device = next(iter(parameters.values())).device
+    dtype = torch.bfloat16 if _fast_bfloat16(device) else torch.float32
+    weights = {name: tensor.detach().to(dtype) for name, tensor in parameters.items()}
+
+    def step(tokens: Tensor, cache: Any) -> Tensor:
+        call = {
+            "input_ids": tokens.to(device),
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        with torch.inference_mode():
+            output: Any = torch.func.functional_call(model.module, weights, kwargs=call)
+            logits: Tensor = output.logits[:, -1]
+            return logits.float().cpu()
+
+    return step
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are native; emulated ones are slower than float32."""
+    if device.type != "cpu":
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _draw(logits: Tensor, generator: torch.Generator, temperature: float) -> Tensor:
+    """[B, 1] tokens by inverting the cumulative distribution of softmax(logits / temperature)."""
+    cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(dim=-1)
+    point = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, point, right=True).clamp_(max=logits.shape[1] - 1)

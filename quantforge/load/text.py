@@ -1,0 +1,257 @@
+"""Calibration and evaluation tokens: read, tokenise, join into one stream, cut, split.
+
+The stream is the tokenised documents one after another, with only those special tokens that the
+tokenizer adds by itself (the BOS rule of the descriptions). It is cut into disjoint sequences, and
+every eighth of them is held out before anything looks at them: methods are fitted on the others and
+chosen on these.
+"""
+
+from __future__ import annotations
+
+import platform
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from quantforge.config import Config
+from quantforge.errors import InputError
+from quantforge.load.batches import cut, from_batches, make_set, split_rows
+from quantforge.load.documents import (
+    PLAIN_SUFFIXES,
+    ChatTemplate,
+    Document,
+    documents,
+    has_template,
+    read_text,
+)
+from quantforge.load.packaged_text import TEMPERATURE, pydoc_text, sampled_tokens
+from quantforge.models import Model
+from quantforge.progress import Monitor
+from quantforge.types import CalibrationSet
+
+__all__ = [
+    "DEFAULT_TEXT",
+    "CalibrationConfig",
+    "bos_rule",
+    "calibration_set",
+    "describe_windows",
+    "evaluation_windows",
+    "from_batches",
+]
+
+DEFAULT_TEXT = "mix"
+CHARACTERS_A_TOKEN = 32
+DOCUMENTS_A_BATCH = 64
+
+
+class CalibrationConfig(Config):
+    """Which text the compiler calibrates on.
+
+    Attributes:
+        source: path of a .txt, .jsonl or .parquet file, a hub data set, "pydoc" (Python's manual),
+            "self" (sampled from the model), "mix" (half of each) or "default".
+        sequences: number of sequences, held-out ones included.
+        sequence_length: tokens a sequence.
+        held_out_share: share of the sequences that only choices are made on.
+        chat_template: "auto" formats rows with messages, "always" all rows, "never" none.
+        column: text column of a .jsonl, .parquet or hub source; found by itself if None.
+        split: of a hub data set.
+    """
+
+    source: str = "default"
+    sequences: int = Field(default=128, ge=2)
+    sequence_length: int = Field(default=512, ge=2)
+    held_out_share: float = Field(default=0.125, gt=0.0, le=0.5)
+    chat_template: ChatTemplate = "auto"
+    column: str | None = None
+    split: str = "train"
+
+
+def calibration_set(
+    config: CalibrationConfig, model: Model, *, seed: int, monitor: Monitor | None = None
+) -> CalibrationSet:
+    """Tokens to calibrate `model` on.
+
+    Args:
+        config: source, size and split.
+        model: its tokenizer is used; the sources "self" and "mix" also sample from its network.
+        seed: of the sampling; texts do not depend on it.
+        monitor: told the steps of the sampling.
+
+    Raises:
+        InputError: no tokenizer, no such text, an unreadable or empty one, too few tokens, tokens
+            outside the vocabulary or sequences longer than the model's context.
+        CancelledError: the monitor was cancelled.
+    """
+    _check_context(config, model)
+    source = DEFAULT_TEXT if config.source == "default" else config.source
+    share, length = config.held_out_share, config.sequence_length
+    monitor = monitor or Monitor()
+    if source == "mix":
+        half = config.sequences // 2
+        if config.sequences < 4:
+            raise InputError("the calibration source 'mix' needs at least 4 sequences")
+        manual, what = _pydoc(config.sequences - half, length, model)
+        sampled, how = _self(half, length, model, seed, monitor)
+        parts = [split_rows(rows, share) for rows in (manual, sampled)]
+        fitting, held_out = (torch.cat(pair) for pair in zip(*parts, strict=True))
+        text = f"{what}; {how}"
+    else:
+        if source == "pydoc":
+            rows, text = _pydoc(config.sequences, length, model)
+        elif source == "self":
+            rows, text = _self(config.sequences, length, model, seed, monitor)
+        else:
+            rows, text = _external(config, source, _tokenizer(model))
+        fitting, held_out = split_rows(rows, share)
+    _check_vocabulary(torch.cat([fitting, held_out]), model, source)
+    counts = f"{len(fitting)} fitting and {len(held_out)} held-out sequences of {length} tokens"
+    return make_set(fitting, held_out, f"{text}: {counts}")
+
+
+def evaluation_windows(source: str, tokenizer: Any, *, windows: int, length: int) -> Tensor:
+    """[windows, length] int64: the first disjoint windows of a text.
+
+    Args:
+        source: a text file, tokenised as one piece, or a .jsonl or .parquet file or hub data set,
+            whose rows are joined (context + continuation where they have these columns).
+        tokenizer: of the model under test.
+        windows: how many.
+        length: tokens a window.
+
+    Raises:
+        InputError: no such text, an unreadable or empty one, or too few tokens.
+    """
+    if windows < 1 or length < 2:
+        raise InputError(f"{windows} windows of {length} tokens: at least 1 of 2 are needed")
+    if tokenizer is None:
+        raise InputError("the model has no tokenizer, which evaluation text needs: pass one")
+    needed = windows * length
+    stream, _ = _stream(source, tokenizer, needed, column=None, chat_template="auto", split="test")
+    return cut(stream, windows, length, what="windows", where=source)
+
+
+def describe_windows(source: str, tokenizer: Any, windows: Tensor) -> str:
+    """One line for reports: the text, the tokens and the BOS rule."""
+    count, length = windows.shape
+    return f"{Path(source).name}, first {count} windows of {length} tokens, {bos_rule(tokenizer)}"
+
+
+def bos_rule(tokenizer: Any) -> str:
+    """Which special tokens the tokenizer adds to a text by itself."""
+    added = [int(token) for token in tokenizer("")["input_ids"]]
+    if not added:
+        return "no BOS (the tokenizer adds none)"
+    names = " ".join(str(token) for token in tokenizer.convert_ids_to_tokens(added))
+    return f"special tokens as the tokenizer adds them to every document ({names})"
+
+
+def _tokenizer(model: Model) -> Any:
+    if model.tokenizer is None:
+        raise InputError(
+            f"{model.source.name} has no tokenizer, which calibration text needs: pass one, or "
+            "pass batches of token ids"
+        )
+    return model.tokenizer
+
+
+def _check_context(config: CalibrationConfig, model: Model) -> None:
+    limit = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and config.sequence_length > limit:
+        raise InputError(
+            f"calibration sequences of {config.sequence_length} tokens exceed the model's context "
+            f"of {limit}: lower calibration.sequence_length"
+        )
+
+
+def _check_vocabulary(rows: Tensor, model: Model, source: str) -> None:
+    embedding: Any = model.module.get_submodule(model.architecture.embedding)
+    size, highest = int(embedding.num_embeddings), int(rows.max())
+    if highest >= size:
+        raise InputError(
+            f"tokenising {source} gave the id {highest}, the model's vocabulary has {size}: the "
+            "tokenizer does not belong to this model"
+        )
+
+
+def _pydoc(count: int, length: int, model: Model) -> tuple[Tensor, str]:
+    tokenizer = _tokenizer(model)
+    stream = _tokenise([Document(text=pydoc_text())], tokenizer)
+    rows = cut(stream, count, length, what="sequences", where="pydoc")
+    python = platform.python_version()
+    return rows, f"the manual of Python {python} (pydoc_data.topics), {bos_rule(tokenizer)}"
+
+
+def _self(count: int, length: int, model: Model, seed: int, monitor: Monitor) -> tuple[Tensor, str]:
+    rows = sampled_tokens(model, count * length, seed=seed, monitor=monitor).view(count, length)
+    kind = "half of it as chats" if has_template(model.tokenizer) else "no chat template"
+    return rows, f"text sampled from the model at temperature {TEMPERATURE} ({kind}), seed {seed}"
+
+
+def _external(config: CalibrationConfig, source: str, tokenizer: Any) -> tuple[Tensor, str]:
+    needed = config.sequences * config.sequence_length
+    stream, how = _stream(
+        source,
+        tokenizer,
+        needed,
+        column=config.column,
+        chat_template=config.chat_template,
+        split=config.split,
+    )
+    rows = cut(stream, config.sequences, config.sequence_length, what="sequences", where=source)
+    return rows, f"{Path(source).name if Path(source).exists() else source}, {how}"
+
+
+def _stream(
+    source: str,
+    tokenizer: Any,
+    needed: int,
+    *,
+    column: str | None,
+    chat_template: ChatTemplate,
+    split: str,
+) -> tuple[Tensor, str]:
+    """At least `needed` tokens from the beginning of a source, if it has so many, and how."""
+    path = Path(source).expanduser()
+    if path.suffix in PLAIN_SUFFIXES:
+        return _plain_stream(path, tokenizer, needed), f"one text, {bos_rule(tokenizer)}"
+    found = documents(
+        source, tokenizer=tokenizer, column=column, chat_template=chat_template, split=split
+    )
+    pieces: list[Tensor] = []
+    total = count = templated = 0
+    while total < needed and (some := list(islice(found, DOCUMENTS_A_BATCH))):
+        pieces.append(_tokenise(some, tokenizer))
+        total += len(pieces[-1])
+        count += len(some)
+        templated += sum(document.templated for document in some)
+    if not pieces:
+        raise InputError(f"{source} holds no text: give a file with text")
+    rule = bos_rule(tokenizer)
+    if templated:
+        rule += f", {templated} of the documents through the chat template"
+    return torch.cat(pieces), f"the first {count} documents joined, {rule}"
+
+
+def _plain_stream(path: Path, tokenizer: Any, needed: int) -> Tensor:
+    """The file tokenised as one piece; a long one only as far as it is needed."""
+    limit = max(1 << 22, needed * CHARACTERS_A_TOKEN)
+    while True:
+        text = read_text(path, limit)
+        stream = _tokenise([Document(text=text)], tokenizer)
+        if len(text) < limit or len(stream) > needed + 1:  # the last token may be cut in two
+            return stream
+        limit *= 2
+
+
+def _tokenise(texts: list[Document], tokenizer: Any) -> Tensor:
+    """[tokens] of all documents, one after another; templated ones bring their special tokens."""
+    ids: list[int] = []
+    for document in texts:
+        encoded = tokenizer(document.text, add_special_tokens=not document.templated, verbose=False)
+        ids.extend(encoded["input_ids"])
+    return torch.tensor(ids, dtype=torch.int64)
