@@ -202,6 +202,8 @@ class _Labels:
         (-12, 15, "end"),
         (6, 20, "start"),
         (-6, -13, "end"),
+        (4, -16, "start"),
+        (-10, 24, "end"),
     )
 
     def __init__(self, axes: Axes) -> None:

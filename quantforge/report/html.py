@@ -225,7 +225,7 @@ def _strip(report: Report) -> str:
 
 def _figure(title: str, figure: str, caption: str) -> str:
     return (
-        f"<section><h2>{escape(title)}</h2><figure>{figure}"
+        f'<section><h2>{escape(title)}</h2><figure><div class="drawing">{figure}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure></section>"
     )
 
@@ -287,7 +287,7 @@ def _run(report: Report) -> str:
     return (
         "<section><h2>How it was made</h2>"
         f"<p>Calibrated on: {escape(report.calibration)}</p>\n"
-        f"<h3>Settings</h3>{_table('settings', ('key', 'value'), settings, names=2)}\n"
+        f"<h3>Settings</h3>{_table('settings', ('key', 'value'), settings, names=1, texts=2)}\n"
         f"<h3>Versions</h3>{_table('versions', ('library', 'version'), versions, short=True)}"
         "</section>"
     )

@@ -57,7 +57,7 @@ def test_lower_hull_against_all_pairs():
         )
 
     assert hull == [p for p in sorted(points) if p[1] <= lowest_chord(p[0]) + 1e-12]
-    assert hull == [(2.0, 1.8), (3.0, -0.3), (4.2, -2.0)]
+    assert hull == [(2.0, 1.8), (2.2, 1.3), (3.0, -0.3), (4.2, -2.0)]
 
 
 def test_comparison_with_uniform(report, build):
