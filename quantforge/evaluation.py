@@ -19,8 +19,8 @@ from quantforge.evaluate.quality import ReferenceOutputs, measure, paired
 from quantforge.evaluate.sizes import size_report
 from quantforge.format.checkpoint import TensorReader, open_checkpoint
 from quantforge.format.manifest import read_manifest, tool_versions
-from quantforge.load.huggingface import read_tokenizer
-from quantforge.load.text import evaluation_windows
+from quantforge.load.huggingface import load_tokenizer
+from quantforge.load.text import describe_windows, evaluation_windows
 from quantforge.models import Architecture, architecture_of
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.recipe import compose, resolve_target
@@ -91,12 +91,10 @@ def evaluate(
     float_model = load_source(
         compose(resolve_target(name)), device, trust_remote_code=trust_remote_code, monitor=monitor
     )
-    tokens, description = evaluation_windows(
-        "pydoc" if text is None else str(text),
-        float_model.tokenizer,
-        windows=windows,
-        length=window_length,
-    )
+    where = "pydoc" if text is None else str(text)
+    tokenizer = float_model.tokenizer
+    tokens = evaluation_windows(where, tokenizer, windows=windows, length=window_length)
+    description = describe_windows(where, tokenizer, tokens)
     outputs = ReferenceOutputs.collect(
         float_model.module,
         float_model.architecture,
@@ -158,7 +156,7 @@ def generate(
     """
     monitor = Monitor(progress=progress, cancel=cancel)
     module = load(checkpoint, device=device, backend=backend)
-    tokenizer = read_tokenizer(Path(checkpoint))
+    tokenizer = load_tokenizer(Path(checkpoint))
     pieces = stream(
         module, tokenizer, prompt,
         tokens=tokens, temperature=temperature, top_p=top_p, seed=seed,

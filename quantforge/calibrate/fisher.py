@@ -51,7 +51,7 @@ def _accumulate_into(total: Tensor) -> Any:
     def on_gradient(gradient: Tensor) -> None:
         total.add_(gradient.detach().float().flatten(0, -2).square().sum(0))
 
-    def on_output(_: nn.Module, __: Any, output: Tensor) -> None:
+    def on_output(_: nn.Module, __: Any, output: Any) -> None:
         output.register_hook(on_gradient)
 
     return on_output
@@ -81,9 +81,10 @@ def output_gradient_moments(
     """
     module, architecture = model.module, model.architecture
     moments = {layer.name: torch.zeros(layer.out_features) for layer in model.layers}
-    head = module.get_submodule(architecture.head).weight.detach()  # type: ignore[union-attr]
+    projection: Any = module.get_submodule(architecture.head)
+    head: Tensor = projection.weight.detach()
     if precision == "bfloat16":
-        head = head.bfloat16()  # type: ignore[operator]
+        head = head.bfloat16()
     needs = {name: p.requires_grad for name, p in module.named_parameters()}
     seen: dict[str, Tensor] = {}
     batches = torch.split(tokens, batch_size)

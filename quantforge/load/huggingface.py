@@ -113,7 +113,7 @@ def load_model(
         architecture=architecture,
         layers=architecture.layers(module),
         source=source,
-        tokenizer=_load_tokenizer(folder, trust_remote_code=trust_remote_code),
+        tokenizer=load_tokenizer(folder, trust_remote_code=trust_remote_code),
     )
 
 
@@ -239,7 +239,7 @@ def _check_loading(folder: Path, module: nn.Module, loading: dict[str, Any]) -> 
         raise InputError(f"{folder}: the shapes of {some(names)} disagree with config.json")
 
 
-def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The folder's tokenizer; None where it has no tokenizer files."""
     from transformers import AutoTokenizer
 

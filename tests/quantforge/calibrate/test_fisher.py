@@ -47,7 +47,7 @@ def test_moments_equal_a_plain_loop(model):
         hooks = []
         for layer in model.layers:
 
-            def keep(module, args, output, name=layer.name):
+            def keep(module, args, output, name=layer.name, outputs=outputs):
                 output.retain_grad()
                 outputs[name] = output
 
