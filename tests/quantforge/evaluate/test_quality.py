@@ -171,6 +171,17 @@ def test_a_quantized_head_is_the_models_own(windows):
     assert found.kl > 1e-3
 
 
+def test_both_ways_of_scoring_agree(model, windows):
+    changed = noisy(model)
+    reference = ReferenceOutputs.collect(model, LLAMA, windows)
+    shared = measure(changed, LLAMA, windows, reference, text="")
+    changed.lm_head = nn.Sequential(changed.lm_head)  # equal, but not known to be
+    separate = measure(changed, LLAMA, windows, reference, text="")
+    assert shared.window_kl == pytest.approx(separate.window_kl, abs=1e-6)
+    assert shared.window_nll == pytest.approx(separate.window_nll, abs=1e-6)
+    assert shared.top1 == separate.top1
+
+
 def test_head_changed_in_place(windows):
     module = tiny_llama(seed=3, tied=False)
     shared = ReferenceOutputs.collect(module, LLAMA, windows)
