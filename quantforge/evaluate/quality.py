@@ -8,18 +8,16 @@ networks predict the next token, and with `p` the reference's and `q` the model'
 Tokens of a window are not independent, so the standard error of the mean KL is taken over windows.
 
 A [tokens, vocabulary] matrix of a whole text is far too large to keep (2 GB for 10,000 tokens and a
-vocabulary of 49,152). The reference is therefore kept as what enters its head, the final norm's
-output, which is `vocabulary / hidden` times smaller; logits of both networks are formed for a few
-hundred tokens at a time, and the log-softmax passes over them run in strips that stay in the cache.
-
-The model's head may differ from the reference's (a quantized head does); each logit comes from its
-own network's head.
+vocabulary of 49,152). Of the reference, what enters its head and the head's rows averaged under its
+prediction are kept, each `vocabulary / hidden` times smaller; logits are formed for a few hundred
+tokens at a time (`scoring` has the arithmetic). The head's product is always float32: rounded to
+bfloat16, as its output would be, logits are off by more than small KLs can bear.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,42 +26,50 @@ import torch
 from torch import Tensor, nn
 
 from quantforge.errors import InputError
+from quantforge.evaluate.scoring import (
+    LinearHead,
+    ModuleHead,
+    ReferenceScores,
+    TokenScores,
+    own_head_scores,
+    reference_scores,
+    shared_head_scores,
+)
 from quantforge.models import Architecture
 from quantforge.progress import Monitor
 from quantforge.results import PairedDifference, Quality
 
 Precision = Literal["float32", "bfloat16"]
-TOKEN_CHUNK = 512
-"""Most tokens whose logits exist at one time."""
-STRIP_ROWS = 4
-"""Rows a CPU's log-softmax passes handle together: 4 of 49,152 floats stay in a 1 MiB cache."""
 _HEAD_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceOutputs:
-    """What the float model says about a set of windows, from which its logits are recomputed.
+    """What the float model says about a set of windows, kept on the CPU.
 
     Attributes:
-        windows: [windows, length] int64, the tokens, on the CPU.
-        hidden: [windows, length - 1, hidden] output of the final norm at the scored positions, on
-            the CPU, float32 or bfloat16.
-        head: [vocabulary, hidden] weight of the reference's head (the model's own tensor, not a
-            copy: a network whose head is then changed in place needs `keep_head_copy`).
+        windows: [windows, length] int64 tokens.
+        hidden: [windows, length - 1, hidden] output of the final norm at the scored positions, in
+            the storage dtype.
+        scores: of the scored positions, flattened to [windows * (length - 1), ...].
+        head: [vocabulary, hidden] weight of the reference's head; the model's own tensor unless
+            it was collected with `keep_head_copy`.
+        head_version: in-place changes the head had seen, by torch's count.
         bias: [vocabulary] of the head, or None.
         batch: windows the decoder ran at one time; `measure` uses the same, so that the reference
             measured against itself gives exactly zero.
-        precision: arithmetic the reference ran in.
     """
 
     windows: Tensor
     hidden: Tensor
+    scores: ReferenceScores
     head: Tensor
+    head_version: int
     bias: Tensor | None
     batch: int
-    precision: Precision
 
     @classmethod
+    @torch.no_grad()
     def collect(
         cls,
         module: nn.Module,
@@ -83,9 +89,11 @@ class ReferenceOutputs:
             architecture: its shape.
             windows: [windows, length] integer tokens, at least two a window.
             batch: windows the decoder runs at one time.
-            precision: "float32" is exact; "bfloat16" rounds the operands of matrix products.
-            storage: dtype in which hidden states are kept.
-            keep_head_copy: copy the head's weight, because the module's will be changed in place.
+            precision: "float32" is exact; "bfloat16" rounds the operands of the decoder's matrix
+                products.
+            storage: dtype in which hidden states and expectations are kept.
+            keep_head_copy: copy the head's weight, because the module's will be changed in place;
+                without it such a change is an error in `measure`.
             monitor: receives one step a batch.
 
         Raises:
@@ -101,9 +109,13 @@ class ReferenceOutputs:
         _check_head(module, architecture, tokens[:1, : min(8, tokens.shape[1])])
         count, length = tokens.shape
         hidden = torch.empty(count, length - 1, head.in_features, dtype=storage)
-        states = _final_states(module, architecture, tokens, batch, precision)
-        for start, state in states:
-            hidden[start : start + len(state)] = state
+        linear, parts = LinearHead(head.weight, head.bias), []
+        for start, state in _final_states(module, architecture, tokens, batch, precision):
+            rows = slice(start, start + len(state))
+            following = tokens[rows, 1:].flatten().to(state.device)
+            scores = reference_scores(state.flatten(0, 1).float(), linear, following, storage)
+            parts.append(scores.part(slice(None), torch.device("cpu")))
+            hidden[rows] = state
             if monitor is not None:
                 monitor.step("reference", min(start + batch, count), count)
         weight = head.weight.detach()
@@ -111,8 +123,20 @@ class ReferenceOutputs:
         if keep_head_copy:
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         return cls(
-            windows=tokens, hidden=hidden, head=weight, bias=bias, batch=batch, precision=precision
+            windows=tokens,
+            hidden=hidden,
+            scores=ReferenceScores.joined(parts),
+            head=weight,
+            head_version=weight._version,
+            bias=bias,
+            batch=batch,
         )
+
+    def rows(self, rows: slice, device: torch.device) -> tuple[ReferenceScores, Tensor]:
+        """Scores and float32 hidden states [tokens, hidden] of some windows, on `device`."""
+        per_window = self.windows.shape[1] - 1
+        tokens = slice(rows.start * per_window, rows.stop * per_window)
+        return self.scores.part(tokens, device), self.hidden[rows].flatten(0, 1).to(device).float()
 
 
 @torch.no_grad()
@@ -136,16 +160,16 @@ def measure(
         reference: of the float model.
         text: which text this is, for the report.
         monitor: receives one step a batch.
-        precision: "float32" is exact; "bfloat16" rounds the operands of matrix products (the
-            reference keeps its own precision).
+        precision: "float32" is exact; "bfloat16" rounds the operands of the decoder's matrix
+            products. The reference keeps its own precision.
 
     Returns:
         The measurement; sums over tokens are in float64. With a single window the standard error
         of the KL is taken over its tokens, for want of windows.
 
     Raises:
-        InputError: the windows are not the reference's, or the network gives logits that are not
-            finite.
+        InputError: the windows or the vocabulary are not the reference's, the reference's head was
+            changed in place, or the network gives logits that are not finite.
     """
     tokens = _checked_windows(module, architecture, windows)
     count, length = tokens.shape
@@ -153,33 +177,31 @@ def measure(
         raise InputError(
             "the windows are not those the reference was collected on; collect it anew"
         )
-    heads = (
-        _Head.of_reference(reference),
-        _Head.of_module(module.get_submodule(architecture.head), precision),
-    )
-    # kl, nll, reference nll and top-1 agreement of every scored token
-    scores = torch.empty(4, count, length - 1, dtype=torch.float64)
+    score = _scorer(module.get_submodule(architecture.head), reference)
+    kl, nll, agreement = torch.empty(3, count, length - 1, dtype=torch.float64)
     for start, state in _final_states(module, architecture, tokens, reference.batch, precision):
         rows = slice(start, start + len(state))
-        scores[:, rows] = _score(
-            heads, reference.hidden[rows].to(state.device), state, tokens[rows, 1:]
+        found = score(state.flatten(0, 1).float(), tokens[rows, 1:].flatten(), rows)
+        kl[rows], nll[rows], agreement[rows] = (
+            values.view(len(state), -1) for values in (found.kl, found.nll, found.agreement)
         )
         if monitor is not None:
             monitor.step("evaluate", rows.stop, count)
-    if not bool(torch.isfinite(scores).all()):
+    if not bool(torch.isfinite(kl).all() and torch.isfinite(nll).all()):
         raise InputError("the network gives logits that are not finite on the evaluation text")
-    window = scores.mean(dim=-1)
+    reference_nll = reference.scores.nll.view(-1, length - 1)[:count]
+    window_kl, window_nll = kl.mean(dim=-1), nll.mean(dim=-1)
     return Quality(
         text=text,
         windows=count,
         window_length=length,
-        perplexity=_exp(float(window[1].mean())),
-        reference_perplexity=_exp(float(window[2].mean())),
-        kl=float(window[0].mean()),
-        kl_stderr=_standard_error(window[0] if count > 1 else scores[0, 0]),
-        top1=float(window[3].mean()),
-        window_kl=tuple(window[0].tolist()),
-        window_nll=tuple(window[1].tolist()),
+        perplexity=_exp(float(window_nll.mean())),
+        reference_perplexity=_exp(float(reference_nll.mean(dim=-1).mean())),
+        kl=float(window_kl.mean()),
+        kl_stderr=_standard_error(window_kl if count > 1 else kl[0]),
+        top1=float(agreement.mean()),
+        window_kl=tuple(window_kl.tolist()),
+        window_nll=tuple(window_nll.tolist()),
     )
 
 
@@ -214,83 +236,45 @@ def paired(first: Quality, second: Quality) -> PairedDifference:
     )
 
 
-@dataclass(slots=True)
-class _Head:
-    """Forms logits of a token chunk, for a plain linear into a buffer that is used again."""
+def _scorer(
+    head: nn.Module, reference: ReferenceOutputs
+) -> Callable[[Tensor, Tensor, slice], TokenScores]:
+    """How tokens are scored: through the one head both share, or each through its own."""
+    if reference.head._version != reference.head_version:
+        raise InputError(
+            "the reference's head was changed in place after it was collected; "
+            "collect it with keep_head_copy=True"
+        )
+    linear = LinearHead(reference.head, reference.bias)
+    if isinstance(head, nn.Linear) and _same_head(head, reference):
 
-    module: nn.Module | None
-    weight: Tensor
-    bias: Tensor | None
-    round_operands: bool
-    buffer: Tensor | None = None
+        def shared(hidden: Tensor, following: Tensor, rows: slice) -> TokenScores:
+            scores, _ = reference.rows(rows, hidden.device)
+            return shared_head_scores(hidden, linear, following.to(hidden.device), scores)
 
-    @classmethod
-    def of_reference(cls, reference: ReferenceOutputs) -> _Head:
-        return cls._linear(reference.head, reference.bias, reference.precision)
+        return shared
+    own = LinearHead(head.weight, head.bias) if isinstance(head, nn.Linear) else ModuleHead(head)
 
-    @classmethod
-    def of_module(cls, head: nn.Module, precision: Precision) -> _Head:
-        if isinstance(head, nn.Linear):
-            return cls._linear(head.weight.detach(), head.bias, precision)
-        return cls(head, torch.empty(0), None, precision == "bfloat16")
+    def separate(hidden: Tensor, following: Tensor, rows: slice) -> TokenScores:
+        _, expected = reference.rows(rows, hidden.device)
+        return own_head_scores(hidden, own, following.to(hidden.device), expected, linear)
 
-    @classmethod
-    def _linear(cls, weight: Tensor, bias: Tensor | None, precision: Precision) -> _Head:
-        round_operands = precision == "bfloat16"
-        if round_operands:
-            weight = weight.bfloat16()
-        return cls(None, weight.float(), None if bias is None else bias.float(), round_operands)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[tokens, hidden] float32 → [tokens, vocabulary] float32, valid until the next call."""
-        if self.round_operands:
-            hidden = hidden.bfloat16().float()
-        if self.module is not None:
-            made: Tensor = self.module(hidden)
-            return made.float()
-        weight = self.weight.to(hidden.device)
-        if self.buffer is None:
-            self.buffer = torch.empty(TOKEN_CHUNK, len(weight), device=hidden.device)
-        out = self.buffer[: len(hidden)]
-        torch.mm(hidden, weight.t(), out=out)
-        return out if self.bias is None else out.add_(self.bias.to(hidden.device))
+    return separate
 
 
-def _score(
-    heads: tuple[_Head, _Head], reference: Tensor, model: Tensor, following: Tensor
-) -> Tensor:
-    """[4, windows, positions] float64: KL, NLL, reference NLL and agreement of every token."""
-    shape = following.shape
-    flat_reference = reference.float().flatten(0, 1)
-    flat_model = model.float().flatten(0, 1)
-    labels = following.reshape(-1, 1).to(model.device)
-    pieces = []
-    for start in range(0, len(labels), TOKEN_CHUNK):
-        rows = slice(start, start + TOKEN_CHUNK)
-        expected = heads[0].logits(flat_reference[rows])
-        actual = heads[1].logits(flat_model[rows])
-        if actual.shape != expected.shape:
-            raise InputError(
-                f"the model has a vocabulary of {actual.shape[1]}, "
-                f"the reference of {expected.shape[1]}"
-            )
-        strip = STRIP_ROWS if expected.device.type == "cpu" else len(expected)
-        for top in range(0, len(expected), strip):
-            part = slice(top, top + strip)
-            pieces.append(_compare(expected[part], actual[part], labels[rows][part]))
-    return torch.cat(pieces, dim=1).cpu().view(4, *shape)
-
-
-def _compare(expected: Tensor, actual: Tensor, labels: Tensor) -> Tensor:
-    """[4, rows] float64 from the logits [rows, vocabulary] of both networks."""
-    agreement = expected.argmax(-1) == actual.argmax(-1)
-    log_p = torch.log_softmax(expected, dim=-1)
-    log_q = torch.log_softmax(actual, dim=-1)
-    reference_nll = -log_p.gather(1, labels).squeeze(1)
-    nll = -log_q.gather(1, labels).squeeze(1)
-    difference = torch.sub(log_p, log_q, out=log_q)
-    kl = log_p.exp_().mul_(difference).sum(dim=-1, dtype=torch.float64)
-    return torch.stack([kl, nll.double(), reference_nll.double(), agreement.double()])
+def _same_head(head: nn.Linear, reference: ReferenceOutputs) -> bool:
+    """Whether a head equals the reference's, bit for bit."""
+    if (head.bias is None) != (reference.bias is None):
+        return False
+    pairs = [(head.weight, reference.head)]
+    if head.bias is not None and reference.bias is not None:
+        pairs.append((head.bias, reference.bias))
+    return all(
+        own.device == expected.device
+        and own.dtype == expected.dtype
+        and (own.data_ptr() == expected.data_ptr() or torch.equal(own, expected))
+        for own, expected in pairs
+    )
 
 
 @torch.no_grad()

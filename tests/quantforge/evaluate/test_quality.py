@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quantforge.errors import CancelledError, InputError
-from quantforge.evaluate import quality as quality_module
+from quantforge.evaluate import scoring
 from quantforge.evaluate.quality import ReferenceOutputs, measure, paired
 from quantforge.models import LLAMA
 from quantforge.progress import Monitor, ProgressEvent
@@ -104,23 +104,23 @@ def test_token_chunks_do_not_change_the_result(model, windows, monkeypatch):
     changed = noisy(model)
     reference = ReferenceOutputs.collect(model, LLAMA, windows)
     whole = measure(changed, LLAMA, windows, reference, text="")
-    monkeypatch.setattr(quality_module, "TOKEN_CHUNK", 7)
+    monkeypatch.setattr(scoring, "TOKEN_CHUNK", 7)
     chunked = measure(changed, LLAMA, windows, reference, text="")
     assert chunked.window_kl == pytest.approx(whole.window_kl, abs=1e-6)
     assert chunked.top1 == whole.top1
 
 
 def test_never_holds_more_logits_than_a_chunk(model, windows, monkeypatch):
-    monkeypatch.setattr(quality_module, "TOKEN_CHUNK", 16)
+    monkeypatch.setattr(scoring, "TOKEN_CHUNK", 16)
     sizes = []
-    original = quality_module._Head.logits
+    original = scoring.LinearHead.__call__
 
     def spy(self, hidden):
         made = original(self, hidden)
         sizes.append(len(made))
         return made
 
-    monkeypatch.setattr(quality_module._Head, "logits", spy)
+    monkeypatch.setattr(scoring.LinearHead, "__call__", spy)
     calls = []
     handle = model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     reference = ReferenceOutputs.collect(model, LLAMA, windows)
@@ -129,7 +129,7 @@ def test_never_holds_more_logits_than_a_chunk(model, windows, monkeypatch):
     handle.remove()
     assert calls == []  # the network's own head never runs over a window
     assert max(sizes) <= 16
-    assert sum(sizes) == 2 * 5 * 23
+    assert sum(sizes) == 2 * 5 * 23  # each token once when collected, once when measured
 
 
 def test_bfloat16_is_near_and_its_own_zero(model, windows):
@@ -171,12 +171,40 @@ def test_a_quantized_head_is_the_models_own(windows):
     assert found.kl > 1e-3
 
 
-def test_head_copy_survives_a_change_in_place(windows):
+def test_both_ways_of_scoring_agree(model, windows):
+    changed = noisy(model)
+    reference = ReferenceOutputs.collect(model, LLAMA, windows)
+    shared = measure(changed, LLAMA, windows, reference, text="")
+    changed.lm_head = nn.Sequential(changed.lm_head)  # equal, but not known to be
+    separate = measure(changed, LLAMA, windows, reference, text="")
+    assert shared.window_kl == pytest.approx(separate.window_kl, abs=1e-6)
+    assert shared.window_nll == pytest.approx(separate.window_nll, abs=1e-6)
+    assert shared.top1 == separate.top1
+
+
+def test_head_changed_in_place(windows):
     module = tiny_llama(seed=3, tied=False)
+    shared = ReferenceOutputs.collect(module, LLAMA, windows)
     kept = ReferenceOutputs.collect(module, LLAMA, windows, keep_head_copy=True)
+    assert measure(module, LLAMA, windows, shared, text="").kl == 0.0
     with torch.no_grad():
         module.lm_head.weight.mul_(3.0)
     assert measure(module, LLAMA, windows, kept, text="").kl > 1e-3
+    with pytest.raises(InputError, match="keep_head_copy=True"):
+        measure(module, LLAMA, windows, shared, text="")
+
+
+def test_head_bias(windows):
+    module = tiny_llama(seed=3, tied=False)
+    with torch.no_grad():
+        module.get_submodule("model.norm").weight.mul_(12)
+    module.lm_head.bias = nn.Parameter(torch.linspace(-2, 2, 96))
+    changed = noisy(module)
+    reference = ReferenceOutputs.collect(module, LLAMA, windows)
+    found = measure(changed, LLAMA, windows, reference, text="")
+    expected = brute_force(module, changed, windows)
+    assert found.window_kl == pytest.approx(expected["kl"], abs=1e-6)
+    assert found.window_nll == pytest.approx(expected["nll"], abs=1e-6)
 
 
 def test_first_windows_of_a_reference(model, windows):
