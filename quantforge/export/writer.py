@@ -92,7 +92,8 @@ class CheckpointWriter:
         self._stock_readable = stock_readable
         tied = bool(self._model_config.get("tie_word_embeddings"))
         self._tied_weight = f"{head}.weight" if tied else None
-        self._tied_copy: Tensor | None = None
+        self._tied_digest: str | None = None
+        self._embedding_quantized = False
         self._stored: dict[str, StoredTensor] = {}
         self._written: set[str] = set()
         self._shards: list[tuple[Path, list[str]]] = []
@@ -167,6 +168,7 @@ class CheckpointWriter:
         if bias is not None:
             self.add_tensor(f"{name}.bias", bias)
         self._written.add(name)
+        self._embedding_quantized |= kind == "embedding"
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Store a kept tensor; floating ones in the checkpoint's dtype, others as they are.
@@ -185,7 +187,7 @@ class CheckpointWriter:
             if not bool(torch.isfinite(kept).all()):
                 raise ValueError(f"{name} has values that are not finite in {self._dtype}")
         if name == self._tied_weight:
-            self._tied_copy = kept
+            self._tied_digest = tensor_digest(kept)
             return
         self._store(name, kept)
 
@@ -265,11 +267,13 @@ class CheckpointWriter:
         write_json(self.folder / INDEX_NAME, index)
 
     def _check_tied_head(self) -> None:
-        """A head the config ties must equal a stored tensor, or loading would change it."""
-        if self._tied_copy is None:
+        """A head the config ties must equal a stored tensor, or loading would change it.
+
+        Tied to a quantized embedding it becomes that, as the plan wants.
+        """
+        if self._tied_digest is None or self._embedding_quantized:
             return
-        digest = tensor_digest(self._tied_copy)
-        if all(tensor.sha256 != digest for tensor in self._stored.values()):
+        if all(tensor.sha256 != self._tied_digest for tensor in self._stored.values()):
             raise ValueError(
                 f"config.json ties {self._tied_weight}, but no stored tensor equals it; "
                 "set tie_word_embeddings to false"

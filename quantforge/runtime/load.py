@@ -107,6 +107,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The model class of config.json: parameters on meta, buffers real."""
     import transformers
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     fields = copy.deepcopy(dict(checkpoint.config))
@@ -126,8 +127,9 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         config = CONFIG_MAPPING[model_type].from_dict(fields)
         with init_empty_weights(include_buffers=False):
             model: nn.Module = make(config, dtype=dtype)
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{checkpoint.folder}: config.json makes no {name}: {error}") from error
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{checkpoint.folder}: config.json makes no {name}: {reason}") from error
     return model
 
 

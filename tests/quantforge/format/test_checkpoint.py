@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from quantforge.errors import InputError
 from quantforge.format.checkpoint import TensorReader, open_checkpoint, read_quantized
 from quantforge.testing import tiny_llama, write_quantized
@@ -59,7 +60,7 @@ def test_a_loaded_tensor_owns_its_memory(folder: Path) -> None:
     entry.file.write_bytes(b"")
     assert torch.equal(tensor, before)
     assert tensor.untyped_storage().nbytes() == entry.size_bytes
-    with pytest.raises(InputError, match="cannot read model.embed_tokens.weight"):
+    with pytest.raises(InputError, match=r"cannot read model.embed_tokens.weight"):
         TensorReader().load(entry)
 
 

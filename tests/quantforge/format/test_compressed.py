@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from quantforge.errors import InputError
 from quantforge.format import compressed
 from quantforge.testing import random_weight

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from quantforge.errors import InputError
 from quantforge.format.container import ContainerWriter, read_header
-from safetensors.torch import load_file, save_file
 
 TENSORS = {
     "odd": torch.arange(3, dtype=torch.int16).to(torch.bfloat16),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from quantforge.errors import InputError
 from quantforge.format.manifest import (
     Manifest,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from quantforge.errors import InputError
 from quantforge.format.sizes import size_report
 from quantforge.testing import tiny_llama, write_quantized

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantforge_kernels import BackendError
+
 from quantforge.runtime.linear import QuantEmbedding, QuantLinear
 from quantforge.testing import random_weight
 from quantforge.types import QuantSpec
-from quantforge_kernels import BackendError
 
 SPECS = [QuantSpec(b, g, s) for b in (2, 3, 7, 8) for g in (-1, 32) for s in (True, False)]
 

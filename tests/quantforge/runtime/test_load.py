@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
 from quantforge.errors import InputError, ResourceError, UsageError
 from quantforge.runtime.linear import QuantEmbedding, QuantLinear
 from quantforge.runtime.load import load
 from quantforge.testing import tiny_llama, write_quantized
 from quantforge.types import QuantizedWeight, QuantSpec
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 IDS = (torch.arange(48) * 7 % 96).view(2, 24)
 # Every width with every kind of grouping somewhere; 200 columns fill no whole number of words.
