@@ -55,9 +55,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"code {int(codes.max())} does not fit {bits} bits")
     count = codes.shape[-1]
     words = packed_words(count, bits)
-    rows = codes.reshape(-1, count) if count else codes.reshape(codes.shape[:-1].numel(), 0)
-    packed = torch.empty(rows.shape[0], words, dtype=torch.int32, device=codes.device)
-    for part in _row_blocks(rows.shape[0], count):
+    total = codes.shape[:-1].numel()
+    packed = torch.empty(total, words, dtype=torch.int32, device=codes.device)
+    rows = codes.reshape(total, count)
+    for part in _row_blocks(total, count):
         packed[part] = _pack_rows(rows[part], bits, words)
     return packed.view(*codes.shape[:-1], words)
 
@@ -97,7 +98,8 @@ def _pack_rows(codes: Tensor, bits: int, words: int) -> Tensor:
     rows, count = codes.shape
     lanes = -(-count // _LANES)
     padded = codes
-    if count != lanes * _LANES or not codes.is_contiguous():
+    aligned = codes.is_contiguous() and codes.storage_offset() % _LANES == 0
+    if count != lanes * _LANES or not aligned:
         padded = codes.new_zeros(rows, lanes * _LANES)
         padded[:, :count] = codes
     value = padded.view(torch.int64)
@@ -151,6 +153,8 @@ def _masks(gap: int, field: int) -> tuple[int, int]:
 def _row_blocks(rows: int, count: int) -> Iterator[slice]:
     """Consecutive slices of rows, each of at most `_BLOCK_CODES` codes or one row."""
     step = max(1, _BLOCK_CODES // max(count, 1))
+    if count == 0:
+        return
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -204,7 +204,7 @@ def _qlinear_input_gradient_fake(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, words, scale, zero, ctx.bits, ctx.group_size, bias, _ = inputs
+    x, words, scale, zero, ctx.bits, ctx.group_size, _bias, _ = inputs
     ctx.in_features = x.shape[-1]
     ctx.save_for_backward(words, scale, zero)
 

@@ -30,6 +30,8 @@ from quantforge.types import BitPlan, QuantizedWeight, QuantSpec
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 SHARD_BYTES = 5_000_000_000
+# Of the source's config: replaced below, the old spelling of `dtype`, and a path of its machine.
+_DROPPED_KEYS = ("quantization_config", "torch_dtype", "_name_or_path")
 
 
 class CheckpointWriter:
@@ -37,21 +39,21 @@ class CheckpointWriter:
 
     Use as a context manager, so that an error closes and removes unfinished files:
 
-        with CheckpointWriter(staging, model_config=config, plan=plan, ignore=["lm_head"]) as writer:
+        with CheckpointWriter(staging, model_config=config, plan=plan, ignore=ignore) as writer:
             writer.add_tensor("model.embed_tokens.weight", embedding)
             writer.add_layer("model.layers.0.self_attn.q_proj", quantized)
             sizes = writer.finish()
 
     Args:
         folder: staging folder; made if missing, must hold no checkpoint.
-        model_config: config of the float model, as JSON.
+        model_config: config of the float model, as JSON, with `architectures` and `model_type`.
         plan: what will be stored how; layers it keeps come through `add_tensor`.
         ignore: names of the linears outside the plan, e.g. ["lm_head"].
         generation_config: contents of generation_config.json; None writes none.
         seed: of the run, for the manifest.
         versions: tool → version, for the manifest; None asks the installed packages.
         shard_bytes: a shard is closed before it grows beyond this.
-        dtype: of the scales' model and of every kept floating tensor, 16 bits wide.
+        dtype: of every kept floating tensor, and what config.json says; 16 bits wide.
         head: path of the output projection; its weight is not stored where the config ties it.
         stock_readable: refuse what transformers with compressed-tensors cannot load.
 
@@ -90,7 +92,8 @@ class CheckpointWriter:
         self._stock_readable = stock_readable
         tied = bool(self._model_config.get("tie_word_embeddings"))
         self._tied_weight = f"{head}.weight" if tied else None
-        self._tied_copy: Tensor | None = None
+        self._tied_digest: str | None = None
+        self._embedding_quantized = False
         self._stored: dict[str, StoredTensor] = {}
         self._written: set[str] = set()
         self._shards: list[tuple[Path, list[str]]] = []
@@ -102,6 +105,10 @@ class CheckpointWriter:
                 raise ValueError(f"{self.folder} already holds {name}; give an empty folder")
 
     def _check_arguments(self) -> None:
+        if not self._model_config.get("architectures") or not self._model_config.get("model_type"):
+            raise ValueError(
+                "model_config names no architectures or no model_type; no one loads it"
+            )
         both = sorted(self._ignore & set(self._specs))
         if both:
             raise ValueError(f"{both[0]} is both quantized and ignored")
@@ -161,6 +168,7 @@ class CheckpointWriter:
         if bias is not None:
             self.add_tensor(f"{name}.bias", bias)
         self._written.add(name)
+        self._embedding_quantized |= kind == "embedding"
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Store a kept tensor; floating ones in the checkpoint's dtype, others as they are.
@@ -179,7 +187,7 @@ class CheckpointWriter:
             if not bool(torch.isfinite(kept).all()):
                 raise ValueError(f"{name} has values that are not finite in {self._dtype}")
         if name == self._tied_weight:
-            self._tied_copy = kept
+            self._tied_digest = tensor_digest(kept)
             return
         self._store(name, kept)
 
@@ -200,7 +208,7 @@ class CheckpointWriter:
         self._check_tied_head()
         self._close_shard()
         self._name_shards()
-        config = {key: value for key, value in self._model_config.items() if key != "torch_dtype"}
+        config = {k: v for k, v in self._model_config.items() if k not in _DROPPED_KEYS}
         config["dtype"] = str(self._dtype).removeprefix("torch.")
         config["quantization_config"] = compressed.quantization_config(self._specs, self._ignore)
         write_json(self.folder / CONFIG_NAME, config)
@@ -259,11 +267,13 @@ class CheckpointWriter:
         write_json(self.folder / INDEX_NAME, index)
 
     def _check_tied_head(self) -> None:
-        """A head the config ties must equal a stored tensor, or loading would change it."""
-        if self._tied_copy is None:
+        """A head the config ties must equal a stored tensor, or loading would change it.
+
+        Tied to a quantized embedding it becomes that, as the plan wants.
+        """
+        if self._tied_digest is None or self._embedding_quantized:
             return
-        digest = tensor_digest(self._tied_copy)
-        if all(tensor.sha256 != digest for tensor in self._stored.values()):
+        if all(tensor.sha256 != self._tied_digest for tensor in self._stored.values()):
             raise ValueError(
                 f"config.json ties {self._tied_weight}, but no stored tensor equals it; "
                 "set tie_word_embeddings to false"

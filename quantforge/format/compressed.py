@@ -1,4 +1,4 @@
-"""compressed-tensors `pack-quantized`: a quantized weight as named tensors, specs as a config block.
+"""compressed-tensors `pack-quantized`: weights as named tensors, specs as a config block.
 
 For a linear `P` of [out, in] weights with codes of b bits: `P.weight_packed` int32
 [out, ceil(in*b/32)] holds the codes packed along the row (`quantforge_kernels.layout`),

@@ -159,7 +159,7 @@ def _refuse(path: Path, complaint: str) -> NoReturn:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The little-endian bytes of a tensor, as safetensors stores them."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -75,6 +75,8 @@ class QuantLinear(PackedWeight):
         backend: name of a kernel backend, or "auto".
     """
 
+    bias: Tensor | None
+
     def __init__(
         self,
         out_features: int,

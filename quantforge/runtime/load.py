@@ -63,7 +63,8 @@ def load(
     model.to(target)  # what is in no checkpoint, e.g. rotary frequencies
     _set_generation_config(model, checkpoint.folder)
     model.requires_grad_(False)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -102,16 +103,17 @@ def _check_backend(
             raise UsageError(f"{spec}: {error}") from error
 
 
-def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The model class of config.json: parameters on meta, buffers real."""
     import transformers
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     fields = copy.deepcopy(dict(checkpoint.config))
     fields.pop("quantization_config", None)
     model_type = fields.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(f"{checkpoint.folder}: transformers has no model_type {model_type!r}")
     names = fields.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
@@ -120,12 +122,15 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         model_class, transformers.PreTrainedModel
     ):
         raise InputError(f"{checkpoint.folder}: transformers has no model class {name!r}")
+    make: Any = model_class._from_config
     try:
         config = CONFIG_MAPPING[model_type].from_dict(fields)
         with init_empty_weights(include_buffers=False):
-            return model_class._from_config(config, dtype=dtype)
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{checkpoint.folder}: config.json makes no {name}: {error}") from error
+            model: nn.Module = make(config, dtype=dtype)
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{checkpoint.folder}: config.json makes no {name}: {reason}") from error
+    return model
 
 
 def _swap(
@@ -203,8 +208,7 @@ def _place(model: nn.Module, name: str, tensor: torch.Tensor, folder: Path) -> N
     except AttributeError:
         module = nn.Module()
     persistent = leaf in module._buffers and leaf not in module._non_persistent_buffers_set
-    current = module._parameters.get(leaf)
-    current = module._buffers.get(leaf) if persistent and current is None else current
+    current = module._buffers[leaf] if persistent else module._parameters.get(leaf)
     if current is None:
         raise InputError(f"{folder} holds {name}, which the model does not have")
     if current.shape != tensor.shape:
