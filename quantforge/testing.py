@@ -156,3 +156,47 @@ def write_quantized(
             writer.add_layer(layer, quantized[layer], kind=kind)
         writer.finish()
     return quantized
+
+
+@torch.no_grad()
+def offgrid(module: nn.Module, *, low: float = 0.8, high: float = 1.25, seed: int = 0) -> None:
+    """Rescale the channels of a Llama in place without changing what it computes.
+
+    A checkpoint that was dequantized from integers lies exactly on a grid, which flatters grids
+    like it. Every random scale here is folded into a neighbour (norms, up into down, v into o), so
+    the function stays and the grid is gone.
+
+    Args:
+        module: a Llama-type causal model.
+        low: smallest scale.
+        high: largest scale.
+        seed: of the scales, which are log-uniform.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config: Any = module.config
+    size = config.hidden_size // config.num_attention_heads
+    repeats = config.num_attention_heads // config.num_key_value_heads
+
+    def scales(count: int) -> Tensor:
+        share = torch.rand(count, generator=generator)
+        return low * (high / low) ** share
+
+    for block in module.get_submodule("model.layers").children():
+        part: Any = block
+        attention, mlp = part.self_attn, part.mlp
+        readers = (
+            (part.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (part.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        )
+        for norm, projections in readers:
+            scale = scales(norm.weight.numel())
+            norm.weight /= scale
+            for projection in projections:
+                projection.weight *= scale
+        scale = scales(len(mlp.up_proj.weight))
+        mlp.up_proj.weight /= scale[:, None]
+        mlp.down_proj.weight *= scale
+        scale = scales(len(attention.v_proj.weight))
+        attention.v_proj.weight /= scale[:, None]
+        heads = scale.view(-1, 1, size).expand(-1, repeats, size)
+        attention.o_proj.weight *= heads.reshape(1, -1)

@@ -1,0 +1,89 @@
+"""Learned rounding: codes and scales as trainable tensors, with straight-through gradients.
+
+A layer's weight is scale · clamp(round(u), low, high), with a real-valued latent u a weight, in
+units of the grid. Where SignRound (Cheng et al. 2023, arXiv 2309.05516) learns an offset to the
+float weight that starts at plain rounding, u starts at the compensated codes: inside each code's
+cell, on the side of the float weight. Training therefore begins at the error-feedback solution and
+can only leave it where the block's output gains.
+
+    d weight / d u = scale inside the grid, 0 outside   (straight through the rounding)
+    d weight / d scale = the code
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantforge.types import QuantizedWeight, QuantSpec
+
+# How far inside its cell a latent may start: 0.5 would sit on the edge to the next code.
+CELL = 0.45
+
+
+class _RoundThrough(torch.autograd.Function):
+    """[out, in] scale · clamp(round(latent)); gradients as in the module's header."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        codes = latent.round().clamp_(low, high)
+        ctx.save_for_backward(latent, scale, codes)
+        ctx.bounds = (low - 0.5, high + 0.5)
+        groups = codes.view(*scale.shape, -1)
+        return (groups * scale.unsqueeze(-1)).view_as(latent)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        latent, scale, codes = ctx.saved_tensors
+        low, high = ctx.bounds
+        gradient = gradients[0].view(*scale.shape, -1)
+        for_scale = (gradient * codes.view_as(gradient)).sum(-1)
+        for_latent = (gradient * scale.unsqueeze(-1)).view_as(latent)
+        inside = (latent > low) & (latent < high)
+        return for_latent.mul_(inside), for_scale, None, None
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainableWeight:
+    """One layer's weight while its rounding is learned.
+
+    Attributes:
+        latent: [out, in] float32, requires grad.
+        scale: [out, groups] float32, requires grad.
+        spec: width and grouping; symmetric.
+    """
+
+    latent: Tensor
+    scale: Tensor
+    spec: QuantSpec
+
+    @classmethod
+    def start(cls, weight: Tensor, quantized: QuantizedWeight) -> TrainableWeight:
+        """From the float weight [out, in] and the codes it starts from."""
+        spec = quantized.spec
+        scale = quantized.scale.float()
+        codes = quantized.codes.float() + spec.code_min
+        exact = (weight.float().view(*scale.shape, -1) / scale.unsqueeze(-1)).view_as(weight)
+        latent = codes + (exact - codes).clamp_(-CELL, CELL)
+        return cls(latent=latent.requires_grad_(), scale=scale.requires_grad_(), spec=spec)
+
+    def weight(self) -> Tensor:
+        """[out, in] float32 weight, differentiable in the latent and the scale."""
+        made: Tensor = _RoundThrough.apply(  # type: ignore[no-untyped-call]
+            self.latent, self.scale, self.spec.code_min, self.spec.code_max
+        )
+        return made
+
+    def finish(self) -> QuantizedWeight:
+        """The integers and 16-bit scales that were learned."""
+        low, high = self.spec.code_min, self.spec.code_max
+        codes = self.latent.detach().round().clamp(low, high) - low
+        scale = self.scale.detach().bfloat16()
+        # A scale that vanished stores nothing; the smallest one keeps the format valid.
+        scale = torch.where(scale == 0, torch.finfo(torch.bfloat16).tiny, scale)
+        return QuantizedWeight(
+            codes=codes.to(torch.uint8), scale=scale.to(torch.bfloat16), zero=None, spec=self.spec
+        )
