@@ -1,1 +1,34 @@
-"""Low-bit operators: one definition in plain torch, and fast backends that must equal it."""
+"""Low-bit operators: one definition in plain torch, and fast backends that must equal it.
+
+`layout` defines the bits in memory and on disk, `reference` defines every operator, `ops` registers
+them with torch, `backends` says who can run what. Importing this needs torch only.
+"""
+
+from quantforge_kernels.backends import (
+    BACKENDS,
+    Backend,
+    BackendError,
+    Capability,
+    Request,
+    choose_backend,
+)
+from quantforge_kernels.layout import LAYOUT_VERSION, pack, packed_words, unpack
+from quantforge_kernels.ops import qembedding, qlinear
+from quantforge_kernels.reference import PER_CHANNEL, dequantize
+
+__all__ = [
+    "BACKENDS",
+    "LAYOUT_VERSION",
+    "PER_CHANNEL",
+    "Backend",
+    "BackendError",
+    "Capability",
+    "Request",
+    "choose_backend",
+    "dequantize",
+    "pack",
+    "packed_words",
+    "qembedding",
+    "qlinear",
+    "unpack",
+]
