@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from quantforge.types import BitPlan, QuantizedWeight, QuantSpec
 
 
 def tiny_llama(
@@ -83,3 +86,73 @@ def save_tiny_checkpoint(folder: Path, *, shards: int = 1, seed: int = 0, **shap
     wrapped: Any = PreTrainedTokenizerFast
     wrapped(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
+
+
+def random_weight(
+    out_features: int, in_features: int, spec: QuantSpec, *, seed: int = 0
+) -> QuantizedWeight:
+    """A weight of random codes, with scales of both signs that give values of about ±0.1."""
+    generator = torch.Generator().manual_seed(seed)
+    groups, top = spec.groups(in_features), 1 << spec.bits
+    codes = torch.randint(top, (out_features, in_features), generator=generator)
+    magnitude = 0.05 + 0.1 * torch.rand(out_features, groups, generator=generator)
+    sign = torch.randint(2, (out_features, groups), generator=generator) * 2 - 1
+    zero = torch.randint(top, (out_features, groups), generator=generator).to(torch.uint8)
+    return QuantizedWeight(
+        codes=codes.to(torch.uint8),
+        scale=(2 * magnitude * sign / top).to(torch.bfloat16),
+        zero=None if spec.symmetric else zero,
+        spec=spec,
+    )
+
+
+def plan_of(assignment: Mapping[str, QuantSpec | None]) -> BitPlan:
+    """A plan with this assignment; its averages are placeholders."""
+    return BitPlan(
+        assignment=assignment,
+        budget="3bit",
+        stored_bits=3.0,
+        code_bits=2.5,
+        predicted_loss=0.125,
+        solver="file",
+    )
+
+
+def write_quantized(
+    folder: Path,
+    module: Any,
+    assignment: Mapping[str, QuantSpec | None],
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, QuantizedWeight]:
+    """Write a checkpoint of `module` whose planned layers hold random weights; returns those.
+
+    Args:
+        folder: where.
+        module: a transformers model; gives the shapes and everything kept.
+        assignment: layer name → spec, None to keep it.
+        seed: of the random weights.
+        options: for `CheckpointWriter`.
+    """
+    from quantforge.export.writer import CheckpointWriter
+
+    quantized: dict[str, QuantizedWeight] = {}
+    options.setdefault("ignore", ["lm_head"])
+    options.setdefault("generation_config", module.generation_config.to_dict())
+    config, plan = module.config.to_dict(), plan_of(assignment)
+    config["architectures"] = [type(module).__name__]
+    with CheckpointWriter(folder, model_config=config, plan=plan, **options) as writer:
+        for index, (name, tensor) in enumerate(module.state_dict().items()):
+            layer = name.removesuffix(".weight")
+            spec = assignment.get(layer) if layer != name else None
+            if spec is None:
+                writer.add_tensor(name, tensor)
+                continue
+            rows, columns = tensor.shape
+            quantized[layer] = random_weight(rows, columns, spec, seed=seed + index)
+            embedding = isinstance(module.get_submodule(layer), nn.Embedding)
+            kind: Any = "embedding" if embedding else "linear"
+            writer.add_layer(layer, quantized[layer], kind=kind)
+        writer.finish()
+    return quantized
