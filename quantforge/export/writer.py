@@ -98,6 +98,7 @@ class CheckpointWriter:
         self._written: set[str] = set()
         self._shards: list[tuple[Path, list[str]]] = []
         self._container: ContainerWriter | None = None
+        self._finished = False
         self._check_arguments()
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (CONFIG_NAME, SINGLE_NAME, INDEX_NAME):
@@ -128,10 +129,10 @@ class CheckpointWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._container is not None:  # not finished: drop the open shard
+        if self._container is not None:
             self._container.__exit__(kind or InterruptedError, error, traceback)
             self._container = None
-        if kind is not None:
+        if not self._finished:
             for path, _ in self._shards:
                 path.unlink(missing_ok=True)
 
@@ -222,7 +223,9 @@ class CheckpointWriter:
             tensors=self._stored,
         )
         write_manifest(self.folder, manifest)
-        return size_report(self.folder)
+        sizes = size_report(self.folder)
+        self._finished = True
+        return sizes
 
     def _store(self, name: str, tensor: Tensor) -> None:
         if name in self._stored:

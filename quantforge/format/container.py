@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class TensorEntry:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -100,7 +101,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 
     try:
         header = json.loads(text, object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, absurd numbers
         raise InputError(f"{path} is damaged: its header is not JSON; fetch it again") from error
     if not isinstance(header, dict):
         _refuse(path, "is damaged: its header is not a JSON object")
@@ -136,9 +137,7 @@ def _entry(path: Path, name: str, fields: object) -> tuple[TensorEntry, int]:
     shape, offsets = fields["shape"], fields["data_offsets"]
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         _refuse(path, f"is damaged: tensor {name!r} has shape {shape!r}, offsets {offsets!r}")
-    size = DTYPES[dtype].itemsize
-    for extent in shape:  # Python integers: an absurd shape cannot overflow
-        size *= extent
+    size = DTYPES[dtype].itemsize * math.prod(shape)  # Python integers: nothing overflows
     if offsets[1] - offsets[0] != size:
         _refuse(path, f"is damaged: tensor {name!r} {shape} {dtype} does not fit its offsets")
     entry = TensorEntry(
@@ -148,8 +147,8 @@ def _entry(path: Path, name: str, fields: object) -> tuple[TensorEntry, int]:
 
 
 def _counts(value: object) -> bool:
-    """Whether `value` is a list of non-negative integers (booleans are not)."""
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    """Whether `value` is a list of counts: integers in [0, 2**63); booleans are not."""
+    return isinstance(value, list) and all(type(i) is int and 0 <= i < 1 << 63 for i in value)
 
 
 def _refuse(path: Path, complaint: str) -> NoReturn:

@@ -126,7 +126,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         versions = (fields["format_version"], fields["layout_version"])
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged: it is not a manifest; write it again") from error
     if versions != (FORMAT_VERSION, LAYOUT_VERSION):
         raise InputError(

@@ -94,7 +94,7 @@ def test_logits_equal_stock_transformers(mixed: Written, stock: dict[str, torch.
     module = load(mixed[0])
     ours = logits(module)
     assert ours.std() > 0.01
-    # The weights are the same float32 numbers; only the order of sums may differ.
+    # The same float32 weights (measured: no difference); the order of sums may differ elsewhere.
     assert (ours - stock["float32"]).abs().max() <= 1e-5
 
 
@@ -113,7 +113,7 @@ def test_bfloat16_equals_stock_transformers(mixed: Written, stock: dict[str, tor
     assert module.model.rotary_emb.inv_freq.dtype == torch.float32
     ours = logits(module)
     assert ours.dtype == torch.bfloat16
-    # Same weights and same kernels; one unit in the last place of the largest logit is allowed.
+    # Measured: no difference; one unit in the last place of the largest logit is allowed.
     assert (ours.float() - stock["bfloat16"]).abs().max() <= 2**-8 * stock["bfloat16"].abs().max()
 
 
