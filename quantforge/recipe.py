@@ -289,7 +289,9 @@ def _one_line(error: ValidationError) -> str:
         elif model is not None and problem["type"] == "extra_forbidden" and part != model.__name__:
             return _unknown_key(path, part, model)
     message = str(problem["msg"]).removeprefix("Value error, ")
-    text = f"{path}: {message[:1].lower()}{message[1:]}, got {problem['input']!r:.60}"
+    text = f"{path}: {message[:1].lower()}{message[1:]}"
+    if problem["type"] != "value_error":  # our own validators say what they got
+        text += f", got {problem['input']!r:.60}"
     choices = re.findall(r"'([^']*)'", str(problem.get("ctx", {}).get("expected", "")))
     return text + _suggest(str(problem["input"]), choices)
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
 
 from quantforge.config import Config
-from quantforge.types import PER_CHANNEL, QuantSpec
+from quantforge.types import PER_CHANNEL, SUPPORTED_BITS, QuantSpec
+
+
+def _checked_group_size(size: int) -> int:
+    """A size that a spec takes; its ValueError becomes the recipe's error line."""
+    return QuantSpec(SUPPORTED_BITS[0], size).group_size
+
+
+Bits = Annotated[int, Field(ge=SUPPORTED_BITS[0], le=SUPPORTED_BITS[-1])]
+GroupSize = Annotated[int, AfterValidator(_checked_group_size)]
 
 
 class SearchConfig(Config):
@@ -19,8 +30,8 @@ class SearchConfig(Config):
         independent: let layers that servers fuse (q/k/v, gate/up) have different specs.
     """
 
-    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
-    group_sizes: tuple[int, ...] = (32, 64, 128, 192, PER_CHANNEL)
+    bits: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
+    group_sizes: tuple[GroupSize, ...] = (32, 64, 128, 192, PER_CHANNEL)
     solver: Literal["dynamic-program", "uniform"] = "dynamic-program"
     independent: bool = False
 

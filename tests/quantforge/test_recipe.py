@@ -152,7 +152,11 @@ def test_balanced_is_the_defaults() -> None:
         ({"search.bits": [2, True]}, "search.bits[1]: input should be a valid integer, got True"),
         ({"search.bits": [9]}, "search.bits[0]: input should be less than or equal to 8, got 9"),
         ({"search": 3}, "search: input should be an object, got 3"),
-        ({"quantize.damping": float("nan")}, "quantize.damping: input should be a finite number"),
+        (
+            {"search.group_sizes": [64, 0]},
+            "search.group_sizes[1]: group_size must be positive or -1",
+        ),
+        ({"quantize.damping": float("nan")}, "quantize.damping: input should be"),
         ({"schema_version": 2}, "schema_version: input should be 1, got 2"),
         ({"model": {"pakage": "x"}}, "unknown key 'model.pakage'; did you mean 'model.package'?"),
         ({"model": {"package": "x"}}, "model.version: field required"),
@@ -160,7 +164,9 @@ def test_balanced_is_the_defaults() -> None:
     ],
 )
 def test_a_bad_setting_is_named_by_its_path(settings: dict[str, object], expected: str) -> None:
-    assert expected in message(compose, Target(name="x"), settings=settings)
+    text = message(compose, Target(name="x"), settings=settings)
+    assert expected in text
+    assert text.count(", got ") <= 1
 
 
 def test_a_fault_of_the_file_is_reported_with_its_name(tmp_path: Path) -> None:
