@@ -16,9 +16,9 @@ from quantforge.delivery import planned_layer
 from quantforge.errors import InputError
 from quantforge.evaluate.generate import stream
 from quantforge.evaluate.quality import ReferenceOutputs, measure, paired
-from quantforge.evaluate.sizes import size_report
 from quantforge.format.checkpoint import TensorReader, open_checkpoint
 from quantforge.format.manifest import read_manifest, tool_versions
+from quantforge.format.sizes import size_report
 from quantforge.load.huggingface import load_tokenizer
 from quantforge.load.text import describe_windows, evaluation_windows
 from quantforge.models import Architecture, architecture_of
