@@ -322,7 +322,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         "plan",
         (
             "quantforge plan llama --budget 3bit",
-            "quantforge plan ./my-model --budget 90MB --json > plan.json",
+            "quantforge plan ./my-model --budget 3.25bpw --json > plan.json",
             "quantforge plan llama --budget 2.5bit --set search.group_sizes='[64, 128]'",
         ),
     ),
@@ -331,7 +331,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         "quantize",
         (
             "quantforge quantize llama --budget 3bit -o out",
-            "quantforge quantize ./my-model --budget 0.3x --effort fast",
+            "quantforge quantize ./my-model --budget 4bit --effort fast",
             "quantforge quantize llama --model org/name --budget 4bit --calibration text.txt",
         ),
     ),

@@ -36,8 +36,7 @@ Budget = Annotated[
     typer.Option(
         metavar="SIZE",
         show_default=False,
-        help="What the result may cost: stored bits a weight (3bit), bytes of the whole "
-        "checkpoint (90MB), or a share of the 16-bit one (0.3x).",
+        help="Most stored bits a weight (codes, scales, zero-points), on average: 3bit, 3.25bpw.",
     ),
 ]
 EffortOption = Annotated[Effort, typer.Option(help="How much time to spend on quality.")]

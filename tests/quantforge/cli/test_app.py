@@ -192,6 +192,7 @@ def test_examples_parse(command, pipeline, tmp_path: Path, monkeypatch) -> None:
     import shlex
 
     from quantforge.cli.app import _COMMANDS
+    from quantforge.search.budget import Budget
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").mkdir()
@@ -201,6 +202,8 @@ def test_examples_parse(command, pipeline, tmp_path: Path, monkeypatch) -> None:
         for example in examples:
             words = shlex.split(example.rpartition("| ")[2].partition(" > ")[0])
             assert words[:2] == ["quantforge", name]
+            if "--budget" in words:
+                Budget.parse(words[words.index("--budget") + 1])
             if name != "fetch":
                 outcome = command(*words[1:])
                 assert outcome.code == 0, (example, outcome.stderr)
