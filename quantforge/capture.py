@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -77,7 +78,7 @@ class BlockWalk:
         architecture: Architecture,
         tokens: Tensor,
         *,
-        batch_size: int = 4,
+        batch_size: int | list[int] = 4,
         precision: Precision = "bfloat16",
     ) -> None:
         self.blocks = architecture.block_list(module)
@@ -128,15 +129,21 @@ def input_hooks(
 
 
 def stage_grams(
-    walk: BlockWalk, block: nn.Module, architecture: Architecture, *, advance: bool = False
+    walk: BlockWalk,
+    block: nn.Module,
+    architecture: Architecture,
+    *,
+    advance: bool = False,
+    batches: int | None = None,
 ) -> list[Tensor]:
-    """Mean x xᵀ of every stage's input over all batches; a stage's layers read the same input.
+    """Mean x xᵀ of every stage's input over the batches; a stage's layers read the same input.
 
     Args:
         walk: stands at the block's entrance.
         block: the block to run.
         architecture: names the stages.
         advance: also move the walk to the block's exit.
+        batches: only the first so many; None takes all.
     """
     readers = [stage[0] for stage in architecture.stages]
     grams: dict[str, GramAccumulator] = {}
@@ -144,7 +151,7 @@ def stage_grams(
         features = block.get_submodule(name).in_features
         grams[name] = GramAccumulator(int(features), walk.hidden[0].device)  # type: ignore[arg-type]
     with input_hooks(block, readers, lambda name, inputs: grams[name].add(inputs)):
-        for index, output in enumerate(walk.outputs(block)):
+        for index, output in enumerate(islice(walk.outputs(block), batches)):
             if advance:
                 walk.hidden[index] = output
     return [grams[name].mean() for name in readers]

@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from quantforge.calibrate.artefact import load_sensitivity, save_sensitivity
+from quantforge.calibrate.artefact import (
+    load_channel_weights,
+    load_sensitivity,
+    save_channel_weights,
+    save_sensitivity,
+)
 from quantforge.calibrate.candidates import measure
 from quantforge.calibrate.fisher import output_gradient_moments
 from quantforge.errors import InputError
@@ -43,6 +48,8 @@ from quantforge.search.budget import Budget
 from quantforge.types import BitPlan, CalibrationSet, Sensitivity
 from quantforge.workspace import machine_traits, measurement_folder
 
+CHANNEL_WEIGHTS = "channel_weights.safetensors"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
@@ -61,6 +68,30 @@ class Chosen:
     hull_kl: float | None
     cheapest_uniform: tuple[str, float] | None
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What calibration leaves behind; serves every budget.
+
+    Attributes:
+        sensitivity: predicted loss of every candidate.
+        store: integers of every candidate.
+        channel_weights: per block [hidden], mean squared gradient at its output.
+    """
+
+    sensitivity: Sensitivity
+    store: CandidateStore
+    channel_weights: tuple[Tensor, ...]
+
+    def row(self, table: Tensor, plan: BitPlan) -> dict[str, float]:
+        """Layer name → the entry of `table` [layers, specs] for the plan's spec; 0 where kept."""
+        column = {spec: index for index, spec in enumerate(self.sensitivity.specs)}
+        found = {}
+        for index, layer in enumerate(self.sensitivity.layers):
+            spec = plan.assignment[layer.name]
+            found[layer.name] = 0.0 if spec is None else float(table[index, column[spec]])
+        return found
 
 
 @dataclass(kw_only=True)
@@ -85,7 +116,7 @@ class Job:
     monitor: Monitor
     timings: dict[str, float] = field(default_factory=dict)
 
-    def measure(self, *, fresh: bool) -> tuple[Sensitivity, CandidateStore]:
+    def measure(self, *, fresh: bool) -> Measurement:
         """Sensitivities and candidates, from the cache where everything that made them is equal."""
         specs = self.recipe.search.candidates({layer.in_features for layer in self.model.layers})
         if not specs:
@@ -101,71 +132,81 @@ class Job:
         )
         folder = measurement_folder(key, fresh=fresh)
         store, path = CandidateStore(folder / "candidates"), folder / "sensitivity.json"
-        if path.is_file():
-            return load_sensitivity(path), store
-        with self._timed("calibrate"):
-            moments = output_gradient_moments(
-                self.model,
-                self.calibration.fitting[: options.gradient_sequences],
-                batch_size=options.batch_size,
-                precision=options.precision,
-                generator=torch.Generator().manual_seed(self.seed),
-                monitor=self.monitor,
-            )
-            sensitivity = measure(
-                self.model,
-                self.calibration.fitting,
-                moments,
-                specs,
-                options,
-                store=store,
-                fingerprint=key,
-                monitor=self.monitor,
-            )
-        save_sensitivity(sensitivity, path)
-        return sensitivity, store
+        if not path.is_file():
+            with self._timed("calibrate"):
+                moments = self._gradient_moments()
+                save_channel_weights(
+                    [moments[name] for name in self._block_names()], folder / CHANNEL_WEIGHTS
+                )
+                sensitivity = measure(
+                    self.model,
+                    self.calibration.fitting,
+                    moments,
+                    specs,
+                    options,
+                    store=store,
+                    fingerprint=key,
+                    monitor=self.monitor,
+                )
+            save_sensitivity(sensitivity, path)  # last: its presence says that all is there
+        return Measurement(
+            sensitivity=load_sensitivity(path),
+            store=store,
+            channel_weights=load_channel_weights(folder / CHANNEL_WEIGHTS),
+        )
 
-    def search(self, sensitivity: Sensitivity, store: CandidateStore, budget: Budget) -> Chosen:
+    def _block_names(self) -> list[str]:
+        return self.model.architecture.block_names(self.model.module)
+
+    def _gradient_moments(self) -> dict[str, Tensor]:
+        """E[g²] at the outputs of all planned layers and of all blocks."""
+        options = self.recipe.calibrate
+        features = {layer.name: layer.out_features for layer in self.model.layers}
+        embedding: Any = self.model.module.get_submodule(self.model.architecture.embedding)
+        features.update(dict.fromkeys(self._block_names(), int(embedding.embedding_dim)))
+        return output_gradient_moments(
+            self.model,
+            features,
+            self.calibration.fitting[: options.gradient_sequences],
+            batch_size=options.gradient_batch,
+            precision=options.precision,
+            generator=torch.Generator().manual_seed(self.seed),
+            monitor=self.monitor,
+        )
+
+    def search(self, measured: Measurement, budget: Budget) -> Chosen:
         """The plan for a budget, measured beside the uniform plans around it.
 
         Never worse than uniform: where a uniform plan that fits is better on held-out tokens, it is
         taken instead and the report says so.
         """
         with self._timed("search"):
-            plan = search(sensitivity, budget, self.recipe.search)
+            plan = search(measured.sensitivity, budget, self.recipe.search)
             _ = self.float_continuations  # before anything changes the network
-            uniform = self._uniform_near(sensitivity, plan)
-            points = self._measure_plans([plan, *uniform], store)
+            uniform = self._uniform_near(measured.sensitivity, plan)
+            points = self._measure_plans([plan, *uniform], measured.store)
         return choose(plan, uniform, points, budget)
 
-    def quantize(
-        self, plan: BitPlan, sensitivity: Sensitivity, store: CandidateStore
-    ) -> Iterator[QuantizedLayer]:
+    def quantize(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
         """Quantized layers in forward order; the network holds the dequantized weights after."""
-        column = {spec: index for index, spec in enumerate(sensitivity.specs)}
-        predicted, errors = {}, {}
-        for row, layer in enumerate(sensitivity.layers):
-            spec = plan.assignment[layer.name]
-            predicted[layer.name] = (
-                0.0 if spec is None else float(sensitivity.loss[row, column[spec]])
-            )
-            errors[layer.name] = (
-                0.0 if spec is None else float(sensitivity.error[row, column[spec]])
-            )
+        predicted = measured.row(measured.sensitivity.loss, plan)
         options = self.recipe.quantize
         with self._timed("quantize"):
             if options.sequential:
                 yield from quantize_sequentially(
                     self.model,
                     plan,
-                    self.calibration.fitting,
+                    self.calibration,
                     predicted,
                     options,
+                    channel_weights=measured.channel_weights,
+                    generator=torch.Generator().manual_seed(self.seed),
                     monitor=self.monitor,
                 )
             else:
+                errors = measured.row(measured.sensitivity.error, plan)
                 yield from quantize_from_store(
-                    self.model, plan, store, predicted, errors, monitor=self.monitor
+                    self.model, plan, measured.store, predicted, errors, monitor=self.monitor
                 )
 
     def measure_held_out(self, windows: int | None = None, text: str = "held-out") -> Quality:

@@ -92,10 +92,10 @@ def quantize(
             tokenizer=tokenizer,
             monitor=Monitor(progress=progress, cancel=cancel),
         )
-        sensitivity, store = job.measure(fresh=fresh)
-        chosen = job.search(sensitivity, store, limit)
-        layers = job.quantize(chosen.plan, sensitivity, store)
-        return deliver(job, layers, chosen, sensitivity, staged, folder)
+        measured = job.measure(fresh=fresh)
+        chosen = job.search(measured, limit)
+        layers = job.quantize(chosen.plan, measured)
+        return deliver(job, layers, chosen, measured.sensitivity, staged, folder)
 
 
 def plan(
@@ -136,8 +136,8 @@ def plan(
         tokenizer=tokenizer,
         monitor=Monitor(progress=progress, cancel=cancel),
     )
-    sensitivity, _ = job.measure(fresh=fresh)
-    return dry_run(job, sensitivity, limit, folder)
+    measured = job.measure(fresh=fresh)
+    return dry_run(job, measured.sensitivity, limit, folder)
 
 
 def _output_folder(model: Source, output: str | Path | None, budget: str) -> Path | None:

@@ -21,22 +21,21 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 
-from quantforge.compilation import Job, open_job
+from quantforge.compilation import Job, Measurement, open_job
 from quantforge.evaluate.quality import ReferenceOutputs, measure
 from quantforge.files import fingerprint
 from quantforge.load.text import describe_windows, evaluation_windows
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.quantize.config import QuantizeConfig
-from quantforge.quantize.sequential import put_weight, quantize_from_store, quantize_sequentially
+from quantforge.quantize.sequential import put_weight
 from quantforge.results import Quality
 from quantforge.search.allocate import search, uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.testing import offgrid
-from quantforge.types import BitPlan, QuantSpec, Sensitivity
+from quantforge.types import BitPlan, QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             job.model.source = replace(job.model.source, fingerprint=changed)
     texts = {text: reference(job, text, options) for text in options.text}
     with cpu_timer() as calibrated:
-        sensitivity, store = job.measure(fresh=options.fresh)
+        measured = job.measure(fresh=options.fresh)
     print(f"load and text {shared[0]:.0f} CPU s, calibration {calibrated[0]:.0f} CPU s")
     floats = {
         layer.name: job.model.module.get_submodule(layer.name).weight.detach().clone()
@@ -88,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for layer, weight in floats.items():
             put_weight(job.model, layer, weight)
         with cpu_timer() as spent:
-            plan = make(job, name, sensitivity, store)
+            plan = make(job, name, measured)
         qualities = {}
         for text, outputs in texts.items():
             qualities[text] = measure(
@@ -107,28 +106,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             json.dump([asdict(row) for row in rows], stream, indent=1)
 
 
-def make(job: Job, name: str, sensitivity: Sensitivity, store: Any) -> BitPlan:
+def make(job: Job, name: str, measured: Measurement) -> BitPlan:
     """Put the named network's weights into the job's model; return its plan."""
     kind, _, what = name.partition(":")
     if kind in ("plan", "fast"):
-        plan = search(sensitivity, Budget.parse(what), job.recipe.search)
+        plan = search(measured.sensitivity, Budget.parse(what), job.recipe.search)
     else:
         spec = QuantSpec.parse(what)
-        plan = next(p for p in uniform_plans(sensitivity) if p.budget == f"uniform {spec}")
-    predicted = dict.fromkeys(plan.assignment, 0.0)
-    if kind == "fast":
-        layers: Iterator[Any] = quantize_from_store(
-            job.model, plan, store, predicted, predicted, monitor=job.monitor
-        )
+        plan = next(p for p in uniform_plans(measured.sensitivity) if p.budget == f"uniform {spec}")
+    recipe = job.recipe
+    if kind == "rtn":
+        changed = QuantizeConfig(method="rtn", grid="minmax")
     else:
-        config = job.recipe.quantize
-        if kind == "rtn":
-            config = QuantizeConfig(method="rtn", grid="minmax")
-        layers = quantize_sequentially(
-            job.model, plan, job.calibration.fitting, predicted, config, monitor=job.monitor
-        )
-    for _ in layers:
+        changed = recipe.quantize.model_copy(update={"sequential": kind != "fast"})
+    job.recipe = recipe.model_copy(update={"quantize": changed})
+    for _ in job.quantize(plan, measured):
         pass
+    job.recipe = recipe
     return plan
 
 

@@ -1,15 +1,18 @@
-"""A `Sensitivity` as a readable, versioned file: one JSON document."""
+"""What calibration leaves on disk: a readable table, and per-channel gradients beside it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from quantforge.errors import InputError
-from quantforge.files import write_json
+from quantforge.files import atomic_path, write_json
 from quantforge.types import LayerInfo, QuantSpec, Sensitivity
 
 FORMAT_VERSION = 1
@@ -58,3 +61,14 @@ def load_sensitivity(path: Path) -> Sensitivity:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a sensitivity file ({error}); delete it") from error
+
+
+def save_channel_weights(weights: Sequence[Tensor], path: Path) -> None:
+    """Write per-block channel weights, atomically."""
+    with atomic_path(path) as temporary:
+        save_file({f"{index:05d}": weight for index, weight in enumerate(weights)}, temporary)
+
+
+def load_channel_weights(path: Path) -> tuple[Tensor, ...]:
+    """Read what `save_channel_weights` wrote, in order."""
+    return tuple(weight for _, weight in sorted(load_file(path).items()))

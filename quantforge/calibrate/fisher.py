@@ -13,13 +13,14 @@ Gradients are of the sum over tokens, so an error's effect on later tokens count
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantforge.capture import compute_in
+from quantforge.capture import Precision, compute_in
 from quantforge.models import Model
 from quantforge.progress import Monitor
 
@@ -52,24 +53,27 @@ def _accumulate_into(total: Tensor) -> Any:
         total.add_(gradient.detach().float().flatten(0, -2).square().sum(0))
 
     def on_output(_: nn.Module, __: Any, output: Any) -> None:
-        output.register_hook(on_gradient)
+        states = output[0] if isinstance(output, tuple) else output
+        states.register_hook(on_gradient)
 
     return on_output
 
 
 def output_gradient_moments(
     model: Model,
+    features: Mapping[str, int],
     tokens: Tensor,
     *,
     batch_size: int,
-    precision: Any,
+    precision: Precision,
     generator: torch.Generator,
     monitor: Monitor,
 ) -> dict[str, Tensor]:
-    """E[g_o²] of every planned layer, over all tokens, with labels sampled from the model.
+    """E[g_o²] of the named modules' outputs, over all tokens, with labels drawn from the model.
 
     Args:
         model: the float network; its parameters are frozen while this runs.
+        features: module path → size of its output's last axis.
         tokens: [sequences, length] int64.
         batch_size: sequences a pass.
         precision: of the matrix products.
@@ -77,38 +81,46 @@ def output_gradient_moments(
         monitor: progress and cancellation.
 
     Returns:
-        layer name → [out] float32, in (nats / output unit)² a token.
+        module path → [features] float32, in (nats / output unit)² a token.
     """
     module, architecture = model.module, model.architecture
-    moments = {layer.name: torch.zeros(layer.out_features) for layer in model.layers}
+    moments = {name: torch.zeros(size) for name, size in features.items()}
     projection: Any = module.get_submodule(architecture.head)
     head: Tensor = projection.weight.detach()
     if precision == "bfloat16":
         head = head.bfloat16()
-    needs = {name: p.requires_grad for name, p in module.named_parameters()}
     seen: dict[str, Tensor] = {}
+    body = module.get_submodule(architecture.blocks.rpartition(".")[0])
     batches = torch.split(tokens, batch_size)
     with ExitStack() as stack:
-        module.requires_grad_(False)
-        for layer in model.layers:
-            hook = _accumulate_into(moments[layer.name])
-            stack.callback(module.get_submodule(layer.name).register_forward_hook(hook).remove)
-        embedding = module.get_submodule(architecture.embedding)
-        watch = embedding.register_forward_hook(lambda _, __, out: out.requires_grad_())
-        stack.callback(watch.remove)
-        norm = module.get_submodule(architecture.final_norm)
-        keep = norm.register_forward_hook(lambda _, __, out: seen.update(hidden=out))
-        stack.callback(keep.remove)
-        body = module.get_submodule(architecture.blocks.rpartition(".")[0])
+        stack.enter_context(_frozen(module))
+
+        def watch(name: str, hook: Any) -> None:
+            stack.callback(module.get_submodule(name).register_forward_hook(hook).remove)
+
+        for name, total in moments.items():
+            watch(name, _accumulate_into(total))
+        watch(architecture.embedding, lambda _, __, output: output.requires_grad_())
+        watch(architecture.final_norm, lambda _, __, output: seen.update(hidden=output))
         for index, batch in enumerate(batches):
             with torch.enable_grad(), compute_in(precision, head.device):
-                body(input_ids=batch, use_cache=False)
+                body(input_ids=batch.to(head.device), use_cache=False)
             hidden = seen.pop("hidden")
             with torch.no_grad():
                 flat = hidden.detach().flatten(0, 1).to(head.dtype)
                 gradient = sampled_label_gradient(flat, head, generator)
             torch.autograd.backward(hidden, gradient.view_as(hidden).to(hidden.dtype))
             monitor.step("gradients", index + 1, len(batches))
+    return {name: total / tokens.numel() for name, total in moments.items()}
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of `module` asks for a gradient inside; all as before after."""
+    needs = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(needs[name])
-    return {name: total / tokens.numel() for name, total in moments.items()}

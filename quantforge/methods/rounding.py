@@ -77,6 +77,20 @@ class TrainableWeight:
         )
         return made
 
+    @torch.no_grad()
+    def step(self, latent_step: float, scale_step: float) -> None:
+        """Signed descent: latents by `latent_step` codes, scales by `scale_step` of their size.
+
+        Clears the gradients.
+        """
+        for tensor, size in ((self.latent, latent_step), (self.scale, scale_step)):
+            if tensor.grad is not None:
+                direction = tensor.grad.sign_()
+                if tensor is self.scale:
+                    direction *= tensor.abs()
+                tensor.sub_(direction, alpha=size)
+            tensor.grad = None
+
     def finish(self) -> QuantizedWeight:
         """The integers and 16-bit scales that were learned."""
         low, high = self.spec.code_min, self.spec.code_max

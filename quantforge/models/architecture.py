@@ -47,6 +47,10 @@ class Architecture:
             raise InputError(f"{self.blocks} is a {type(blocks).__name__}, expected a ModuleList")
         return blocks
 
+    def block_names(self, module: nn.Module) -> list[str]:
+        """Module path of every block, in forward order."""
+        return [f"{self.blocks}.{index}" for index in range(len(self.block_list(module)))]
+
     def layers(self, module: nn.Module) -> tuple[LayerInfo, ...]:
         """Every linear of every block, in forward order.
 

@@ -9,6 +9,24 @@ from pydantic import Field
 from quantforge.config import Config
 
 
+class RoundingConfig(Config):
+    """Block-wise learned rounding after compensation.
+
+    Attributes:
+        steps: training steps a block; 0 switches it off.
+        latent_step: first step of the latents, in codes; falls linearly to 0.
+        scale_step: first step of the scales, relative to their size; falls linearly to 0.
+        check_every: steps between measurements on the held-out sequences.
+        weighted: weight the block's output channels by how much the loss depends on them.
+    """
+
+    steps: int = Field(default=0, ge=0)
+    latent_step: float = Field(default=0.006, gt=0)
+    scale_step: float = Field(default=0.0005, ge=0)
+    check_every: int = Field(default=20, ge=1)
+    weighted: bool = True
+
+
 class QuantizeConfig(Config):
     """How the chosen widths become integers.
 
@@ -20,6 +38,7 @@ class QuantizeConfig(Config):
         damping: of the grams, relative to the mean of their diagonals.
         batch_size: sequences a pass.
         precision: of matrix products.
+        rounding: learned rounding after the compensation of a block.
     """
 
     method: Literal["rtn", "gptq"] = "gptq"
@@ -28,3 +47,4 @@ class QuantizeConfig(Config):
     damping: float = Field(default=0.01, ge=0)
     batch_size: int = Field(default=4, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    rounding: RoundingConfig = RoundingConfig()

@@ -22,42 +22,96 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantforge.capture import Precision, compute_in, run_block
+from quantforge.capture import Precision, compute_in
 from quantforge.methods.rounding import TrainableWeight
 from quantforge.quantize.config import RoundingConfig
 from quantforge.types import QuantizedWeight
 
 
-class BlockData:
-    """What a block is trained on.
+class BlockTask:
+    """One block to be brought near its targets.
 
     Attributes:
+        block: the module; its float weights are replaced while a loss is computed.
         inputs: per batch [batch, length, hidden], from the quantized blocks before.
         targets: per batch, what the float network has at the block's exit.
         kwargs: per batch, the block's other arguments.
-        channel_weight: [hidden] importance of an output channel.
+        channel_weight: [hidden] importance of an output channel, mean 1.
+        held_out: number of batches at the end that are not trained on.
+        precision: of matrix products.
     """
 
     def __init__(
         self,
+        block: nn.Module,
         inputs: Sequence[Tensor],
         targets: Sequence[Tensor],
         kwargs: Sequence[dict[str, Any]],
+        *,
         channel_weight: Tensor,
+        held_out: int,
+        precision: Precision,
     ) -> None:
+        self.block, self.precision, self.held_out = block, precision, held_out
         self.inputs, self.targets, self.kwargs = inputs, targets, kwargs
         self.channel_weight = channel_weight / channel_weight.mean()
 
+    def error(self, weights: Mapping[str, Tensor], batch: int) -> Tensor:
+        """Weighted mean squared error of the block's output on one batch, a scalar."""
+        hidden = self.inputs[batch]
+        with compute_in(self.precision, hidden.device):
+            output = torch.func.functional_call(
+                self.block, dict(weights), args=(hidden,), kwargs=self.kwargs[batch]
+            )
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        difference = states.float() - self.targets[batch]
+        return (difference.square() * self.channel_weight).mean()
 
-def block_error(
-    block: nn.Module, weights: Mapping[str, Tensor], data: BlockData, index: int, precision: Precision
-) -> Tensor:
-    """Weighted mean squared error of the block's output on one batch, a scalar."""
-    hidden = data.inputs[index]
-    with compute_in(precision, hidden.device):
-        output = torch.func.functional_call(
-            block, dict(weights), args=(hidden,), kwargs=data.kwargs[index]
-        )
-    output = output[0] if isinstance(output, tuple) else output
-    difference = output.float() - data.targets[index]
-    return (difference.square() * data.channel_weight).mean()
+    @torch.no_grad()
+    def held_out_error(self, weights: Mapping[str, Tensor]) -> float:
+        """Mean error over the batches that are not trained on."""
+        batches = range(len(self.inputs) - self.held_out, len(self.inputs))
+        return sum(float(self.error(weights, batch)) for batch in batches) / self.held_out
+
+
+def refine_block(
+    task: BlockTask,
+    floats: Mapping[str, Tensor],
+    start: Mapping[str, QuantizedWeight],
+    config: RoundingConfig,
+    generator: torch.Generator,
+) -> dict[str, QuantizedWeight]:
+    """Learn the rounding and the scales of one block's layers.
+
+    Args:
+        task: what to come near to.
+        floats: layer path inside the block → [out, in] float weight.
+        start: layer path → the compensated weight to start from.
+        config: steps and step sizes.
+        generator: orders the batches.
+
+    Returns:
+        layer path → the weight with the least error on the held-out batches, which may be `start`.
+    """
+    names = {name: f"{name}.weight" for name in start}
+    best = dict(start)
+    least = task.held_out_error({names[n]: w.dequantize() for n, w in start.items()})
+    trained = {name: TrainableWeight.start(floats[name], start[name]) for name in start}
+    batches = len(task.inputs) - task.held_out
+    order: list[int] = []
+    for step in range(config.steps):
+        if not order:
+            order = torch.randperm(batches, generator=generator).tolist()
+        with torch.enable_grad():
+            weights = {names[name]: one.weight() for name, one in trained.items()}
+            loss = task.error(weights, order.pop())
+        torch.autograd.backward(loss)
+        remaining = 1.0 - step / config.steps
+        for one in trained.values():
+            one.step(config.latent_step * remaining, config.scale_step * remaining)
+        if (step + 1) % config.check_every == 0 or step + 1 == config.steps:
+            reached = {name: one.finish() for name, one in trained.items()}
+            error = task.held_out_error({names[n]: w.dequantize() for n, w in reached.items()})
+            if error < least:
+                best, least = reached, error
+    return best

@@ -2,19 +2,20 @@
 
 A block's inputs come from the quantized prefix, so that later blocks are fitted to what they will
 really read. For every block: run it once to gather the grams of its stages, factor each gram,
-quantize its layers, put the dequantized weights in, and run it again for the next block's inputs.
+quantize its layers, put the dequantized weights in, learn the rounding if asked, and run it again
+for the next block's inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantforge.capture import BlockWalk, stage_grams
+from quantforge.capture import stage_grams
 from quantforge.format.store import CandidateStore
 from quantforge.methods.gptq import fit_scale, gptq
 from quantforge.methods.rtn import round_to_nearest
@@ -22,8 +23,10 @@ from quantforge.models import Model
 from quantforge.numerics import Factor, factorize, output_error, relative
 from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig
+from quantforge.quantize.refine import refine_block
+from quantforge.quantize.streams import Streams
 from quantforge.results import LayerReport
-from quantforge.types import BitPlan, LayerInfo, QuantizedWeight, QuantSpec
+from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantizedWeight, QuantSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,46 +83,78 @@ def kept_report(layer: LayerInfo) -> LayerReport:
     )
 
 
-def _quantize_layer(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pending:
+    """A compensated layer whose block is not finished yet."""
+
+    layer: LayerInfo
+    weight: Tensor
+    quantized: QuantizedWeight
+    rounded: QuantizedWeight
+    gram: Tensor
+    factor: Factor
+
+    def finish(
+        self, quantized: QuantizedWeight, predicted: float, config: QuantizeConfig
+    ) -> QuantizedLayer:
+        difference = quantized.dequantize() - self.weight
+        rounding = self.rounded.dequantize() - self.weight
+        reference = output_error(self.weight, self.gram)
+        raised = self.factor.damping > config.damping
+        report = LayerReport(
+            name=self.layer.name,
+            spec=str(quantized.spec),
+            predicted_loss=predicted,
+            weight_error=relative(difference.square(), self.weight.square()),
+            output_error=relative(output_error(difference, self.gram), reference),
+            rtn_output_error=relative(output_error(rounding, self.gram), reference),
+            damping=self.factor.damping,
+            dead_columns=int(self.factor.dead.sum()),
+            note=f"gram needed damping {self.factor.damping:g}" if raised else "",
+        )
+        return QuantizedLayer(layer=self.layer, weight=quantized, report=report)
+
+
+def _compensate_block(
     model: Model,
-    layer: LayerInfo,
-    spec: QuantSpec | None,
-    predicted: float,
-    gram: Tensor,
-    factor: Factor,
+    layers: list[LayerInfo],
+    plan: BitPlan,
+    grams: list[Tensor],
     config: QuantizeConfig,
-) -> QuantizedLayer:
-    """Quantize one layer and put the result into the network."""
-    if spec is None:
-        return QuantizedLayer(layer=layer, weight=None, report=kept_report(layer))
-    parameter: Any = model.module.get_submodule(layer.name).weight
-    weight = parameter.detach().float().clone()
-    quantized, rounded = quantize_weight(weight, factor, spec, config)
-    difference = quantized.dequantize() - weight
-    reference = output_error(weight, gram)
-    put_weight(model, layer.name, quantized.dequantize())
-    note = "" if factor.damping <= config.damping else f"gram needed damping {factor.damping:g}"
-    report = LayerReport(
-        name=layer.name,
-        spec=str(spec),
-        predicted_loss=predicted,
-        weight_error=relative(difference.square(), weight.square()),
-        output_error=relative(output_error(difference, gram), reference),
-        rtn_output_error=relative(output_error(rounded.dequantize() - weight, gram), reference),
-        damping=factor.damping,
-        dead_columns=int(factor.dead.sum()),
-        note=note,
-    )
-    return QuantizedLayer(layer=layer, weight=quantized, report=report)
+) -> list[_Pending]:
+    """Quantize a block's layers one by one and put the results into the network."""
+    factors = [factorize(gram, damping=config.damping) for gram in grams]
+    done = []
+    for layer in layers:
+        spec = plan.assignment[layer.name]
+        if spec is None:
+            continue
+        parameter: Any = model.module.get_submodule(layer.name).weight
+        weight = parameter.detach().float().clone()
+        quantized, rounded = quantize_weight(weight, factors[layer.stage], spec, config)
+        put_weight(model, layer.name, quantized.dequantize())
+        done.append(
+            _Pending(
+                layer=layer,
+                weight=weight,
+                quantized=quantized,
+                rounded=rounded,
+                gram=grams[layer.stage],
+                factor=factors[layer.stage],
+            )
+        )
+    return done
 
 
 def quantize_sequentially(
     model: Model,
     plan: BitPlan,
-    tokens: Tensor,
+    calibration: CalibrationSet,
     predicted: Mapping[str, float],
     config: QuantizeConfig,
     *,
+    channel_weights: Sequence[Tensor],
+    generator: torch.Generator,
     monitor: Monitor,
 ) -> Iterator[QuantizedLayer]:
     """Quantize the network in place, block by block, yielding layers as they are finished.
@@ -127,35 +162,45 @@ def quantize_sequentially(
     Args:
         model: the network; holds dequantized weights afterwards.
         plan: spec of every layer.
-        tokens: [sequences, length] fitting tokens.
+        calibration: fitting tokens, and held-out ones for the choices of learned rounding.
         predicted: layer name → predicted loss increase, for the report.
-        config: method, grid, damping.
+        config: method, grid, damping, learned rounding.
+        channel_weights: per block [hidden], importance of its output's channels.
+        generator: for the order of batches in learned rounding.
         monitor: progress and cancellation.
     """
-    walk = BlockWalk(
-        model.module,
-        model.architecture,
-        tokens,
-        batch_size=config.batch_size,
-        precision=config.precision,
-    )
-    last = len(walk.blocks) - 1
-    for index, block in enumerate(walk.blocks):
-        grams = stage_grams(walk, block, model.architecture)
-        factors = [factorize(gram, damping=config.damping) for gram in grams]
-        for layer in (one for one in model.layers if one.block == index):
-            yield _quantize_layer(
-                model,
-                layer,
-                plan.assignment[layer.name],
-                predicted[layer.name],
-                grams[layer.stage],
-                factors[layer.stage],
-                config,
+    streams = Streams(model, calibration, config)
+    blocks = streams.quantized.blocks
+    for index, block in enumerate(blocks):
+        targets = streams.targets(block)
+        grams = stage_grams(
+            streams.quantized, block, model.architecture, batches=streams.fitting_batches
+        )
+        layers = [layer for layer in model.layers if layer.block == index]
+        pending = _compensate_block(model, layers, plan, grams, config)
+        final = {one.layer.name: one.quantized for one in pending}
+        if targets is not None and pending:
+            prefix = f"{model.architecture.blocks}.{index}."
+            refined = refine_block(
+                streams.task(block, targets, channel_weights[index]),
+                {one.layer.name.removeprefix(prefix): one.weight for one in pending},
+                {name.removeprefix(prefix): weight for name, weight in final.items()},
+                config.rounding,
+                generator,
             )
-        if index < last:
-            walk.advance(block)
-        monitor.step("quantize", index + 1, last + 1)
+            final = {prefix + name: weight for name, weight in refined.items()}
+            for name, weight in final.items():
+                put_weight(model, name, weight.dequantize())
+        finished = {
+            one.layer.name: one.finish(final[one.layer.name], predicted[one.layer.name], config)
+            for one in pending
+        }
+        for layer in layers:
+            kept = QuantizedLayer(layer=layer, weight=None, report=kept_report(layer))
+            yield finished.get(layer.name, kept)
+        if index + 1 < len(blocks):
+            streams.advance(block, targets)
+        monitor.step("quantize", index + 1, len(blocks))
 
 
 def quantize_from_store(

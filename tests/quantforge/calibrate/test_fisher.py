@@ -21,6 +21,10 @@ def model():
     return from_module(train(tiny_llama(blocks=2)))
 
 
+def features(model):
+    return {layer.name: layer.out_features for layer in model.layers}
+
+
 def test_sampled_label_gradient_is_the_gradient_of_the_sampled_likelihood():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 5, generator=generator, requires_grad=True)
@@ -37,7 +41,7 @@ def test_sampled_label_gradient_is_the_gradient_of_the_sampled_likelihood():
 def test_moments_equal_a_plain_loop(model):
     tokens = markov_tokens(4, 12)
     found = output_gradient_moments(
-        model, tokens, batch_size=2, precision="float32",
+        model, features(model), tokens, batch_size=2, precision="float32",
         generator=torch.Generator().manual_seed(7), monitor=Monitor(),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(7)
@@ -72,7 +76,7 @@ def test_prediction_is_near_the_kl_that_small_errors_cause(model):
     """The factored form drops correlations, so it is near, not equal: within a factor of two."""
     tokens = markov_tokens(64, 48, seed=1)
     moments = output_gradient_moments(
-        model, tokens, batch_size=16, precision="float32",
+        model, features(model), tokens, batch_size=16, precision="float32",
         generator=torch.Generator().manual_seed(0), monitor=Monitor(),
     )  # fmt: skip
     held_out = markov_tokens(48, 48, seed=2)

@@ -13,7 +13,7 @@ from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig
 from quantforge.quantize.sequential import quantize_sequentially
 from quantforge.testing import markov_tokens, tiny_llama, train
-from quantforge.types import BitPlan, QuantSpec
+from quantforge.types import BitPlan, CalibrationSet, QuantSpec
 
 CONFIG = QuantizeConfig(precision="float32")
 
@@ -31,7 +31,16 @@ def run(module, spec_of, config=CONFIG):
     )
     predicted = dict.fromkeys(assignment, 0.0)
     tokens = markov_tokens(16, 32, seed=4)
-    done = list(quantize_sequentially(model, plan, tokens, predicted, config, monitor=Monitor()))
+    calibration = CalibrationSet(
+        fitting=tokens, held_out=markov_tokens(4, 32, seed=5), description="", fingerprint=""
+    )
+    done = list(
+        quantize_sequentially(
+            model, plan, calibration, predicted, config,
+            channel_weights=[torch.ones(64)] * 2, generator=torch.Generator().manual_seed(0),
+            monitor=Monitor(),
+        )
+    )  # fmt: skip
     return model, done
 
 
