@@ -1,12 +1,10 @@
 import importlib.util
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
-from safetensors.torch import load_file
 from torch.nn import functional
 
 from quantforge.errors import InputError
@@ -198,7 +196,10 @@ def test_missing_extra_and_misshapen_tensors(tmp_path):
             lambda t: t.update({"blk.0.ffn_up.weight": np.zeros((64, 64), "float32")}),
             "blk.0.ffn_up.weight",
         ),
-        "scaled rotary": (lambda t: t.update({"rope_freqs.weight": np.ones(8, "float32")}), "rotary"),
+        "scaled rotary": (
+            lambda t: t.update({"rope_freqs.weight": np.ones(8, "float32")}),
+            "rotary",
+        ),
     }
     for word, (change, name) in cases.items():
         path = write_gguf(tmp_path / f"{word}.gguf", module, change=change)
