@@ -17,6 +17,7 @@ from typing import Any, Literal
 from quantforge.errors import InputError
 from quantforge.load.silence import quiet
 from quantforge.load.source import HUB_ID, HUB_TIMEOUT_S
+from quantforge.load.wording import one_line
 
 ChatTemplate = Literal["auto", "always", "never"]
 PLAIN_SUFFIXES = (".txt", ".text", ".md")
@@ -142,7 +143,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     except json.JSONDecodeError as error:
         raise InputError(f"{path} row {number} is not JSON ({error.msg}): correct it") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error})") from None
+        raise InputError(f"{path} cannot be read ({one_line(error)})") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -157,17 +158,24 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read as parquet ({reason}): get it again") from None
+        raise InputError(
+            f"{path} cannot be read as parquet ({one_line(error)}): get it again"
+        ) from None
 
 
 def _hub(name: str, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Rows of a hub data set, streamed; one request first, because `datasets` retries for long."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import snapshot_download
 
     unreachable = "give a .txt, .jsonl or .parquet file instead"
     try:
-        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
+        with quiet():
+            snapshot_download(
+                name,
+                repo_type="dataset",
+                allow_patterns=["README.md"],
+                etag_timeout=HUB_TIMEOUT_S,
+            )
     except (OSError, ValueError) as error:
         kind = type(error).__name__
         raise InputError(
@@ -181,8 +189,9 @@ def _hub(name: str, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
             rows = datasets.load_dataset(name, split=split, streaming=True)
             yield from enumerate(rows, start=1)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"the data set {name} cannot be read ({reason}): {unreachable}") from None
+        raise InputError(
+            f"the data set {name} cannot be read ({one_line(error)}): {unreachable}"
+        ) from None
 
 
 def _content(row: Mapping[str, Any], where: str, column: str | None) -> _Content:
@@ -239,4 +248,4 @@ def _templated(content: _Content, tokenizer: Any, where: str) -> str:
     try:
         return str(tokenizer.apply_chat_template(content.messages, tokenize=False))
     except (TemplateError, TypeError, ValueError) as error:
-        raise InputError(f"{where} does not fit the chat template ({error})") from None
+        raise InputError(f"{where} does not fit the chat template ({one_line(error)})") from None

@@ -19,18 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from quantforge.errors import InputError, ResourceError
 from quantforge.files import cache_root, write_json
 from quantforge.load.silence import quiet
-from quantforge.load.weights import INDEX_FILE, SINGLE_FILE, some, weight_files
+from quantforge.load.weights import INDEX_FILE, SINGLE_FILE, weight_files
+from quantforge.load.wording import one_line, some
 from quantforge.models import ARCHITECTURES
 
 CONVERSION = "gguf-float32-1"
 SHARD_BYTES = 2 << 30
 GGUF_ARCHITECTURES = ("llama",)
-METADATA_ERRORS = (ValueError, OSError, KeyError, TypeError, IndexError, AttributeError)
+METADATA_ERRORS = (
+    ValueError,
+    OSError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    StrictDataclassError,
+)
 PARSE_ERRORS = (ValueError, OSError, KeyError, IndexError, OverflowError, MemoryError)
 
 
@@ -114,7 +124,7 @@ def _open(path: Path) -> Any:
         return GGUFReader(path)
     except PARSE_ERRORS as error:
         raise InputError(
-            f"{path} is truncated or not a GGUF file ({error}): get the file again"
+            f"{path} is truncated or not a GGUF file ({one_line(error)}): get the file again"
         ) from None
 
 
@@ -146,7 +156,9 @@ def _empty_network(path: Path) -> Any:
             with torch.device("meta"):
                 network = auto.from_config(config, dtype=torch.float32)
     except METADATA_ERRORS as error:
-        raise InputError(f"the metadata of {path} describe no known network ({error})") from None
+        raise InputError(
+            f"the metadata of {path} describe no known network ({one_line(error)})"
+        ) from None
     name = type(network).__name__
     if not any(name in entry.classes for entry in ARCHITECTURES.values()):
         raise InputError(f"{path} is a {name}, which is not a known architecture")
@@ -226,7 +238,9 @@ def _dequantize(path: Path, tensor: Any, name: str, config: Any) -> Tensor:
     try:
         values = dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, ValueError) as error:
-        raise InputError(f"{path}: {tensor.name} cannot be dequantized ({error})") from None
+        raise InputError(
+            f"{path}: {tensor.name} cannot be dequantized ({one_line(error)})"
+        ) from None
     weight = torch.from_numpy(values.astype("float32", copy=True))
     if name.endswith(("q_proj.weight", "q_proj.bias")):
         return unpermute(weight, config.num_attention_heads).contiguous()
@@ -243,4 +257,4 @@ def _write_tokenizer(path: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
             tokenizer.save_pretrained(folder)
     except (*METADATA_ERRORS, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"the tokenizer in {path} cannot be read ({error})") from None
+        raise InputError(f"the tokenizer in {path} cannot be read ({one_line(error)})") from None

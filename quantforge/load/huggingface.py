@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -19,7 +20,8 @@ from quantforge.files import fingerprint
 from quantforge.load.gguf_file import converted_folder
 from quantforge.load.silence import quiet
 from quantforge.load.source import hub_folder
-from quantforge.load.weights import read_config, some, weight_files
+from quantforge.load.weights import read_config, weight_files
+from quantforge.load.wording import one_line, some
 from quantforge.models import ARCHITECTURES, Model, ModelSource, architecture_of
 
 TOKENIZER_FILES = (
@@ -45,6 +47,7 @@ LOAD_ERRORS = (
     TypeError,
     AttributeError,
     ImportError,
+    StrictDataclassError,
     SafetensorError,
 )
 
@@ -103,7 +106,7 @@ def load_model(
                 output_loading_info=True,
             )
     except LOAD_ERRORS as error:
-        raise InputError(f"{folder} cannot be loaded: {_first_line(error)}") from None
+        raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from None
     _check_loading(folder, module, loading)
     check_finite(module, str(source.location))
     module.train(False).to(device)
@@ -251,9 +254,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
     except LOAD_ERRORS as error:
-        raise InputError(
-            f"the tokenizer in {folder} cannot be read: {_first_line(error)}"
-        ) from None
+        raise InputError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from None
 
 
 def _module_fingerprint(module: nn.Module) -> str:
@@ -269,8 +270,3 @@ def _module_fingerprint(module: nn.Module) -> str:
 def _raw_bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no detail'}"

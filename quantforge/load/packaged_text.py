@@ -4,16 +4,18 @@
 every CPython. "self" is sampled from the model: half of it after the opening of a user's turn of
 its chat template, half after a single random token, as in data-free quantization (LLM-QAT, Liu et
 al. 2023). Sampling is a batched decode with a key-value cache in bfloat16, in pieces of
-`PIECE_LENGTH` tokens, because the cost of attention to the cache grows with the length.
+`PIECE_LENGTH` tokens, because the cost of attention to the cache grows with the length; for one
+query a row, plain matrix products are twice as fast on CPUs as the fused attention kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantforge.models import Model
 from quantforge.progress import Monitor
@@ -37,7 +39,7 @@ def sampled_tokens(
     """[count] int64 tokens drawn from the model, pieces of both kinds in turn.
 
     Args:
-        model: the float network; it is not changed.
+        model: the float network; its weights and settings are as before afterwards.
         count: tokens wanted.
         seed: of the only generator used.
         monitor: told every decoding step; its cancel event stops the sampling.
@@ -48,7 +50,8 @@ def sampled_tokens(
     opening = _chat_opening(model.tokenizer)
     chat_pieces = pieces // 2 if opening else 0
     jobs: list[list[int]] = [[]] * (pieces - chat_pieces) + [opening] * chat_pieces
-    rows = _sample(model, jobs, generator, monitor, temperature)
+    with _plain_attention(model.module):
+        rows = _sample(model, jobs, generator, monitor, temperature)
     free, chat = rows[: pieces - chat_pieces], rows[pieces - chat_pieces :]
     if not chat_pieces:
         return free.reshape(-1)[:count]
@@ -116,6 +119,18 @@ def _ordinary_tokens(model: Model) -> Tensor:
     if model.tokenizer is not None:
         size = min(size, len(model.tokenizer))
     return torch.tensor([token for token in range(size) if token not in special])
+
+
+@contextmanager
+def _plain_attention(module: nn.Module) -> Iterator[None]:
+    """Attention as plain matrix products inside the block; the module's own choice after it."""
+    network: Any = module
+    chosen = network.config._attn_implementation
+    network.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        network.set_attn_implementation(chosen)
 
 
 def _new_cache(model: Model) -> Any:

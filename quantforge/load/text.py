@@ -45,6 +45,8 @@ __all__ = [
 
 DEFAULT_TEXT = "mix"
 CHARACTERS_A_TOKEN = 32
+FIRST_READ = 1 << 22
+MARGIN_TOKENS = 256
 DOCUMENTS_A_BATCH = 64
 
 
@@ -239,11 +241,12 @@ def _stream(
 
 def _plain_stream(path: Path, tokenizer: Any, needed: int) -> Tensor:
     """The file tokenised as one piece; a long one only as far as it is needed."""
-    limit = max(1 << 22, needed * CHARACTERS_A_TOKEN)
+    limit = max(FIRST_READ, needed * CHARACTERS_A_TOKEN)
     while True:
         text = read_text(path, limit)
         stream = _tokenise([Document(text=text)], tokenizer)
-        if len(text) < limit or len(stream) > needed + 1:  # the last token may be cut in two
+        # Where reading stopped, a word was cut: only tokens well before that place are final.
+        if len(text) < limit or len(stream) >= needed + MARGIN_TOKENS:
             return stream
         limit *= 2
 

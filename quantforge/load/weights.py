@@ -7,11 +7,11 @@ weights is refused before any tensor is touched.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from quantforge.errors import InputError
+from quantforge.load.wording import one_line, some
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -30,7 +30,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path} is missing: a model folder needs it") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}): get the file again") from None
+        raise InputError(
+            f"{path} cannot be read as JSON ({one_line(error)}): get the file again"
+        ) from None
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, found a {type(value).__name__}")
     return value
@@ -120,7 +122,7 @@ def _check_header(path: Path) -> set[str]:
             types = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
-            f"{path} is truncated or not a safetensors file ({error}): get the file again"
+            f"{path} is truncated or not a safetensors file ({one_line(error)}): get the file again"
         ) from None
     for name, kind in sorted(types.items()):
         if name.endswith("weight") and kind not in FLOAT_TYPES:
@@ -129,10 +131,3 @@ def _check_header(path: Path) -> set[str]:
                 "float checkpoint"
             )
     return set(types)
-
-
-def some(names: Iterable[str]) -> str:
-    """The first three names and how many more there are."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
-    return ", ".join(ordered[:3]) + more

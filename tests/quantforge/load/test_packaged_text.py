@@ -1,0 +1,131 @@
+import threading
+
+import pytest
+import torch
+
+from quantforge.errors import CancelledError, InputError
+from quantforge.load import packaged_text
+from quantforge.load.huggingface import from_module
+from quantforge.load.packaged_text import PIECE_LENGTH, pydoc_text, sampled_tokens
+from quantforge.load.text import DEFAULT_TEXT, CalibrationConfig, calibration_set
+from quantforge.progress import Monitor
+from quantforge.testing import markov_tokens, tiny_llama, train
+
+SMALL = {"sequences": 16, "sequence_length": 32}
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return from_module(train(tiny_llama(), steps=80))
+
+
+def test_pydoc_text_is_long_and_starts_with_its_first_topic():
+    text = pydoc_text()
+    assert len(text) > 400_000
+    assert text.startswith('The "assert" statement')
+    assert pydoc_text() == text
+
+
+def test_sampling_is_reproducible_and_follows_the_seed(model):
+    first = sampled_tokens(model, 400, seed=1, monitor=Monitor())
+    assert first.shape == (400,)
+    assert first.dtype == torch.int64
+    assert torch.equal(first, sampled_tokens(model, 400, seed=1, monitor=Monitor()))
+    assert not torch.equal(first, sampled_tokens(model, 400, seed=2, monitor=Monitor()))
+
+
+def test_sampling_leaves_the_model_as_it_was(model):
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    chosen = model.module.config._attn_implementation
+    sampled_tokens(model, 200, seed=0, monitor=Monitor())
+    assert model.module.config._attn_implementation == chosen
+    assert all(torch.equal(before[n], t) for n, t in model.module.state_dict().items())
+    assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
+
+
+def test_sampled_text_has_the_likelihood_of_the_model_itself(learned):
+    """Samples at temperature 1 have, on average, the model's own entropy as their loss."""
+    tokens = sampled_tokens(learned, 64 * PIECE_LENGTH, seed=0, monitor=Monitor())
+    rows = tokens.view(-1, PIECE_LENGTH)
+    with torch.no_grad():
+        scores = learned.module(rows).logits[:, :-1].log_softmax(-1)
+    entropy = -(scores.exp() * scores).sum(-1)
+    loss = -scores.gather(-1, rows[:, 1:, None]).squeeze(-1)
+    error = (loss - entropy).std() / loss.numel() ** 0.5
+    assert abs((loss - entropy).mean()) < 5 * error + 0.02  # 0.02: bfloat16 against float32
+    uniform = torch.randint(96, rows.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        noise = learned.module(input_ids=uniform, labels=uniform).loss
+        chain = markov_tokens(64, PIECE_LENGTH, seed=77)
+        real = learned.module(input_ids=chain, labels=chain).loss
+    assert loss.mean() < noise - 1.0
+    assert abs(loss.mean() - real) < 0.5
+
+
+def test_low_temperature_is_greedy(learned):
+    tokens = sampled_tokens(learned, 4 * PIECE_LENGTH, seed=0, monitor=Monitor(), temperature=1e-4)
+    rows = tokens.view(-1, PIECE_LENGTH)
+    with torch.no_grad():
+        best = learned.module(rows).logits[:, :-1].argmax(-1)
+    assert (best == rows[:, 1:]).float().mean() > 0.97  # the rest are ties in bfloat16
+
+
+def test_chat_half_comes_after_the_template_opening(model, chat_tokenizer, monkeypatch):
+    seen = []
+    original = packaged_text._sample
+
+    def record(given, prompts, *rest):
+        seen.extend(prompts)
+        return original(given, prompts, *rest)
+
+    monkeypatch.setattr(packaged_text, "_sample", record)
+    tokens = sampled_tokens(model, 5 * PIECE_LENGTH - 3, seed=0, monitor=Monitor())
+    opening = chat_tokenizer("<user>", add_special_tokens=False)["input_ids"]
+    assert seen == [[], [], [], opening, opening]
+    assert len(tokens) == 5 * PIECE_LENGTH - 3
+
+
+def test_special_tokens_never_open_a_text(model):
+    model.tokenizer.add_special_tokens({"eos_token": "a"})
+    special = model.tokenizer.convert_tokens_to_ids("a")
+    assert special not in packaged_text._ordinary_tokens(model).tolist()
+
+
+def test_cancel_and_progress(model):
+    events = []
+    sampled_tokens(model, 2 * PIECE_LENGTH, seed=0, monitor=Monitor(progress=events.append))
+    assert len(events) == PIECE_LENGTH - 1
+    assert {event.total for event in events} == {PIECE_LENGTH}
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(CancelledError):
+        sampled_tokens(model, 256, seed=0, monitor=Monitor(cancel=cancel))
+
+
+def test_packaged_sources(model):
+    found = {
+        source: calibration_set(CalibrationConfig(source=source, **SMALL), model, seed=0)
+        for source in ("pydoc", "self", "mix", "default")
+    }
+    for name, item in found.items():
+        assert item.fitting.shape == (14, 32), name
+        assert item.held_out.shape == (2, 32), name
+    assert found["default"].fingerprint == found[DEFAULT_TEXT].fingerprint
+    assert "pydoc_data.topics" in found["pydoc"].description
+    assert "sampled from the model" in found["self"].description
+    manual = torch.tensor(model.tokenizer(pydoc_text())["input_ids"])[: 8 * 32].view(8, 32)
+    assert torch.equal(found["mix"].held_out[0], manual[7])
+    assert torch.equal(found["mix"].fitting[:7], manual[:7])
+    sampled = sampled_tokens(model, 8 * 32, seed=0, monitor=Monitor()).view(8, 32)
+    assert torch.equal(found["mix"].held_out[1], sampled[7])
+    with pytest.raises(InputError, match="at least 4 sequences"):
+        config = CalibrationConfig(source="mix", sequences=3, sequence_length=8)
+        calibration_set(config, model, seed=0)
+
+
+def test_self_needs_no_tokenizer(learned):
+    config = CalibrationConfig(source="self", **SMALL)
+    found = calibration_set(config, learned, seed=0)
+    assert int(found.fitting.max()) < 96
+    with pytest.raises(InputError, match="no tokenizer"):
+        calibration_set(CalibrationConfig(source="pydoc", **SMALL), learned, seed=0)
