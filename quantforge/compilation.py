@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from quantforge.calibrate.artefact import (
     load_channel_weights,
+    load_curve,
     load_sensitivity,
     save_channel_weights,
+    save_curve,
     save_sensitivity,
 )
 from quantforge.calibrate.candidates import measure
@@ -45,29 +47,12 @@ from quantforge.recipe import Recipe, Target, compose, resolve_target
 from quantforge.results import CurvePoint, Generation, Quality
 from quantforge.search.allocate import read_hull, search, uniform_plans
 from quantforge.search.budget import Budget
-from quantforge.types import BitPlan, CalibrationSet, Sensitivity
+from quantforge.search.correction import corrected, correction_factors
+from quantforge.types import BitPlan, CalibrationSet, QuantSpec, Sensitivity
 from quantforge.workspace import machine_traits, measurement_folder
 
 CHANNEL_WEIGHTS = "channel_weights.safetensors"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chosen:
-    """A plan and what it was compared with.
-
-    Attributes:
-        plan: the plan to execute.
-        curve: measured uniform networks and the plan, all with one-pass compensation.
-        hull_kl: KL of the uniform lower hull at the plan's bits; None outside what was measured.
-        cheapest_uniform: name and KL of the cheapest uniform plan of ceil(budget) bits.
-        warnings: one line each.
-    """
-
-    plan: BitPlan
-    curve: tuple[CurvePoint, ...]
-    hull_kl: float | None
-    cheapest_uniform: tuple[str, float] | None
-    warnings: tuple[str, ...]
+UNIFORM = "uniform.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,14 +60,16 @@ class Measurement:
     """What calibration leaves behind; serves every budget.
 
     Attributes:
-        sensitivity: predicted loss of every candidate.
+        sensitivity: predicted loss of every candidate, corrected by the uniform networks.
         store: integers of every candidate.
         channel_weights: per block [hidden], mean squared gradient at its output.
+        uniform: measured uniform networks, by stored bits.
     """
 
     sensitivity: Sensitivity
     store: CandidateStore
     channel_weights: tuple[Tensor, ...]
+    uniform: tuple[CurvePoint, ...]
 
     def row(self, table: Tensor, plan: BitPlan) -> dict[str, float]:
         """Layer name → the entry of `table` [layers, specs] for the plan's spec; 0 where kept."""
@@ -92,6 +79,27 @@ class Measurement:
             spec = plan.assignment[layer.name]
             found[layer.name] = 0.0 if spec is None else float(table[index, column[spec]])
         return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """A plan and what it was compared with.
+
+    Attributes:
+        plan: the plan to execute.
+        measured: with the corrected predictions the plan was found with.
+        curve: measured uniform networks and the plan, all with one-pass compensation.
+        hull_kl: KL of the uniform lower hull at the plan's bits; None outside what was measured.
+        cheapest_uniform: name and KL of the cheapest uniform plan of ceil(budget) bits.
+        warnings: one line each.
+    """
+
+    plan: BitPlan
+    measured: Measurement
+    curve: tuple[CurvePoint, ...]
+    hull_kl: float | None
+    cheapest_uniform: tuple[str, float] | None
+    warnings: tuple[str, ...]
 
 
 @dataclass(kw_only=True)
@@ -127,6 +135,7 @@ class Job:
             self.calibration.fingerprint,
             options.model_dump(mode="json"),
             [str(spec) for spec in specs],
+            self.recipe.evaluate.model_dump(mode="json"),
             self.seed,
             machine_traits(),
         )
@@ -148,11 +157,32 @@ class Job:
                     fingerprint=key,
                     monitor=self.monitor,
                 )
+                save_curve(self._measure_uniform(sensitivity, store), folder / UNIFORM)
             save_sensitivity(sensitivity, path)  # last: its presence says that all is there
+        raw, uniform = load_sensitivity(path), load_curve(folder / UNIFORM)
+        known = {QuantSpec.parse(p.name.removeprefix("uniform ")): p.quality.kl for p in uniform}
+        factors = correction_factors(raw, known if self.recipe.search.correct else {})
         return Measurement(
-            sensitivity=load_sensitivity(path),
+            sensitivity=corrected(raw, factors),
             store=store,
             channel_weights=load_channel_weights(folder / CHANNEL_WEIGHTS),
+            uniform=uniform,
+        )
+
+    def _measure_uniform(
+        self, sensitivity: Sensitivity, store: CandidateStore
+    ) -> tuple[CurvePoint, ...]:
+        """Uniform networks of the widths that budgets are likely to be near."""
+        widths = self.recipe.evaluate.curve_bits
+        plans = [
+            plan
+            for plan in uniform_plans(sensitivity)
+            if QuantSpec.parse(plan.budget.removeprefix("uniform ")).bits in widths
+        ]
+        qualities = self._measure_plans(plans, store, "measure uniform networks")
+        return tuple(
+            CurvePoint(name=plan.budget, stored_bits=plan.stored_bits, quality=quality)
+            for plan, quality in zip(plans, qualities, strict=True)
         )
 
     def _block_names(self) -> list[str]:
@@ -175,17 +205,15 @@ class Job:
         )
 
     def search(self, measured: Measurement, budget: Budget) -> Chosen:
-        """The plan for a budget, measured beside the uniform plans around it.
+        """The plan for a budget, measured beside the uniform networks.
 
         Never worse than uniform: where a uniform plan that fits is better on held-out tokens, it is
         taken instead and the report says so.
         """
         with self._timed("search"):
             plan = search(measured.sensitivity, budget, self.recipe.search)
-            _ = self.float_continuations  # before anything changes the network
-            uniform = self._uniform_near(measured.sensitivity, plan)
-            points = self._measure_plans([plan, *uniform], measured.store)
-        return choose(plan, uniform, points, budget)
+            (quality,) = self._measure_plans([plan], measured.store, "measure the plan")
+        return choose(plan, quality, measured, budget)
 
     def quantize(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
         """Quantized layers in forward order; the network holds the dequantized weights after."""
@@ -255,13 +283,11 @@ class Job:
         rows = zip(self.recipe.evaluate.prompts, self.float_continuations, after, strict=False)
         return tuple(Generation(prompt=p, reference=f, quantized=q) for p, f, q in rows)
 
-    def _uniform_near(self, sensitivity: Sensitivity, plan: BitPlan) -> list[BitPlan]:
-        span = self.recipe.evaluate.curve_span
-        plans = uniform_plans(sensitivity)
-        return [one for one in plans if abs(one.stored_bits - plan.stored_bits) <= span]
-
-    def _measure_plans(self, plans: list[BitPlan], store: CandidateStore) -> list[Quality]:
+    def _measure_plans(
+        self, plans: list[BitPlan], store: CandidateStore, what: str
+    ) -> list[Quality]:
         """Held-out quality of networks put together from the store; the network is restored."""
+        _ = self.float_continuations  # before anything changes the network
         modules: dict[str, Any] = {
             layer.name: self.model.module.get_submodule(layer.name) for layer in self.model.layers
         }
@@ -273,7 +299,7 @@ class Job:
                 put_weight(self.model, name, kept)
             windows = self.recipe.evaluate.curve_windows
             qualities.append(self.measure_held_out(windows, text=self.calibration.description))
-            self.monitor.step("compare with uniform", index + 1, len(plans))
+            self.monitor.step(what, index + 1, len(plans))
         for name, weight in floats.items():
             put_weight(self.model, name, weight)
         return qualities
@@ -298,39 +324,35 @@ class _Timer:
         self.table[self.stage] = self.table.get(self.stage, 0.0) + spent
 
 
-def choose(
-    plan: BitPlan, uniform: list[BitPlan], qualities: list[Quality], budget: Budget
-) -> Chosen:
-    """Compare a plan with uniform ones and take whichever fits and is better.
+def choose(plan: BitPlan, quality: Quality, measured: Measurement, budget: Budget) -> Chosen:
+    """Compare a plan with the uniform networks and take whichever fits and is better.
 
     Args:
         plan: from the search.
-        uniform: uniform plans around its size.
-        qualities: held-out qualities of `plan` and then of `uniform`.
+        quality: of the network it gives, one-pass compensation as for the uniform ones.
+        measured: holds the uniform networks.
         budget: decides which uniform plans fit.
     """
     warnings = []
-    points = [CurvePoint(name="plan", stored_bits=plan.stored_bits, quality=qualities[0])]
-    for one, quality in zip(uniform, qualities[1:], strict=True):
-        points.append(CurvePoint(name=one.budget, stored_bits=one.stored_bits, quality=quality))
-    limit = float(budget.bits)
-    fitting = [i for i, one in enumerate(uniform, 1) if one.stored_bits <= limit]
-    best = min(fitting, key=lambda i: qualities[i].kl, default=None)
+    uniform = measured.uniform
     chosen = plan
-    if best is not None and qualities[best].kl < qualities[0].kl:
-        chosen = uniform[best - 1]
-        warnings.append(f"{chosen.budget} is better than the plan on held-out tokens and is used")
-    hull = read_hull([(p.stored_bits, p.quality.kl) for p in points[1:]], plan.stored_bits)
-    if hull is not None and qualities[0].kl > hull + qualities[0].kl_stderr:
-        warnings.append(
-            f"the plan's held-out KL {qualities[0].kl:.4f} is above the uniform hull {hull:.4f}"
-        )
+    fitting = [point for point in uniform if point.stored_bits <= budget.bits]
+    best = min(fitting, key=lambda point: point.quality.kl, default=None)
+    if best is not None and best.quality.kl < quality.kl:
+        chosen = next(p for p in uniform_plans(measured.sensitivity) if p.budget == best.name)
+        chosen = replace(chosen, budget=budget.text)
+        warnings.append(f"{best.name} is better than the plan on held-out tokens and is used")
+    hull = read_hull([(p.stored_bits, p.quality.kl) for p in uniform], plan.stored_bits)
+    if hull is not None and quality.kl > hull + quality.kl_stderr:
+        warnings.append(f"the plan's held-out KL {quality.kl:.4f} is above the hull {hull:.4f}")
     width = -(-budget.bits.numerator // budget.bits.denominator)
-    same = [p for p in points[1:] if p.name.startswith(f"uniform {width}b-")]
-    cheapest = min(same, key=lambda p: p.stored_bits, default=None)
+    same = [point for point in uniform if point.name.startswith(f"uniform {width}b-")]
+    cheapest = min(same, key=lambda point: point.stored_bits, default=None)
+    point = CurvePoint(name="plan", stored_bits=plan.stored_bits, quality=quality)
     return Chosen(
         plan=chosen,
-        curve=tuple(points),
+        measured=measured,
+        curve=(point, *uniform),
         hull_kl=hull,
         cheapest_uniform=None if cheapest is None else (cheapest.name, cheapest.quality.kl),
         warnings=tuple(warnings),

@@ -48,7 +48,6 @@ def deliver(
     job: Job,
     layers: Iterable[QuantizedLayer],
     chosen: Chosen,
-    sensitivity: Sensitivity,
     staged: Path | None,
     output: Path | None,
 ) -> Report:
@@ -58,7 +57,6 @@ def deliver(
         job: the compilation.
         layers: from `Job.quantize`.
         chosen: the plan and its comparisons.
-        sensitivity: goes into the folder for later budgets.
         staged: folder to write; None writes nothing.
         output: final name of that folder, for the report.
     """
@@ -87,7 +85,7 @@ def deliver(
         warnings=(*chosen.warnings, *layer_warnings(rows)),
     )
     if staged is not None:
-        write_documents(job, report, sensitivity, staged)
+        write_documents(job, report, chosen.measured.sensitivity, staged)
     return replace(report, timings=dict(job.timings))
 
 

@@ -94,8 +94,8 @@ def quantize(
         )
         measured = job.measure(fresh=fresh)
         chosen = job.search(measured, limit)
-        layers = job.quantize(chosen.plan, measured)
-        return deliver(job, layers, chosen, measured.sensitivity, staged, folder)
+        layers = job.quantize(chosen.plan, chosen.measured)
+        return deliver(job, layers, chosen, staged, folder)
 
 
 def plan(

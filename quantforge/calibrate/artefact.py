@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantforge.errors import InputError
 from quantforge.files import atomic_path, write_json
+from quantforge.results import CurvePoint, Quality
 from quantforge.types import LayerInfo, QuantSpec, Sensitivity
 
 FORMAT_VERSION = 1
@@ -72,3 +73,19 @@ def save_channel_weights(weights: Sequence[Tensor], path: Path) -> None:
 def load_channel_weights(path: Path) -> tuple[Tensor, ...]:
     """Read what `save_channel_weights` wrote, in order."""
     return tuple(weight for _, weight in sorted(load_file(path).items()))
+
+
+def save_curve(points: Sequence[CurvePoint], path: Path) -> None:
+    """Write measured networks as JSON, atomically."""
+    write_json(path, [asdict(point) for point in points])
+
+
+def load_curve(path: Path) -> tuple[CurvePoint, ...]:
+    """Read what `save_curve` wrote."""
+    points = []
+    for fields in json.loads(path.read_text(encoding="utf-8")):
+        quality = dict(fields["quality"])
+        for name in ("window_kl", "window_nll"):
+            quality[name] = tuple(quality[name])
+        points.append(CurvePoint(**{**fields, "quality": Quality(**quality)}))
+    return tuple(points)

@@ -14,14 +14,14 @@ class EvaluateConfig(Config):
 
     Attributes:
         curve_windows: held-out sequences on which uniform networks and the plan are measured.
-        curve_span: uniform plans within this many bits of the budget are measured; 0 measures none.
+        curve_bits: widths of the uniform networks that are measured.
         precision: of matrix products.
         prompts: texts whose greedy continuations go into the report.
         tokens: length of those continuations.
     """
 
     curve_windows: int = Field(default=8, ge=2)
-    curve_span: float = Field(default=1.3, ge=0)
+    curve_bits: tuple[int, ...] = (2, 3, 4)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     prompts: tuple[str, ...] = (
         "The capital of France is",

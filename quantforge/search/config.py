@@ -27,12 +27,14 @@ class SearchConfig(Config):
         group_sizes: group sizes of the candidates; -1 is per channel. Sizes that divide no layer
             drop out, sizes that divide some are used there.
         solver: how the plan is found.
+        correct: multiply predicted losses by what measured uniform networks say of their spec.
         independent: let layers that servers fuse (q/k/v, gate/up) have different specs.
     """
 
     bits: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
     group_sizes: tuple[GroupSize, ...] = (32, 64, 128, 192, PER_CHANNEL)
     solver: Literal["dynamic-program", "uniform"] = "dynamic-program"
+    correct: bool = True
     independent: bool = False
 
     def candidates(self, row_lengths: set[int]) -> tuple[QuantSpec, ...]:
