@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from quantforge.calibrate.artefact import (
-    load_channel_weights,
     load_curve,
     load_sensitivity,
-    save_channel_weights,
+    load_traces,
     save_curve,
     save_sensitivity,
+    save_traces,
 )
 from quantforge.calibrate.candidates import measure
 from quantforge.calibrate.fisher import output_gradient_moments
+from quantforge.decision import Chosen, Measurement, choose
 from quantforge.errors import InputError
 from quantforge.evaluate.generate import greedy
 from quantforge.evaluate.quality import ReferenceOutputs
@@ -43,63 +44,17 @@ from quantforge.quantize.sequential import (
     quantize_from_store,
     quantize_sequentially,
 )
+from quantforge.quantize.tune import tune_scales
 from quantforge.recipe import Recipe, Target, compose, resolve_target
 from quantforge.results import CurvePoint, Generation, Quality
-from quantforge.search.allocate import read_hull, search, uniform_plans
+from quantforge.search.allocate import search, uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.search.correction import corrected, correction_factors
 from quantforge.types import BitPlan, CalibrationSet, QuantSpec, Sensitivity
 from quantforge.workspace import machine_traits, measurement_folder
 
-CHANNEL_WEIGHTS = "channel_weights.safetensors"
+TRACES = "traces.safetensors"
 UNIFORM = "uniform.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """What calibration leaves behind; serves every budget.
-
-    Attributes:
-        sensitivity: predicted loss of every candidate, corrected by the uniform networks.
-        store: integers of every candidate.
-        channel_weights: per block [hidden], mean squared gradient at its output.
-        uniform: measured uniform networks, by stored bits.
-    """
-
-    sensitivity: Sensitivity
-    store: CandidateStore
-    channel_weights: tuple[Tensor, ...]
-    uniform: tuple[CurvePoint, ...]
-
-    def row(self, table: Tensor, plan: BitPlan) -> dict[str, float]:
-        """Layer name → the entry of `table` [layers, specs] for the plan's spec; 0 where kept."""
-        column = {spec: index for index, spec in enumerate(self.sensitivity.specs)}
-        found = {}
-        for index, layer in enumerate(self.sensitivity.layers):
-            spec = plan.assignment[layer.name]
-            found[layer.name] = 0.0 if spec is None else float(table[index, column[spec]])
-        return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chosen:
-    """A plan and what it was compared with.
-
-    Attributes:
-        plan: the plan to execute.
-        measured: with the corrected predictions the plan was found with.
-        curve: measured uniform networks and the plan, all with one-pass compensation.
-        hull_kl: KL of the uniform lower hull at the plan's bits; None outside what was measured.
-        cheapest_uniform: name and KL of the cheapest uniform plan of ceil(budget) bits.
-        warnings: one line each.
-    """
-
-    plan: BitPlan
-    measured: Measurement
-    curve: tuple[CurvePoint, ...]
-    hull_kl: float | None
-    cheapest_uniform: tuple[str, float] | None
-    warnings: tuple[str, ...]
 
 
 @dataclass(kw_only=True)
@@ -114,6 +69,7 @@ class Job:
         seed: of everything random.
         monitor: progress and cancellation.
         timings: stage → seconds of wall time.
+        notes: warnings that came up on the way, one line each.
     """
 
     model: Model
@@ -123,6 +79,7 @@ class Job:
     seed: int
     monitor: Monitor
     timings: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def measure(self, *, fresh: bool) -> Measurement:
         """Sensitivities and candidates, from the cache where everything that made them is equal."""
@@ -144,10 +101,7 @@ class Job:
         if not path.is_file():
             with self._timed("calibrate"):
                 moments = self._gradient_moments()
-                save_channel_weights(
-                    [moments[name] for name in self._block_names()], folder / CHANNEL_WEIGHTS
-                )
-                sensitivity = measure(
+                sensitivity, final = measure(
                     self.model,
                     self.calibration.fitting,
                     moments,
@@ -157,15 +111,19 @@ class Job:
                     fingerprint=key,
                     monitor=self.monitor,
                 )
+                weights = [moments[name] for name in self._block_names()]
+                save_traces(weights, final, folder / TRACES)
                 save_curve(self._measure_uniform(sensitivity, store), folder / UNIFORM)
             save_sensitivity(sensitivity, path)  # last: its presence says that all is there
         raw, uniform = load_sensitivity(path), load_curve(folder / UNIFORM)
         known = {QuantSpec.parse(p.name.removeprefix("uniform ")): p.quality.kl for p in uniform}
         factors = correction_factors(raw, known if self.recipe.search.correct else {})
+        channels, final = load_traces(folder / TRACES)
         return Measurement(
             sensitivity=corrected(raw, factors),
             store=store,
-            channel_weights=load_channel_weights(folder / CHANNEL_WEIGHTS),
+            channel_weights=channels,
+            final_hidden=final,
             uniform=uniform,
         )
 
@@ -217,25 +175,67 @@ class Job:
 
     def quantize(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
         """Quantized layers in forward order; the network holds the dequantized weights after."""
+        with self._timed("quantize"):
+            layers = self._compensate(plan, measured)
+            if self.recipe.quantize.tuning.steps == 0:
+                yield from layers
+                return
+            finished = list(layers)
+        with self._timed("tune"):
+            yield from self._tune(finished, measured)
+
+    def _compensate(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
+        """Layers as they are compensated, block by block or from the store."""
         predicted = measured.row(measured.sensitivity.loss, plan)
         options = self.recipe.quantize
-        with self._timed("quantize"):
-            if options.sequential:
-                yield from quantize_sequentially(
-                    self.model,
-                    plan,
-                    self.calibration,
-                    predicted,
-                    options,
-                    channel_weights=measured.channel_weights,
-                    generator=torch.Generator().manual_seed(self.seed),
-                    monitor=self.monitor,
-                )
-            else:
-                errors = measured.row(measured.sensitivity.error, plan)
-                yield from quantize_from_store(
-                    self.model, plan, measured.store, predicted, errors, monitor=self.monitor
-                )
+        if options.sequential:
+            return quantize_sequentially(
+                self.model,
+                plan,
+                self.calibration,
+                predicted,
+                options,
+                channel_weights=measured.channel_weights,
+                generator=torch.Generator().manual_seed(self.seed),
+                monitor=self.monitor,
+            )
+        errors = measured.row(measured.sensitivity.error, plan)
+        return quantize_from_store(
+            self.model, plan, measured.store, predicted, errors, monitor=self.monitor
+        )
+
+    def _tune(
+        self, layers: list[QuantizedLayer], measured: Measurement
+    ) -> Iterator[QuantizedLayer]:
+        """The same layers with tuned scales, if that lowers the KL on held-out tokens."""
+        weights = {one.layer.name: one.weight for one in layers if one.weight is not None}
+        named = list(self.model.module.named_parameters())
+        norms = {name: p.detach().clone() for name, p in named if p.ndim == 1}
+        windows = self.recipe.evaluate.curve_windows
+        before = self.measure_held_out(windows)
+        tuned = tune_scales(
+            self.model,
+            weights,
+            self.calibration.fitting,
+            measured.final_hidden,
+            self.recipe.quantize.tuning,
+            generator=torch.Generator().manual_seed(self.seed),
+            monitor=self.monitor,
+        )
+        for name, weight in tuned.items():
+            put_weight(self.model, name, weight.dequantize())
+        after = self.measure_held_out(windows)
+        if after.kl >= before.kl:
+            self.notes.append("tuning the scales did not lower the held-out KL and was undone")
+            tuned = weights
+            for name, weight in weights.items():
+                put_weight(self.model, name, weight.dequantize())
+            with torch.no_grad():
+                for name, parameter in named:
+                    if name in norms:
+                        parameter.copy_(norms[name])
+        for one in layers:
+            yield replace(one, weight=tuned.get(one.layer.name))
 
     def measure_held_out(self, windows: int | None = None, text: str = "held-out") -> Quality:
         """Quality of the network as it now stands on the first held-out sequences."""
@@ -324,41 +324,6 @@ class _Timer:
         self.table[self.stage] = self.table.get(self.stage, 0.0) + spent
 
 
-def choose(plan: BitPlan, quality: Quality, measured: Measurement, budget: Budget) -> Chosen:
-    """Compare a plan with the uniform networks and take whichever fits and is better.
-
-    Args:
-        plan: from the search.
-        quality: of the network it gives, one-pass compensation as for the uniform ones.
-        measured: holds the uniform networks.
-        budget: decides which uniform plans fit.
-    """
-    warnings = []
-    uniform = measured.uniform
-    chosen = plan
-    fitting = [point for point in uniform if point.stored_bits <= budget.bits]
-    best = min(fitting, key=lambda point: point.quality.kl, default=None)
-    if best is not None and best.quality.kl < quality.kl:
-        chosen = next(p for p in uniform_plans(measured.sensitivity) if p.budget == best.name)
-        chosen = replace(chosen, budget=budget.text)
-        warnings.append(f"{best.name} is better than the plan on held-out tokens and is used")
-    hull = read_hull([(p.stored_bits, p.quality.kl) for p in uniform], plan.stored_bits)
-    if hull is not None and quality.kl > hull + quality.kl_stderr:
-        warnings.append(f"the plan's held-out KL {quality.kl:.4f} is above the hull {hull:.4f}")
-    width = -(-budget.bits.numerator // budget.bits.denominator)
-    same = [point for point in uniform if point.name.startswith(f"uniform {width}b-")]
-    cheapest = min(same, key=lambda point: point.stored_bits, default=None)
-    point = CurvePoint(name="plan", stored_bits=plan.stored_bits, quality=quality)
-    return Chosen(
-        plan=chosen,
-        measured=measured,
-        curve=(point, *uniform),
-        hull_kl=hull,
-        cheapest_uniform=None if cheapest is None else (cheapest.name, cheapest.quality.kl),
-        warnings=tuple(warnings),
-    )
-
-
 def open_job(
     model: str | Path | nn.Module,
     *,
@@ -387,7 +352,12 @@ def open_job(
             raise InputError("a network in memory needs a tokenizer, or batches as calibration")
         data = calibration_set(recipe.calibration, loaded, seed=seed, monitor=monitor)
     else:
-        data = from_batches(calibration, held_out_share=recipe.calibration.held_out_share)
+        embedding: Any = loaded.module.get_submodule(loaded.architecture.embedding)
+        data = from_batches(
+            calibration,
+            held_out_share=recipe.calibration.held_out_share,
+            vocabulary=int(embedding.num_embeddings),
+        )
     return Job(
         model=loaded,
         calibration=data,

@@ -82,7 +82,7 @@ def deliver(
         calibration=job.calibration.description,
         settings=job.recipe.model_dump(mode="json"),
         versions=tool_versions(),
-        warnings=(*chosen.warnings, *layer_warnings(rows)),
+        warnings=(*chosen.warnings, *job.notes, *layer_warnings(rows)),
     )
     if staged is not None:
         write_documents(job, report, chosen.measured.sensitivity, staged)

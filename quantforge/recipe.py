@@ -45,7 +45,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {
         "calibration": {"sequences": 64},
         "calibrate": {"gradient_sequences": 16},
-        "quantize": {"sequential": False},
+        "quantize": {"sequential": False, "tuning": {"steps": 8}},
     },
     "balanced": {},
     "best": {},

@@ -4,8 +4,8 @@
         --text lambada.jsonl --rows rtn:3b-pc gptq:3b-pc gptq:3b-g64 plan:3bit --json rows.json
 
 Linears only: embeddings, norms and the head stay float on both sides. A row is `rtn:SPEC`,
-`gptq:SPEC`, `plan:BUDGET` (the whole pipeline's weights for a budget, sequential compensation) or
-`fast:BUDGET` (one-pass integers). The reference runs in float32; the networks' matrix products in
+`gptq:SPEC` (sequential, without tuning), `tuned:SPEC` and `plan:BUDGET` (all that the recipe does)
+or `fast:BUDGET` (one-pass integers, without tuning). The reference runs in float32; the networks' matrix products in
 `--precision`. CPU seconds are process time of all threads; the load average is printed beside them
 because the machine may be shared.
 """
@@ -29,7 +29,7 @@ from quantforge.evaluate.quality import ReferenceOutputs, measure
 from quantforge.files import fingerprint
 from quantforge.load.text import describe_windows, evaluation_windows
 from quantforge.progress import Monitor, ProgressEvent
-from quantforge.quantize.config import QuantizeConfig
+from quantforge.quantize.config import TuningConfig
 from quantforge.quantize.sequential import put_weight
 from quantforge.results import Quality
 from quantforge.search.allocate import search, uniform_plans
@@ -115,10 +115,14 @@ def make(job: Job, name: str, measured: Measurement) -> BitPlan:
         spec = QuantSpec.parse(what)
         plan = next(p for p in uniform_plans(measured.sensitivity) if p.budget == f"uniform {spec}")
     recipe = job.recipe
-    if kind == "rtn":
-        changed = QuantizeConfig(method="rtn", grid="minmax")
+    if kind in ("plan", "tuned"):
+        changed = recipe.quantize
     else:
-        changed = recipe.quantize.model_copy(update={"sequential": kind != "fast"})
+        changed = recipe.quantize.model_copy(update={"tuning": TuningConfig(steps=0)})
+    if kind == "rtn":
+        changed = changed.model_copy(update={"method": "rtn", "grid": "minmax"})
+    elif kind == "fast":
+        changed = changed.model_copy(update={"sequential": False})
     job.recipe = recipe.model_copy(update={"quantize": changed})
     for _ in job.quantize(plan, measured):
         pass

@@ -64,15 +64,18 @@ def load_sensitivity(path: Path) -> Sensitivity:
         raise InputError(f"{path} is not a sensitivity file ({error}); delete it") from error
 
 
-def save_channel_weights(weights: Sequence[Tensor], path: Path) -> None:
-    """Write per-block channel weights, atomically."""
+def save_traces(channel_weights: Sequence[Tensor], final_hidden: Tensor, path: Path) -> None:
+    """Write per-block channel weights and the float network's head inputs, atomically."""
+    tensors = {f"channels.{index:05d}": weight for index, weight in enumerate(channel_weights)}
     with atomic_path(path) as temporary:
-        save_file({f"{index:05d}": weight for index, weight in enumerate(weights)}, temporary)
+        save_file({**tensors, "final_hidden": final_hidden}, temporary)
 
 
-def load_channel_weights(path: Path) -> tuple[Tensor, ...]:
-    """Read what `save_channel_weights` wrote, in order."""
-    return tuple(weight for _, weight in sorted(load_file(path).items()))
+def load_traces(path: Path) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Read what `save_traces` wrote: channel weights in order, and the head inputs."""
+    tensors = load_file(path)
+    final = tensors.pop("final_hidden")
+    return tuple(weight for _, weight in sorted(tensors.items())), final
 
 
 def save_curve(points: Sequence[CurvePoint], path: Path) -> None:

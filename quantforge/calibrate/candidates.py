@@ -71,7 +71,7 @@ def measure(
     store: CandidateStore,
     fingerprint: str,
     monitor: Monitor,
-) -> Sensitivity:
+) -> tuple[Sensitivity, Tensor]:
     """Quantize every layer at every candidate on the float network's inputs.
 
     Args:
@@ -83,6 +83,10 @@ def measure(
         store: receives the integers of every candidate.
         fingerprint: of everything that determines the result.
         monitor: progress and cancellation.
+
+    Returns:
+        The table, and [sequences, length, hidden] bfloat16: what enters the head of the float
+        network, from which its predictions can be formed again.
     """
     walk = BlockWalk(
         model.module,
@@ -108,7 +112,7 @@ def measure(
             store.put(layer.name, quantized)
             rows.append((layer, losses, errors))
         monitor.step("candidates", index + 1, len(walk.blocks))
-    return Sensitivity(
+    sensitivity = Sensitivity(
         layers=tuple(layer for layer, _, _ in rows),
         specs=tuple(specs),
         loss=torch.tensor([losses for _, losses, _ in rows], dtype=torch.float64),
@@ -116,3 +120,7 @@ def measure(
         estimator=config.estimator,
         fingerprint=fingerprint,
     )
+    norm = model.module.get_submodule(model.architecture.final_norm)
+    with torch.no_grad():
+        final = torch.cat([norm(hidden).bfloat16() for hidden in walk.hidden])
+    return sensitivity, final

@@ -43,7 +43,7 @@ __all__ = [
     "from_batches",
 ]
 
-DEFAULT_TEXT = "mix"
+DEFAULT_TEXT = "pydoc"
 CHARACTERS_A_TOKEN = 32
 FIRST_READ = 1 << 22
 MARGIN_TOKENS = 256

@@ -27,6 +27,24 @@ class RoundingConfig(Config):
     weighted: bool = True
 
 
+class TuningConfig(Config):
+    """End-to-end tuning of scales and norms with the integers fixed.
+
+    Attributes:
+        steps: optimizer steps; 0 switches it off.
+        batch: sequences a step, run one at a time.
+        scale_step: first step of the scales, relative to their size.
+        norm_step: first step of the norm weights.
+        warm_up: steps over which the step sizes rise; then they fall linearly to 0.
+    """
+
+    steps: int = Field(default=32, ge=0)
+    batch: int = Field(default=4, ge=1)
+    scale_step: float = Field(default=0.002, gt=0)
+    norm_step: float = Field(default=0.0005, ge=0)
+    warm_up: int = Field(default=4, ge=1)
+
+
 class QuantizeConfig(Config):
     """How the chosen widths become integers.
 
@@ -39,6 +57,7 @@ class QuantizeConfig(Config):
         batch_size: sequences a pass.
         precision: of matrix products.
         rounding: learned rounding after the compensation of a block.
+        tuning: of scales and norms, after all blocks.
     """
 
     method: Literal["rtn", "gptq"] = "gptq"
@@ -48,3 +67,4 @@ class QuantizeConfig(Config):
     batch_size: int = Field(default=4, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     rounding: RoundingConfig = RoundingConfig()
+    tuning: TuningConfig = TuningConfig()

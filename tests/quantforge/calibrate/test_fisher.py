@@ -109,7 +109,7 @@ def test_table_rises_with_fewer_bits_and_the_store_gives_back_what_was_measured(
     moments = {layer.name: torch.ones(layer.out_features) for layer in model.layers}
     specs = (QuantSpec(2, 32), QuantSpec(3, 32), QuantSpec(4, 32), QuantSpec(4, 128), QuantSpec(8))
     store = CandidateStore(tmp_path / "store")
-    sensitivity = measure(
+    sensitivity, final = measure(
         model, tokens, moments, specs, CalibrateConfig(precision="float32"),
         store=store, fingerprint="f", monitor=Monitor(),
     )  # fmt: skip
@@ -118,6 +118,9 @@ def test_table_rises_with_fewer_bits_and_the_store_gives_back_what_was_measured(
         assert (sensitivity.loss[:, column] > sensitivity.loss[:, column + 1]).all()
     # rows of 64 hold no two groups of 128, nor do rows of 128
     assert torch.isinf(sensitivity.loss[:, 3]).all()
+    with torch.no_grad():
+        logits = model.module(input_ids=tokens).logits
+        assert torch.allclose(model.module.lm_head(final.float()), logits, atol=0.02)
     walk = BlockWalk(model.module, model.architecture, tokens, precision="float32")
     grams = stage_grams(walk, walk.blocks[0], model.architecture)
     layer = sensitivity.layers[3]

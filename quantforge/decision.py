@@ -1,0 +1,98 @@
+"""What calibration leaves behind, and how a plan is held against the uniform networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from quantforge.format.store import CandidateStore
+from quantforge.results import CurvePoint, Quality
+from quantforge.search.allocate import read_hull, uniform_plans
+from quantforge.search.budget import Budget
+from quantforge.types import BitPlan, Sensitivity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What calibration leaves behind; serves every budget.
+
+    Attributes:
+        sensitivity: predicted loss of every candidate, corrected by the uniform networks.
+        store: integers of every candidate.
+        channel_weights: per block [hidden], mean squared gradient at its output.
+        final_hidden: [sequences, length, hidden] bfloat16, the float network's head input on the
+            fitting tokens.
+        uniform: measured uniform networks, by stored bits.
+    """
+
+    sensitivity: Sensitivity
+    store: CandidateStore
+    channel_weights: tuple[Tensor, ...]
+    final_hidden: Tensor
+    uniform: tuple[CurvePoint, ...]
+
+    def row(self, table: Tensor, plan: BitPlan) -> dict[str, float]:
+        """Layer name → the entry of `table` [layers, specs] for the plan's spec; 0 where kept."""
+        column = {spec: index for index, spec in enumerate(self.sensitivity.specs)}
+        found = {}
+        for index, layer in enumerate(self.sensitivity.layers):
+            spec = plan.assignment[layer.name]
+            found[layer.name] = 0.0 if spec is None else float(table[index, column[spec]])
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """A plan and what it was compared with.
+
+    Attributes:
+        plan: the plan to execute.
+        measured: with the corrected predictions the plan was found with.
+        curve: measured uniform networks and the plan, all with one-pass compensation.
+        hull_kl: KL of the uniform lower hull at the plan's bits; None outside what was measured.
+        cheapest_uniform: name and KL of the cheapest uniform plan of ceil(budget) bits.
+        warnings: one line each.
+    """
+
+    plan: BitPlan
+    measured: Measurement
+    curve: tuple[CurvePoint, ...]
+    hull_kl: float | None
+    cheapest_uniform: tuple[str, float] | None
+    warnings: tuple[str, ...]
+
+
+def choose(plan: BitPlan, quality: Quality, measured: Measurement, budget: Budget) -> Chosen:
+    """Compare a plan with the uniform networks and take whichever fits and is better.
+
+    Args:
+        plan: from the search.
+        quality: of the network it gives, one-pass compensation as for the uniform ones.
+        measured: holds the uniform networks.
+        budget: decides which uniform plans fit.
+    """
+    warnings = []
+    uniform = measured.uniform
+    chosen = plan
+    fitting = [point for point in uniform if point.stored_bits <= budget.bits]
+    best = min(fitting, key=lambda point: point.quality.kl, default=None)
+    if best is not None and best.quality.kl < quality.kl:
+        chosen = next(p for p in uniform_plans(measured.sensitivity) if p.budget == best.name)
+        chosen = replace(chosen, budget=budget.text)
+        warnings.append(f"{best.name} is better than the plan on held-out tokens and is used")
+    hull = read_hull([(p.stored_bits, p.quality.kl) for p in uniform], plan.stored_bits)
+    if hull is not None and quality.kl > hull + quality.kl_stderr:
+        warnings.append(f"the plan's held-out KL {quality.kl:.4f} is above the hull {hull:.4f}")
+    width = -(-budget.bits.numerator // budget.bits.denominator)
+    same = [point for point in uniform if point.name.startswith(f"uniform {width}b-")]
+    cheapest = min(same, key=lambda point: point.stored_bits, default=None)
+    point = CurvePoint(name="plan", stored_bits=plan.stored_bits, quality=quality)
+    return Chosen(
+        plan=chosen,
+        measured=measured,
+        curve=(point, *uniform),
+        hull_kl=hull,
+        cheapest_uniform=None if cheapest is None else (cheapest.name, cheapest.quality.kl),
+        warnings=tuple(warnings),
+    )

@@ -1,0 +1,85 @@
+"""A linear layer whose integers are fixed and whose scales learn.
+
+    y = x Ŵᵀ,  Ŵ = code · scale[group],    ∂L/∂scale = Σ_group code · (∂L/∂y)ᵀ x
+
+Products run in bfloat16; the weight is formed anew in each pass, so that beside the codes (one byte
+a weight) only the layer's input is kept for the backward pass. Scales enter rounded to bfloat16, as
+they will be stored, with the gradient passed straight through the rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantforge.types import QuantizedWeight
+
+
+class _ScaledProduct(torch.autograd.Function):
+    """[..., out] bfloat16 product of x [..., in] with code · scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
+        low = x.bfloat16()
+        ctx.save_for_backward(low, scale, codes)
+        return low @ _weight(codes, scale).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, scale, codes = ctx.saved_tensors
+        gradient = gradients[0].bfloat16()
+        for_input = gradient @ _weight(codes, scale)
+        for_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
+        groups = for_weight.view(*scale.shape, -1).float() * codes.view(*scale.shape, -1)
+        return for_input, groups.sum(-1), None
+
+
+def _weight(codes: Tensor, scale: Tensor) -> Tensor:
+    """[out, in] bfloat16 code · scale from codes [out, in] int8 and scale [out, groups]."""
+    groups = codes.view(*scale.shape, -1).bfloat16()
+    return (groups * scale.bfloat16().unsqueeze(-1)).view_as(codes)
+
+
+class ScaledLinear(nn.Module):
+    """Stands in for a linear layer while scales are tuned.
+
+    Attributes:
+        codes: [out, in] int8, centred; a buffer.
+        base: [out, groups] float32, the scales at the start; a buffer.
+        change: [out, groups] float32 parameter; the scale is base · (1 + change).
+        bias: [out] or None, as in the layer it stands in for.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        if not weight.spec.symmetric:
+            raise ValueError("scales are tuned for symmetric weights only")
+        self.quantized = weight
+        codes = (weight.codes.to(torch.int16) + weight.spec.code_min).to(torch.int8)
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("base", weight.scale.float(), persistent=False)
+        self.change = nn.Parameter(torch.zeros_like(self.base))
+        self.bias = bias
+
+    base: Tensor
+    codes: Tensor
+
+    def scale(self) -> Tensor:
+        """[out, groups] float32 current scales."""
+        return self.base * (1.0 + self.change)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., out] bfloat16."""
+        made: Tensor = _ScaledProduct.apply(x, self.scale(), self.codes)  # type: ignore[no-untyped-call]
+        return made if self.bias is None else made + self.bias
+
+    def finish(self) -> QuantizedWeight:
+        """The same integers with the scales as they now are."""
+        scale = self.scale().detach().bfloat16()
+        if bool((scale == 0).any()):  # 16 bits hold no smaller scale; keep where it came from
+            scale = torch.where(scale == 0, self.quantized.scale, scale)
+        return QuantizedWeight(
+            codes=self.quantized.codes, scale=scale, zero=None, spec=self.quantized.spec
+        )

@@ -1,0 +1,143 @@
+"""Tuning scales and norms end to end, with the integers fixed (EfficientQAT's second phase).
+
+After compensation every layer is good for itself; what is left is how the layers' errors add up at
+the logits. Scales and norm weights are few (under 2 % of the weights) but reach every logit, so a
+few dozen steps of descent on the KL divergence to the float network's distribution
+(EfficientQAT, Chen et al. 2024, trains scales alone with cross-entropy) take a third of the loss
+away without changing an integer or a byte of the format.
+
+Updates are relative: a scale is base · (1 + change) and a norm weight likewise, with Adam on the
+changes, a short warm-up and a linear decay. The float distribution comes from stored final hidden
+states, logits of both networks are formed for a few hundred tokens at a time, and the gradient at
+the head's input is written down directly, (q − p) W, so no [tokens, vocabulary] graph exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantforge.capture import compute_in
+from quantforge.methods.scaled_linear import ScaledLinear
+from quantforge.models import Model
+from quantforge.progress import Monitor
+from quantforge.quantize.config import TuningConfig
+from quantforge.types import QuantizedWeight
+
+HEAD_CHUNK = 512
+
+
+def tune_scales(
+    model: Model,
+    weights: Mapping[str, QuantizedWeight],
+    tokens: Tensor,
+    teacher: Tensor,
+    config: TuningConfig,
+    *,
+    generator: torch.Generator,
+    monitor: Monitor,
+) -> dict[str, QuantizedWeight]:
+    """Tune all scales and the network's norms on the KL divergence to the float network.
+
+    Args:
+        model: the quantized network; its norms are changed in place, its planned layers are not.
+        weights: layer name → integers and scales.
+        tokens: [sequences, length] fitting tokens.
+        teacher: [sequences, length, hidden] the float network's head input on them.
+        config: steps and step sizes.
+        generator: orders the sequences.
+        monitor: progress and cancellation.
+
+    Returns:
+        layer name → the same integers with tuned scales.
+    """
+    module, architecture = model.module, model.architecture
+    projection: Any = module.get_submodule(architecture.head)
+    head = projection.weight.detach().bfloat16()
+    body = module.get_submodule(architecture.blocks.rpartition(".")[0])
+    with _stand_ins(module, weights) as layers, _trainable_norms(module, layers) as norms:
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [layer.change for layer in layers.values()], "base": config.scale_step},
+                {"params": norms, "base": config.norm_step},
+            ],
+            betas=(0.9, 0.95),
+        )
+        order: list[int] = []
+        for step in range(config.steps):
+            for _ in range(config.batch):
+                if not order:
+                    order = torch.randperm(len(tokens), generator=generator).tolist()
+                index = order.pop()
+                with torch.enable_grad(), compute_in("bfloat16", head.device):
+                    output = body(input_ids=tokens[index : index + 1], use_cache=False)
+                hidden = output.last_hidden_state
+                gradient = distillation_gradient(hidden.detach()[0], teacher[index], head)
+                share = gradient / (config.batch * gradient.shape[0])
+                torch.autograd.backward(hidden, share.to(hidden.dtype).unsqueeze(0))
+            factor = min(1.0, (step + 1) / config.warm_up) * (1.0 - step / config.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            monitor.step("tune scales", step + 1, config.steps)
+        return {name: layer.finish() for name, layer in layers.items()}
+
+
+@torch.no_grad()
+def distillation_gradient(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+    """Gradient of Σ_t KL(p_t ‖ q_t) with respect to the student's head input, [tokens, hidden].
+
+    Args:
+        student: [tokens, hidden] head input of the network being tuned.
+        teacher: [tokens, hidden] head input of the float network.
+        head: [vocabulary, hidden] weight of the head, shared by both.
+    """
+    pieces = []
+    for ours, theirs in zip(
+        torch.split(student, HEAD_CHUNK), torch.split(teacher, HEAD_CHUNK), strict=True
+    ):
+        difference = torch.softmax((ours.to(head.dtype) @ head.T).float(), -1)
+        difference -= torch.softmax((theirs.to(head.dtype) @ head.T).float(), -1)
+        pieces.append((difference.to(head.dtype) @ head).float())
+    return torch.cat(pieces)
+
+
+@contextmanager
+def _stand_ins(
+    module: nn.Module, weights: Mapping[str, QuantizedWeight]
+) -> Iterator[dict[str, ScaledLinear]]:
+    """Put a `ScaledLinear` in the place of every quantized layer; put the layers back after."""
+    originals: dict[str, Any] = {name: module.get_submodule(name) for name in weights}
+    layers = {name: ScaledLinear(weights[name], originals[name].bias) for name in weights}
+    try:
+        for name, layer in layers.items():
+            module.set_submodule(name, layer)
+        yield layers
+    finally:
+        for name, original in originals.items():
+            module.set_submodule(name, original)
+
+
+@contextmanager
+def _trainable_norms(
+    module: nn.Module, layers: Mapping[str, ScaledLinear]
+) -> Iterator[list[nn.Parameter]]:
+    """The one-dimensional parameters outside the layers; only they and the scales get gradients."""
+    needs = {name: p.requires_grad for name, p in module.named_parameters()}
+    inside = {id(p) for layer in layers.values() for p in layer.parameters()}
+    module.requires_grad_(False)
+    norms = [p for p in module.parameters() if p.ndim == 1 and id(p) not in inside]
+    trained = [*norms, *(layer.change for layer in layers.values())]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    try:
+        yield norms
+    finally:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(needs.get(name, False))
+            parameter.grad = None
