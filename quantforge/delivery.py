@@ -19,7 +19,8 @@ import torch
 import yaml
 
 from quantforge.calibrate.artefact import save_sensitivity
-from quantforge.compilation import Chosen, Job
+from quantforge.compilation import Job
+from quantforge.decision import Chosen
 from quantforge.export.verify import verify_checkpoint
 from quantforge.export.writer import CheckpointWriter
 from quantforge.files import write_json

@@ -5,9 +5,9 @@
 
 Linears only: embeddings, norms and the head stay float on both sides. A row is `rtn:SPEC`,
 `gptq:SPEC` (sequential, without tuning), `tuned:SPEC` and `plan:BUDGET` (all that the recipe does)
-or `fast:BUDGET` (one-pass integers, without tuning). The reference runs in float32; the networks' matrix products in
-`--precision`. CPU seconds are process time of all threads; the load average is printed beside them
-because the machine may be shared.
+or `fast:BUDGET` (one-pass integers, without tuning). The reference runs in float32; the networks'
+matrix products in `--precision`. CPU seconds are process time of all threads; the load average is
+printed beside them because the machine may be shared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from quantforge.files import fingerprint
 from quantforge.load.text import describe_windows, evaluation_windows
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.quantize.config import TuningConfig
-from quantforge.quantize.sequential import put_weight
 from quantforge.results import Quality
 from quantforge.search.allocate import search, uniform_plans
 from quantforge.search.budget import Budget
@@ -78,14 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cpu_timer() as calibrated:
         measured = job.measure(fresh=options.fresh)
     print(f"load and text {shared[0]:.0f} CPU s, calibration {calibrated[0]:.0f} CPU s")
-    floats = {
-        layer.name: job.model.module.get_submodule(layer.name).weight.detach().clone()
-        for layer in job.model.layers
-    }
+    parameters = dict(job.model.module.named_parameters())
+    floats = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     rows = []
     for name in options.rows:
-        for layer, weight in floats.items():
-            put_weight(job.model, layer, weight)
+        for parameter, original in zip(parameters.values(), floats.values(), strict=True):
+            parameter.copy_(original)
         with cpu_timer() as spent:
             plan = make(job, name, measured)
         qualities = {}
