@@ -59,7 +59,7 @@ class ScaledLinear(nn.Module):
         self.quantized = weight
         codes = (weight.codes.to(torch.int16) + weight.spec.code_min).to(torch.int8)
         self.register_buffer("codes", codes, persistent=False)
-        self.register_buffer("base", weight.scale.float(), persistent=False)
+        self.register_buffer("base", weight.scale.detach().float(), persistent=False)
         self.change = nn.Parameter(torch.zeros_like(self.base))
         self.bias = bias
 

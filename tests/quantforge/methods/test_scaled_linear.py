@@ -1,0 +1,145 @@
+"""Scale gradients against autograd through the dequantized weight, and the end-to-end tuning."""
+
+import copy
+
+import pytest
+import torch
+
+from quantforge.evaluate.quality import ReferenceOutputs, measure
+from quantforge.load.huggingface import from_module
+from quantforge.methods.gptq import gptq
+from quantforge.methods.rounding import TrainableWeight
+from quantforge.methods.rtn import minmax_scale, round_to_nearest
+from quantforge.methods.scaled_linear import ScaledLinear
+from quantforge.numerics import factorize
+from quantforge.progress import Monitor
+from quantforge.quantize.config import RoundingConfig, TuningConfig
+from quantforge.quantize.refine import BlockTask, refine_block
+from quantforge.quantize.tune import distillation_gradient, tune_scales
+from quantforge.testing import markov_tokens, tiny_llama, train
+from quantforge.types import QuantSpec
+
+SPEC = QuantSpec(3, 32)
+
+
+def quantized(out=24, columns=64, seed=0):
+    weight = torch.randn(out, columns, generator=torch.Generator().manual_seed(seed))
+    return weight, round_to_nearest(weight, minmax_scale(weight, SPEC), SPEC)
+
+
+def test_forward_and_gradients_equal_autograd_through_the_dequantized_weight():
+    _, weight = quantized()
+    layer = ScaledLinear(weight, None)
+    x = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    toward = torch.randn(5, 7, 24, generator=torch.Generator().manual_seed(2))
+    (layer(x).float() * toward).sum().backward()
+
+    scale = weight.scale.float().requires_grad_()
+    other = x.detach().clone().requires_grad_()
+    codes = (weight.codes.float() - 4).view(24, 2, 32)
+    dense = (codes * scale.unsqueeze(-1)).view(24, 64)
+    expected = other @ dense.T
+    (expected * toward).sum().backward()
+    assert torch.allclose(layer(x).float(), expected, rtol=0.02, atol=0.05)
+    # the parameter is a relative change: its gradient is the scale's times the scale
+    found = layer.change.grad / weight.scale.float()
+    assert torch.nn.functional.cosine_similarity(found.flatten(), scale.grad.flatten(), 0) > 0.999
+    assert torch.nn.functional.cosine_similarity(x.grad.flatten(), other.grad.flatten(), 0) > 0.999
+
+
+def test_no_change_gives_back_the_same_weight():
+    _, weight = quantized()
+    finished = ScaledLinear(weight, None).finish()
+    assert torch.equal(finished.codes, weight.codes)
+    assert torch.equal(finished.scale, weight.scale)
+
+
+def test_distillation_gradient_is_the_gradient_of_the_kl():
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(6, 8, generator=generator, requires_grad=True)
+    teacher = torch.randn(6, 8, generator=generator)
+    head = torch.randn(20, 8, generator=generator)
+    p, q = (teacher @ head.T).log_softmax(-1), (student @ head.T).log_softmax(-1)
+    (p.exp() * (p - q)).sum().backward()
+    found = distillation_gradient(student.detach(), teacher, head)
+    assert torch.allclose(found, student.grad, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train(tiny_llama(blocks=2))
+
+
+def test_tuning_lowers_the_kl_on_unseen_tokens_and_changes_no_integer(trained):
+    tokens, unseen = markov_tokens(32, 48, seed=1), markov_tokens(16, 48, seed=2)
+    reference = ReferenceOutputs.collect(trained, from_module(trained).architecture, unseen)
+    model = from_module(copy.deepcopy(trained))
+    with torch.no_grad():
+        teacher = trained.model(tokens).last_hidden_state.bfloat16()
+    weights = {}
+    for layer in model.layers:
+        module = model.module.get_submodule(layer.name).requires_grad_(False)
+        spec = QuantSpec(2, 32)
+        weights[layer.name] = round_to_nearest(
+            module.weight, minmax_scale(module.weight, spec), spec
+        )
+        module.weight.data.copy_(weights[layer.name].dequantize())
+
+    def kl():
+        return measure(model.module, model.architecture, unseen, reference, text="").kl
+
+    before = kl()
+    types = {name: type(m) for name, m in model.module.named_modules()}
+    config = TuningConfig(steps=30, batch=4, scale_step=0.01, norm_step=0.005)
+    tuned = tune_scales(
+        model, weights, tokens, teacher, config,
+        generator=torch.Generator().manual_seed(0), monitor=Monitor(),
+    )  # fmt: skip
+    for name, weight in tuned.items():
+        assert torch.equal(weight.codes, weights[name].codes)
+        model.module.get_submodule(name).weight.data.copy_(weight.dequantize())
+    assert kl() < 0.8 * before
+    assert {name: type(m) for name, m in model.module.named_modules()} == types
+    assert all(p.grad is None for p in model.module.parameters())
+
+
+def test_rounding_gradients_pass_straight_through_inside_the_grid():
+    weight, start = quantized()
+    one = TrainableWeight.start(weight, start)
+    assert torch.equal(one.finish().codes, start.codes)
+    assert torch.equal(one.weight(), start.dequantize())
+    one.latent.data[0, 0] = 50.0
+    toward = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
+    (one.weight() * toward).sum().backward()
+    expected = toward * start.scale.float().repeat_interleave(32, 1)
+    expected[0, 0] = 0.0
+    assert torch.allclose(one.latent.grad, expected)
+    codes = one.latent.detach().round().clamp(-4, 3)
+    assert torch.allclose(one.scale.grad, (toward * codes).view(24, 2, 32).sum(-1), atol=1e-4)
+
+
+def test_refining_a_block_lowers_its_held_out_error_and_never_raises_it(trained):
+    block = trained.model.layers[0]
+    hidden = torch.randn(64, 16, 64, generator=torch.Generator().manual_seed(0))
+    kwargs = {"position_embeddings": trained.model.rotary_emb(hidden, torch.arange(16)[None])}
+    batches = list(hidden.split(8))
+    with torch.no_grad():
+        targets = [block(batch, **kwargs) for batch in batches]
+    floats = {n: m.weight.detach() for n, m in block.named_modules() if hasattr(m, "in_features")}
+    start = {}
+    for name, weight in floats.items():
+        gram = factorize(torch.eye(weight.shape[1]))
+        start[name] = gptq(weight, gram, QuantSpec(2, 32))
+    task = BlockTask(
+        block, batches, targets, [kwargs] * 8,
+        channel_weight=torch.ones(64), held_out=2, precision="float32",
+    )  # fmt: skip
+
+    def error(weights):
+        return task.held_out_error({f"{n}.weight": w.dequantize() for n, w in weights.items()})
+
+    config = RoundingConfig(steps=60, latent_step=0.005, scale_step=0.002, check_every=10)
+    refined = refine_block(task, floats, start, config, torch.Generator().manual_seed(0))
+    assert error(refined) < 0.9 * error(start)
+    wild = RoundingConfig(steps=10, latent_step=5.0, scale_step=0.5, check_every=10)
+    assert error(refine_block(task, floats, start, wild, torch.Generator())) <= error(start)
