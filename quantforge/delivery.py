@@ -40,7 +40,7 @@ from quantforge.results import (
 from quantforge.search.allocate import reachable_bits, search, stored_cost, uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.types import BitPlan, LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
-from quantforge.workspace import machine_traits
+from quantforge.workspace import machine_traits, peak_memory_bytes
 
 KEPT_DTYPE = torch.bfloat16
 
@@ -151,6 +151,8 @@ def write_documents(job: Job, report: Report, sensitivity: Sensitivity, folder: 
         "effort": job.effort,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": job.timings,
+        "cpu_seconds": time.process_time(),
+        "peak_memory_bytes": peak_memory_bytes(),
         "machine": [platform.processor() or platform.machine(), *machine_traits()],
     }
     write_json(folder / "run.json", run)
