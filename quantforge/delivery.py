@@ -37,7 +37,13 @@ from quantforge.results import (
     SizeReport,
     UniformPlan,
 )
-from quantforge.search.allocate import reachable_bits, search, stored_cost, uniform_plans
+from quantforge.search.allocate import (
+    candidate_bytes,
+    reachable_bits,
+    search,
+    stored_cost,
+    uniform_plans,
+)
 from quantforge.search.budget import Budget
 from quantforge.types import BitPlan, LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
 from quantforge.workspace import machine_traits, peak_memory_bytes
@@ -188,7 +194,7 @@ def dry_run(job: Job, sensitivity: Sensitivity, budget: Budget, output: Path | N
         reachable=reachable_bits(sensitivity, job.recipe.search),
         sizes=planned_sizes(job, plan),
         uniform=uniform,
-        scratch_bytes=0,
+        scratch_bytes=candidate_bytes(sensitivity),
         calibration=job.calibration.description,
         settings=job.recipe.model_dump(mode="json"),
     )

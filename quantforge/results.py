@@ -231,7 +231,7 @@ class PlanReport:
         reachable: lowest and highest stored bits a weight that the candidates can give.
         sizes: sizes computed from the plan.
         uniform: uniform plans, by stored bits.
-        scratch_bytes: disk that `quantize` needs for block inputs; 0 where they fit in memory.
+        scratch_bytes: disk in the cache that the integers of all candidates take.
         calibration: description of the calibration text.
         settings: the effective recipe.
         warnings: one line each.

@@ -119,7 +119,7 @@ def show_plan(report: PlanReport, out: Console) -> None:
         *_size_rows(report.sizes),
     ]
     if report.scratch_bytes:
-        rows.append(("scratch file", size(report.scratch_bytes)))
+        rows.append(("disk in the cache", size(report.scratch_bytes)))
     _pairs(rows, out)
     _specs([(layer.spec, layer.weights) for layer in report.layers], out)
     _layers(report.layers, out)

@@ -23,6 +23,18 @@ def stored_cost(layer: LayerInfo, spec: QuantSpec | None) -> int:
     return spec.stored_bits(layer.out_features, layer.in_features)
 
 
+def candidate_bytes(sensitivity: Sensitivity) -> int:
+    """Disk that the integers of all candidates of all layers take."""
+    fits = sensitivity.loss.isfinite()
+    bits = sum(
+        stored_cost(layer, spec)
+        for row, layer in enumerate(sensitivity.layers)
+        for column, spec in enumerate(sensitivity.specs)
+        if bool(fits[row, column])
+    )
+    return math.ceil(bits / 8)
+
+
 def average_bits(
     layers: Sequence[LayerInfo], assignment: Mapping[str, QuantSpec | None]
 ) -> tuple[float, float]:

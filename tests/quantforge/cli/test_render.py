@@ -49,7 +49,7 @@ def test_plan_report_as_tables(reports) -> None:
     for expected in (
         "reachable 2.030 to 8.500 stored bits a weight",
         "predicted loss +0.125 nats a token",
-        "scratch file 4.53 GB",
+        "disk in the cache 4.53 GB",
         "2b-g64 1 60.0%",
         "4b-pc 1 30.0%",
         "kept 1 10.0%",

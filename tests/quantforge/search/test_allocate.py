@@ -9,6 +9,7 @@ import torch
 
 from quantforge.errors import BudgetError, UsageError
 from quantforge.search.allocate import (
+    candidate_bytes,
     lower_hull,
     make_plan,
     reachable_bits,
@@ -117,6 +118,14 @@ def test_reachable_range():
     low, high = reachable_bits(table(), SearchConfig())
     assert low == pytest.approx(2.25)
     assert high == 16.0
+
+
+def test_disk_of_all_candidates_is_the_sum_over_those_that_fit():
+    sensitivity = table()
+    total = sum(cost(layer, spec) for layer in sensitivity.layers for spec in SPECS)
+    assert candidate_bytes(sensitivity) == total / 8
+    sensitivity.loss[0, 1] = torch.inf
+    assert candidate_bytes(sensitivity) == (total - cost(sensitivity.layers[0], SPECS[1])) / 8
 
 
 def test_hull_drops_points_above_it_and_reads_log_linearly():
