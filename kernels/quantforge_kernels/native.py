@@ -19,7 +19,11 @@ from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "cpu"
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffast-math", "-std=c++17", "-shared", "-fPIC")
+# The parts of -ffast-math that vectorising needs, and not the flag itself: with it, some compilers
+# link code into the library that makes the whole process flush subnormal numbers to zero.
+MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
+FLAGS = ("-O3", "-march=native", "-fopenmp", *MATH, "-ffinite-math-only", "-std=c++17")
+LINK = ("-shared", "-fPIC")
 
 
 class BuildError(RuntimeError):
@@ -73,14 +77,15 @@ def build(source: Path, folder: Path) -> Path:
         BuildError: no compiler, or it failed (its first error line is in the message).
     """
     compiler = find_compiler()
-    parts = (source.read_text(encoding="utf-8"), compiler.version, instruction_set(), *FLAGS)
+    flags = (*FLAGS, *LINK)
+    parts = (source.read_text(encoding="utf-8"), compiler.version, instruction_set(), *flags)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = folder / f"{source.stem}-{key}.so"
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
     temporary = library.with_suffix(f".{os.getpid()}.partial")
-    command = [compiler.path, *FLAGS, str(source), "-o", str(temporary)]
+    command = [compiler.path, *flags, str(source), "-o", str(temporary)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         temporary.unlink(missing_ok=True)

@@ -257,3 +257,9 @@ def test_free_sign_lowers_the_error_of_gaussian_groups_as_designed():
 def test_group_of_zeros_gets_a_usable_scale():
     weight = torch.zeros(2, 8)
     assert torch.equal(search_scales(weight, torch.ones(8), bits=2, width=8), torch.ones(2, 1))
+
+
+def test_loading_the_native_code_leaves_subnormal_numbers_alone():
+    search_scales(torch.ones(1, 8), torch.ones(8), bits=2, width=8)
+    assert 2.0**-1060 * 0.5 > 0.0
+    assert float(torch.tensor([1e-39]) * 0.5) > 0.0
