@@ -292,16 +292,18 @@ class Job:
             layer.name: self.model.module.get_submodule(layer.name) for layer in self.model.layers
         }
         floats = {name: module.weight.detach().clone() for name, module in modules.items()}
+        windows, text = self.recipe.evaluate.curve_windows, self.calibration.description
         qualities = []
-        for index, plan in enumerate(plans):
-            for name, spec in plan.assignment.items():
-                kept = floats[name] if spec is None else store.get(name, spec).dequantize()
-                put_weight(self.model, name, kept)
-            windows = self.recipe.evaluate.curve_windows
-            qualities.append(self.measure_held_out(windows, text=self.calibration.description))
-            self.monitor.step(what, index + 1, len(plans))
-        for name, weight in floats.items():
-            put_weight(self.model, name, weight)
+        try:
+            for index, plan in enumerate(plans):
+                for name, spec in plan.assignment.items():
+                    kept = floats[name] if spec is None else store.get(name, spec).dequantize()
+                    put_weight(self.model, name, kept)
+                qualities.append(self.measure_held_out(windows, text=text))
+                self.monitor.step(what, index + 1, len(plans))
+        finally:  # an interrupt must not leave a caller's network in memory changed
+            for name, weight in floats.items():
+                put_weight(self.model, name, weight)
         return qualities
 
     def _timed(self, stage: str) -> _Timer:
