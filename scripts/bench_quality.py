@@ -5,8 +5,8 @@
 
 Linears only: embeddings, norms and the head stay float on both sides. A row is `rtn:SPEC`,
 `gptq:SPEC` (sequential, without tuning), `tuned:SPEC` and `plan:BUDGET` (all that the recipe does)
-or `fast:BUDGET` (one-pass integers, without tuning). The reference runs in float32; the networks'
-matrix products in `--precision`. CPU seconds are process time of all threads; the load average is
+or `fast:BUDGET` (one-pass integers, without tuning). Matrix products of networks
+and reference run in `--precision`. CPU seconds are process time of all threads; the load average is
 printed beside them because the machine may be shared.
 """
 
@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -95,12 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             Row(name=name, stored_bits=plan.stored_bits, cpu_seconds=spent[0], qualities=qualities)
         )
         print(table(rows[-1:], options.text), flush=True)
+        if options.json:
+            Path(options.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
     print(table(rows, options.text))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory {peak:.2f} GB, load average {os.getloadavg()[0]:.1f}")
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as stream:  # noqa: PTH123
-            json.dump([asdict(row) for row in rows], stream, indent=1)
 
 
 def make(job: Job, name: str, measured: Measurement) -> BitPlan:
@@ -134,7 +134,12 @@ def reference(job: Job, text: str, options: argparse.Namespace) -> ReferenceOutp
     )
     print(describe_windows(text, job.model.tokenizer, windows))
     return ReferenceOutputs.collect(
-        job.model.module, job.model.architecture, windows, precision="float32", monitor=job.monitor
+        job.model.module,
+        job.model.architecture,
+        windows,
+        precision=options.precision,
+        keep_head_copy=True,
+        monitor=job.monitor,
     )
 
 
