@@ -152,8 +152,11 @@ def write_documents(job: Job, report: Report, sensitivity: Sensitivity, folder: 
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     (folder / "report.html").write_text(render(report), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+    source = job.model.source
+    local = source.kind in ("folder", "gguf")  # absolute: `eval` may run in another folder
+    location = str(source.path.absolute()) if local else source.location
     run = {
-        "source": {"kind": job.model.source.kind, "location": job.model.source.location},
+        "source": {"kind": source.kind, "location": location},
         "effort": job.effort,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": job.timings,

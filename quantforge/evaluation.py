@@ -73,7 +73,8 @@ def evaluate(
     Args:
         checkpoint: folder written by `quantize`, or any float model.
         reference: the float model; None takes the one the checkpoint was made from.
-        text: .txt or .jsonl file; None takes technical English that every Python carries.
+        text: .txt, .jsonl or .parquet file or hub data set; None takes the end of the manual that
+            every Python carries.
         windows: non-overlapping windows to measure.
         window_length: tokens a window.
         against: a second network, compared on the same windows.
@@ -93,6 +94,7 @@ def evaluate(
     )
     where = "pydoc" if text is None else str(text)
     tokenizer = float_model.tokenizer
+    _check_context(float_model.module, window_length)
     tokens = evaluation_windows(where, tokenizer, windows=windows, length=window_length)
     description = describe_windows(where, tokenizer, tokens)
     outputs = ReferenceOutputs.collect(
@@ -157,6 +159,8 @@ def generate(
     monitor = Monitor(progress=progress, cancel=cancel)
     module = load(checkpoint, device=device, backend=backend)
     tokenizer = load_tokenizer(Path(checkpoint))
+    if tokenizer is None:
+        raise InputError(f"{checkpoint} has no tokenizer, which a prompt needs; add its files")
     pieces = stream(
         module, tokenizer, prompt,
         tokens=tokens, temperature=temperature, top_p=top_p, seed=seed,
@@ -200,6 +204,15 @@ def inspect(checkpoint: str | Path) -> InspectReport:
     )
 
 
+def _check_context(module: nn.Module, length: int) -> None:
+    limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and length > limit:
+        raise InputError(
+            f"windows of {length} tokens exceed the model's context of {limit}: lower the length "
+            "of the windows (--window-length)"
+        )
+
+
 def _is_quantized(path: Path) -> bool:
     config = path / "config.json"
     if not config.is_file():
@@ -230,7 +243,10 @@ def _source_of(checkpoint: Path) -> str:
     record = checkpoint / "run.json"
     if not record.is_file():
         raise InputError(f"{checkpoint} does not say which model it came from; give --reference")
-    location = str(json.loads(record.read_text(encoding="utf-8"))["source"]["location"])
+    try:
+        location = str(json.loads(record.read_text(encoding="utf-8"))["source"]["location"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{record} is damaged ({error!r}); give --reference") from None
     if not location:
         raise InputError(f"{checkpoint} was made from a network in memory; give --reference")
     return location

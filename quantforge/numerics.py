@@ -94,7 +94,7 @@ def factorize(gram: Tensor, *, damping: float = 0.01, act_order: bool = True) ->
         act_order: take columns by decreasing diagonal instead of in order.
 
     Returns:
-        The factor; dead inputs get a unit diagonal.
+        The factor; dead inputs get the mean of the live diagonal.
 
     Raises:
         InputError: the gram holds NaN or Inf.

@@ -9,11 +9,12 @@ prints and nothing is global: progress goes to a callback, cancellation comes fr
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from quantforge.compilation import open_job
@@ -67,7 +68,8 @@ def quantize(
         trust_remote_code: let a hub model bring its own code.
         tokenizer: of a network in memory.
         progress: called after every step.
-        cancel: once set, the run stops with `CancelledError` and leaves nothing behind.
+        cancel: once set, the run stops with `CancelledError` and leaves nothing behind; a network
+            in memory gets its float weights back after this or any other error.
 
     Returns:
         What was decided, written and measured; the same as `report.html` shows.
@@ -80,7 +82,8 @@ def quantize(
     """
     limit = Budget.parse(budget)
     folder = _output_folder(model, output, budget)
-    with staging(folder, force=force) if folder else nullcontext() as staged:
+    stage = staging(folder, force=force) if folder else nullcontext()
+    with stage as staged, _restored_on_error(model):
         job = open_job(
             model,
             calibration=calibration,
@@ -138,6 +141,27 @@ def plan(
     )
     measured = job.measure(fresh=fresh)
     return dry_run(job, measured.sensitivity, limit, folder)
+
+
+@contextmanager
+def _restored_on_error(model: Source) -> Iterator[None]:
+    """Give a network in memory its weights and its mode back if the body fails."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    training = {name for name, module in model.named_modules() if module.training}
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        if not finished:
+            with torch.no_grad():
+                for name, tensor in model.state_dict().items():
+                    tensor.copy_(before[name])
+            for name, module in model.named_modules():
+                module.training = name in training
 
 
 def _output_folder(model: Source, output: str | Path | None, budget: str) -> Path | None:

@@ -60,11 +60,24 @@ def staging(output: Path, *, force: bool) -> Iterator[Path]:
     try:
         yield folder
         check_output(output, force=force)
-        if output.is_dir():
-            shutil.rmtree(output)
-        folder.replace(output)
+        _swap(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swap(folder: Path, output: Path) -> None:
+    """Give `folder` the name `output`; what had it before is removed only after that."""
+    old = output.with_name(f".{output.name}.{os.getpid()}.old")
+    replaced = output.is_dir()
+    if replaced:
+        output.replace(old)
+    try:
+        folder.replace(output)
+    except OSError:
+        if replaced:
+            old.replace(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def measurement_folder(key: str, *, fresh: bool) -> Path:
@@ -77,13 +90,23 @@ def measurement_folder(key: str, *, fresh: bool) -> Path:
     root = cache_root() / "measurements"
     folder = root / key[:32]
     if fresh:
-        shutil.rmtree(folder, ignore_errors=True)
+        _discard(folder)
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
     others = sorted(root.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
     for old in others[KEPT_MEASUREMENTS:]:
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
     return folder
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder; interrupted half-way, what is left has no name that is looked up."""
+    doomed = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.old")
+    try:
+        folder.replace(doomed)
+    except OSError:  # another process was faster, or it is not there
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def machine_traits() -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -72,9 +73,16 @@ def save_traces(channel_weights: Sequence[Tensor], final_hidden: Tensor, path: P
 
 
 def load_traces(path: Path) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Read what `save_traces` wrote: channel weights in order, and the head inputs."""
-    tensors = load_file(path)
-    final = tensors.pop("final_hidden")
+    """Read what `save_traces` wrote: channel weights in order, and the head inputs.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        tensors = load_file(path)
+        final = tensors.pop("final_hidden")
+    except (OSError, SafetensorError, KeyError) as error:
+        raise _damaged(path, error) from error
     return tuple(weight for _, weight in sorted(tensors.items())), final
 
 
@@ -84,11 +92,22 @@ def save_curve(points: Sequence[CurvePoint], path: Path) -> None:
 
 
 def load_curve(path: Path) -> tuple[CurvePoint, ...]:
-    """Read what `save_curve` wrote."""
+    """Read what `save_curve` wrote.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
     points = []
-    for fields in json.loads(path.read_text(encoding="utf-8")):
-        quality = dict(fields["quality"])
-        for name in ("window_kl", "window_nll"):
-            quality[name] = tuple(quality[name])
-        points.append(CurvePoint(**{**fields, "quality": Quality(**quality)}))
+    try:
+        for fields in json.loads(path.read_text(encoding="utf-8")):
+            quality = dict(fields["quality"])
+            for name in ("window_kl", "window_nll"):
+                quality[name] = tuple(quality[name])
+            points.append(CurvePoint(**{**fields, "quality": Quality(**quality)}))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
     return tuple(points)
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is missing or damaged ({error}); run again with --fresh")

@@ -40,7 +40,7 @@ Budget = Annotated[
     ),
 ]
 EffortOption = Annotated[Effort, typer.Option(help="How much time to spend on quality.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Calibration = Annotated[
     str | None,
     typer.Option(

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quantforge_kernels.layout import pack, unpack
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from quantforge.errors import InputError
 from quantforge.files import atomic_path
 from quantforge.types import QuantizedWeight, QuantSpec
 
@@ -37,10 +38,20 @@ class CandidateStore:
             save_file(tensors, temporary, metadata={"columns": str(columns)})
 
     def get(self, layer: str, spec: QuantSpec) -> QuantizedWeight:
-        """Read one candidate."""
-        with safe_open(self._path(layer), framework="pt") as file:
-            words = file.get_tensor(f"{spec}.codes")
-            scale = file.get_tensor(f"{spec}.scale")
-            columns = int(file.metadata()["columns"])
+        """Read one candidate.
+
+        Raises:
+            InputError: its file is missing or damaged.
+        """
+        path = self._path(layer)
+        try:
+            with safe_open(path, framework="pt") as file:
+                words = file.get_tensor(f"{spec}.codes")
+                scale = file.get_tensor(f"{spec}.scale")
+                columns = int(file.metadata()["columns"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} is missing or damaged ({error}); run again with --fresh"
+            ) from error
         codes = unpack(words, spec.bits, columns)
         return QuantizedWeight(codes=codes, scale=scale, zero=None, spec=spec)

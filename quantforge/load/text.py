@@ -120,7 +120,8 @@ def evaluation_windows(source: str, tokenizer: Any, *, windows: int, length: int
 
     Args:
         source: a text file, tokenised as one piece, or a .jsonl or .parquet file or hub data set,
-            whose rows are joined (context + continuation where they have these columns).
+            whose rows are joined (context + continuation where they have these columns). "pydoc"
+            takes the last windows of Python's manual, because calibration reads its beginning.
         tokenizer: of the model under test.
         windows: how many.
         length: tokens a window.
@@ -133,6 +134,9 @@ def evaluation_windows(source: str, tokenizer: Any, *, windows: int, length: int
     if tokenizer is None:
         raise InputError("the model has no tokenizer, which evaluation text needs: pass one")
     needed = windows * length
+    if source == DEFAULT_TEXT:
+        stream = _tokenise([Document(text=pydoc_text())], tokenizer)[-needed:]
+        return cut(stream, windows, length, what="windows", where=source)
     stream, _ = _stream(source, tokenizer, needed, column=None, chat_template="auto", split="test")
     return cut(stream, windows, length, what="windows", where=source)
 
@@ -140,7 +144,11 @@ def evaluation_windows(source: str, tokenizer: Any, *, windows: int, length: int
 def describe_windows(source: str, tokenizer: Any, windows: Tensor) -> str:
     """One line for reports: the text, the tokens and the BOS rule."""
     count, length = windows.shape
-    return f"{Path(source).name}, first {count} windows of {length} tokens, {bos_rule(tokenizer)}"
+    if source == DEFAULT_TEXT:
+        what = f"the manual of Python {platform.python_version()} (pydoc_data.topics), last"
+    else:
+        what = f"{Path(source).name}, first"
+    return f"{what} {count} windows of {length} tokens, {bos_rule(tokenizer)}"
 
 
 def bos_rule(tokenizer: Any) -> str:

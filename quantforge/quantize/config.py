@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from quantforge.config import Config
 
@@ -68,3 +68,16 @@ class QuantizeConfig(Config):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     rounding: RoundingConfig = RoundingConfig()
     tuning: TuningConfig = TuningConfig()
+
+    @model_validator(mode="after")
+    def _used_or_refused(self) -> Self:
+        """An option that `sequential: false` would silently pass over is an error."""
+        if self.sequential:
+            return self
+        fields = QuantizeConfig.model_fields
+        for name in ("method", "grid", "damping"):
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} does nothing without quantize.sequential=true")
+        if self.rounding.steps > 0:
+            raise ValueError("rounding.steps does nothing without quantize.sequential=true")
+        return self

@@ -6,10 +6,11 @@ few dozen steps of descent on the KL divergence to the float network's distribut
 (EfficientQAT, Chen et al. 2024, trains scales alone with cross-entropy) take a third of the loss
 away without changing an integer or a byte of the format.
 
-Updates are relative: a scale is base · (1 + change) and a norm weight likewise, with Adam on the
-changes, a short warm-up and a linear decay. The float distribution comes from stored final hidden
-states, logits of both networks are formed for a few hundred tokens at a time, and the gradient at
-the head's input is written down directly, (q − p) W, so no [tokens, vocabulary] graph exists.
+Updates of scales are relative: a scale is base · (1 + change). Adam runs on the changes and on the
+norm weights themselves, with a short warm-up and a linear decay. The float distribution comes from
+stored final hidden states, logits of both networks are formed for a few hundred tokens at a time,
+and the gradient at the head's input is written down directly, (q − p) W, so no [tokens, vocabulary]
+graph exists.
 """
 
 from __future__ import annotations

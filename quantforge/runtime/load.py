@@ -52,7 +52,7 @@ def load(
     """
     checkpoint = open_checkpoint(path)
     specs = checkpoint.specs()
-    target = _device(device)
+    target = checked_device(device)
     chosen = _config_dtype(checkpoint) if dtype is None else dtype
     _check_backend(backend, specs, chosen, target)
     model = _build(checkpoint, chosen)
@@ -67,7 +67,13 @@ def load(
     return model
 
 
-def _device(device: str | torch.device) -> torch.device:
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UsageError: torch knows no such device.
+        ResourceError: it is not there.
+    """
     try:
         target = torch.device(device)
     except RuntimeError as error:

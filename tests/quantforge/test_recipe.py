@@ -212,11 +212,11 @@ def test_every_listed_key_can_be_set() -> None:
 
 def test_a_recipe_round_trips_through_yaml(tmp_path: Path) -> None:
     target = resolve_target("llama")
-    recipe = compose(target, effort="fast", settings={"quantize.damping": 1e-5})
+    recipe = compose(target, effort="fast", settings={"calibrate.damping": 1e-5})
     text = strict_yaml.dump(recipe.model_dump(mode="json"))
     again = recipes.load_recipe(write(tmp_path / "again.yaml", text))
     assert again == recipe
-    assert again.quantize.damping == 1e-5
+    assert again.calibrate.damping == 1e-5
 
 
 def test_load_recipe_refuses_a_model(here: Path) -> None:
@@ -239,3 +239,10 @@ def test_recipes_are_found_in_a_wheel_before_a_checkout(
     checkout.unlink()
     with pytest.raises(InputError, match="no recipes beside"):
         recipes.recipe_root()
+
+
+def test_an_option_that_would_do_nothing_is_refused():
+    for key, value in (("method", "rtn"), ("grid", "mse"), ("damping", 0.1), ("rounding.steps", 9)):
+        with pytest.raises(UsageError, match=r"does nothing without quantize\.sequential"):
+            compose(Target(name="x", model="y"), effort="fast", settings={f"quantize.{key}": value})
+        compose(Target(name="x", model="y"), settings={f"quantize.{key}": value})

@@ -261,3 +261,11 @@ def test_evaluation_windows(tmp_path, model):
         evaluation_windows(str(file), None, windows=1, length=8)
     with pytest.raises(InputError, match="0 windows"):
         evaluation_windows(str(file), model.tokenizer, windows=0, length=8)
+
+
+def test_evaluation_on_the_manual_reads_what_calibration_does_not(model):
+    found = evaluation_windows("pydoc", model.tokenizer, windows=2, length=50)
+    assert found.shape == (2, 50)
+    calibrated = calibration_set(config("pydoc"), model, seed=0)
+    assert not set(map(tuple, found.tolist())) & set(map(tuple, all_rows(calibrated).tolist()))
+    assert describe_windows("pydoc", model.tokenizer, found).startswith("the manual of Python ")
