@@ -55,6 +55,8 @@ from quantforge.search.correction import corrected, correction_factors
 from quantforge.types import BitPlan, CalibrationSet, QuantSpec, Sensitivity
 from quantforge.workspace import machine_traits, measurement_folder
 
+# Raised with every change of what calibration computes: older measurements are then not used.
+MEASUREMENT_VERSION = 1
 TRACES = "traces.safetensors"
 UNIFORM = "uniform.json"
 
@@ -94,7 +96,8 @@ class Job:
             self.calibration.fingerprint,
             options.model_dump(mode="json"),
             [str(spec) for spec in specs],
-            self.recipe.evaluate.model_dump(mode="json"),
+            self.recipe.evaluate.model_dump(mode="json", exclude={"prompts", "tokens"}),
+            MEASUREMENT_VERSION,
             self.seed,
             next(self.model.module.parameters()).device.type,
             tool_versions(),
@@ -228,6 +231,10 @@ class Job:
         )
         for name, weight in tuned.items():
             put_weight(self.model, name, weight.dequantize())
+        with torch.no_grad():
+            for name, parameter in named:
+                if name in norms:  # as the checkpoint will hold them
+                    parameter.copy_(parameter.bfloat16())
         after = self.measure_held_out(windows)
         if after.kl >= before.kl:
             self.notes.append("tuning the scales did not lower the held-out KL and was undone")

@@ -82,6 +82,11 @@ def choose(plan: BitPlan, quality: Quality, measured: Measurement, budget: Budge
         chosen = replace(chosen, budget=budget.text)
         warnings.append(f"{best.name} is better than the plan on held-out tokens and is used")
     hull = read_hull([(p.stored_bits, p.quality.kl) for p in uniform], plan.stored_bits)
+    if hull is None and uniform:
+        warnings.append(
+            f"no uniform network was measured around {plan.stored_bits:.2f} bits; "
+            "evaluate.curve_bits adds widths"
+        )
     if hull is not None and quality.kl > hull + quality.kl_stderr:
         warnings.append(f"the plan's held-out KL {quality.kl:.4f} is above the hull {hull:.4f}")
     width = -(-budget.bits.numerator // budget.bits.denominator)

@@ -19,6 +19,7 @@ from torch import nn
 
 from quantforge.compilation import open_job
 from quantforge.delivery import deliver, dry_run
+from quantforge.errors import UsageError
 from quantforge.evaluation import evaluate, generate, inspect, load
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.recipe import resolve_target
@@ -128,6 +129,8 @@ def plan(
     folder = None if output is None else Path(output)
     if folder:
         check_output(folder, force=force)
+        if (folder / "quantforge.json").is_file():
+            raise UsageError(f"{folder} holds a checkpoint; give plan another --output")
     job = open_job(
         model,
         calibration=calibration,

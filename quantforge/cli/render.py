@@ -77,11 +77,14 @@ def show_quantized(report: Report, out: Console) -> None:
         *_size_rows(report.sizes),
         *_quality_rows(report.quality),
     ]
+    plan = next((point for point in report.curve if not point.name.startswith("uniform ")), None)
+    if plan is not None:  # like the uniform networks: one-pass compensation, the same windows
+        rows.append(("one-pass: the plan", f"KL {number(plan.quality.kl)} nats"))
     if report.hull_kl is not None:
-        rows.append(("uniform at this size", f"KL {number(report.hull_kl)} nats (lower hull)"))
+        rows.append(("  uniform there", f"KL {number(report.hull_kl)} nats (lower hull)"))
     if report.cheapest_uniform is not None:
         name, lowest = report.cheapest_uniform
-        rows.append(("cheapest uniform", f"KL {number(lowest)} nats ({name})"))
+        rows.append(("  cheapest uniform", f"KL {number(lowest)} nats ({name})"))
     _pairs(rows, out)
     _specs([(layer.spec, None) for layer in report.layers], out)
     if report.curve:

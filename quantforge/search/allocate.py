@@ -176,9 +176,10 @@ def uniform_plans(sensitivity: Sensitivity) -> list[BitPlan]:
 
 
 def lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Lower convex hull of (stored bits, log KL) points, by increasing bits."""
+    """Lower convex hull of (stored bits, log KL) points, by strictly increasing bits."""
+    lowest = dict(sorted(points, reverse=True))
     hull: list[tuple[float, float]] = []
-    for point in sorted(points):
+    for point in sorted(lowest.items()):
         while len(hull) >= 2:
             (x0, y0), (x1, y1) = hull[-2], hull[-1]
             if (y1 - y0) * (point[0] - x0) < (point[1] - y0) * (x1 - x0):

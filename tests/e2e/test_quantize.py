@@ -96,6 +96,18 @@ def test_another_budget_reuses_the_measurement(run, small, compiled, checkpoint,
     assert 3.3 < plan["plan"]["stored_bits"] <= 4.0
 
 
+def test_plan_does_not_write_into_a_checkpoint(run, small, compiled, checkpoint, text):
+    folder, _ = compiled
+    before = hashes(folder)
+    done = run(
+        "plan", checkpoint, "--budget", "4bit", "--calibration", text, "-o", "out", "--force",
+        *small, cwd=folder.parent,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "holds a checkpoint" in done.stderr
+    assert hashes(folder) == before
+
+
 def test_eval_and_generate_and_inspect_read_the_folder(run, small, compiled, checkpoint, text):
     folder, report = compiled
     done = run(

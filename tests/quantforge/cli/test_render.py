@@ -27,7 +27,7 @@ def test_quantized_report_as_tables(reports) -> None:
         "KL to the float model 0.250 ± 0.013 nats a token",
         "perplexity 31.5 (float model 21.25)",
         "same first token 75.0%",
-        "uniform at this size KL 0.375 nats (lower hull)",
+        "uniform there KL 0.375 nats (lower hull)",
         "cheapest uniform KL 0.5 nats (uniform 3b-pc)",
         "2b-g64 1",
         "kept 1",

@@ -137,6 +137,12 @@ def test_hull_drops_points_above_it_and_reads_log_linearly():
     assert read_hull(points, 4.1) is None
 
 
+def test_hull_of_points_with_equal_bits_keeps_the_lower_one():
+    points = [(2.0, math.exp(1.0)), (2.0, math.exp(3.0)), (3.0, math.exp(-1.0))]
+    assert read_hull(points, 2.5) == pytest.approx(1.0)
+    assert read_hull(points[:2], 2.0) is None
+
+
 def test_candidates_keep_only_group_sizes_that_divide_some_row():
     config = SearchConfig(bits=(2, 3), group_sizes=(64, 128, 192, -1))
     specs = config.candidates({576, 1536})
