@@ -3,8 +3,8 @@
 After compensation every layer is good for itself; what is left is how the layers' errors add up at
 the logits. Scales and norm weights are few (under 2 % of the weights) but reach every logit, so a
 few dozen steps of descent on the KL divergence to the float network's distribution
-(EfficientQAT, Chen et al. 2024, trains scales alone with cross-entropy) take a third of the loss
-away without changing an integer or a byte of the format.
+(EfficientQAT, Chen et al. 2024, trains scales alone with cross-entropy) can lower it
+without changing an integer or the size of the file. The caller keeps the result only if it does.
 
 Updates of scales are relative: a scale is base · (1 + change). Adam runs on the changes and on the
 norm weights themselves, with a short warm-up and a linear decay. The float distribution comes from
