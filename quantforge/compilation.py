@@ -182,6 +182,7 @@ class Job:
 
     def quantize(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
         """Quantized layers in forward order; the network holds the dequantized weights after."""
+        _ = self.reference  # of the float network: nothing may have changed it yet
         with self._timed("quantize"):
             layers = self._compensate(plan, measured)
             if self.recipe.quantize.tuning.steps == 0 or not any(plan.assignment.values()):
