@@ -21,32 +21,39 @@ class _ScaledProduct(torch.autograd.Function):
     """[..., out] bfloat16 product of x [..., in] with code · scale."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, codes: Tensor, centre: int) -> Tensor:
         low = x.bfloat16()
         ctx.save_for_backward(low, scale, codes)
-        return low @ _weight(codes, scale).T
+        ctx.centre = centre
+        return low @ _weight(codes, scale, centre).T
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, scale, codes = ctx.saved_tensors
         gradient = gradients[0].bfloat16()
-        for_input = gradient @ _weight(codes, scale)
+        for_input = gradient @ _weight(codes, scale, ctx.centre)
         for_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
-        groups = for_weight.view(*scale.shape, -1).float() * codes.view(*scale.shape, -1)
-        return for_input, groups.sum(-1), None
+        groups = for_weight.view(*scale.shape, -1).float()
+        groups *= _centred(codes, scale, ctx.centre)
+        return for_input, groups.sum(-1), None, None
 
 
-def _weight(codes: Tensor, scale: Tensor) -> Tensor:
-    """[out, in] bfloat16 code · scale from codes [out, in] int8 and scale [out, groups]."""
-    groups = codes.view(*scale.shape, -1).bfloat16()
-    return (groups * scale.bfloat16().unsqueeze(-1)).view_as(codes)
+def _centred(codes: Tensor, scale: Tensor, centre: int) -> Tensor:
+    """[out, groups, width] bfloat16 signed codes; integers of 8 bits are exact in bfloat16."""
+    return codes.view(*scale.shape, -1).bfloat16().sub_(centre)
+
+
+def _weight(codes: Tensor, scale: Tensor, centre: int) -> Tensor:
+    """[out, in] bfloat16 code · scale from codes [out, in] uint8 and scale [out, groups]."""
+    groups = _centred(codes, scale, centre)
+    return groups.mul_(scale.bfloat16().unsqueeze(-1)).view_as(codes)
 
 
 class ScaledLinear(nn.Module):
     """Stands in for a linear layer while scales are tuned.
 
     Attributes:
-        codes: [out, in] int8, centred; a buffer.
+        quantized: the weight at the start; its codes are read in place, not copied.
         base: [out, groups] float32, the scales at the start; a buffer.
         change: [out, groups] float32 parameter; the scale is base · (1 + change).
         bias: [out] or None, as in the layer it stands in for.
@@ -57,14 +64,11 @@ class ScaledLinear(nn.Module):
         if not weight.spec.symmetric:
             raise ValueError("scales are tuned for symmetric weights only")
         self.quantized = weight
-        codes = (weight.codes.to(torch.int16) + weight.spec.code_min).to(torch.int8)
-        self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("base", weight.scale.detach().float(), persistent=False)
         self.change = nn.Parameter(torch.zeros_like(self.base))
         self.bias = bias
 
     base: Tensor
-    codes: Tensor
 
     def scale(self) -> Tensor:
         """[out, groups] float32 current scales."""
@@ -72,7 +76,8 @@ class ScaledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] bfloat16."""
-        made: Tensor = _ScaledProduct.apply(x, self.scale(), self.codes)  # type: ignore[no-untyped-call]
+        codes, centre = self.quantized.codes, -self.quantized.spec.code_min
+        made: Tensor = _ScaledProduct.apply(x, self.scale(), codes, centre)  # type: ignore[no-untyped-call]
         return made if self.bias is None else made + self.bias
 
     def finish(self) -> QuantizedWeight:

@@ -45,7 +45,8 @@ def tune_scales(
     """Tune all scales and the network's norms on the KL divergence to the float network.
 
     Args:
-        model: the quantized network; its norms are changed in place, its planned layers are not.
+        model: the quantized network, which holds `weights`; its norms are changed in place, its
+            planned layers are not.
         weights: layer name → integers and scales.
         tokens: [sequences, length] fitting tokens.
         teacher: [sequences, length, hidden] the float network's head input on them.
@@ -112,15 +113,20 @@ def distillation_gradient(student: Tensor, teacher: Tensor, head: Tensor) -> Ten
 def _stand_ins(
     module: nn.Module, weights: Mapping[str, QuantizedWeight]
 ) -> Iterator[dict[str, ScaledLinear]]:
-    """Put a `ScaledLinear` in the place of every quantized layer; put the layers back after."""
+    """Put a `ScaledLinear` in the place of every quantized layer; put the layers back after.
+
+    Meanwhile the layers' own weights, which hold no more than codes and scales do, take no memory.
+    """
     originals: dict[str, Any] = {name: module.get_submodule(name) for name in weights}
     layers = {name: ScaledLinear(weights[name], originals[name].bias) for name in weights}
     try:
         for name, layer in layers.items():
             module.set_submodule(name, layer)
+            originals[name].weight.data = originals[name].weight.data.new_empty(0)
         yield layers
     finally:
         for name, original in originals.items():
+            original.weight.data = weights[name].dequantize(original.weight.dtype)
             module.set_submodule(name, original)
 
 

@@ -91,10 +91,18 @@ def test_tuning_lowers_the_kl_on_unseen_tokens_and_changes_no_integer(trained):
     before = kl()
     types = {name: type(m) for name, m in model.module.named_modules()}
     config = TuningConfig(steps=30, batch=4, scale_step=0.01, norm_step=0.005)
+    parameters = {name: model.module.get_submodule(name).weight for name in weights}
+    held: list[int] = []
+
+    def watch(_):
+        held.append(sum(p.nbytes for p in parameters.values()))
+
     tuned = tune_scales(
         model, weights, tokens, teacher, config,
-        generator=torch.Generator().manual_seed(0), monitor=Monitor(),
+        generator=torch.Generator().manual_seed(0), monitor=Monitor(progress=watch),
     )  # fmt: skip
+    assert set(held) == {0}  # the float weights take no memory meanwhile, and are back after
+    assert all(torch.equal(p, weights[name].dequantize()) for name, p in parameters.items())
     for name, weight in tuned.items():
         assert torch.equal(weight.codes, weights[name].codes)
         model.module.get_submodule(name).weight.data.copy_(weight.dequantize())
