@@ -234,7 +234,7 @@ def planned_sizes(job: Job, plan: BitPlan) -> SizeReport:
 
 def layer_warnings(rows: Iterable[LayerReport]) -> list[str]:
     """One line for every kind of trouble that layers had."""
-    damped = [row.name for row in rows if "damping" in row.note]
+    damped = [row.name for row in rows if "needed damping" in row.note]
     dead = [row.name for row in rows if row.dead_columns]
     found = []
     if damped:

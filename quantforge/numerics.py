@@ -53,6 +53,32 @@ class GramAccumulator:
         return lower + torch.tril(lower, -1).T
 
 
+class CrossAccumulator:
+    """Accumulates (x − x̃) x̃ᵀ: how the inputs behind quantized layers x̃ miss the float ones x.
+
+    The difference enters the products, not x itself, so bfloat16 products lose little.
+
+    Attributes:
+        total: [in, in] float32.
+        tokens: number of pairs seen.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(features, features, device=device)
+        self.tokens = 0
+
+    def add(self, native: Tensor, quantized: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        """Add pairs [..., in] of any float dtype, multiplied in `dtype`."""
+        rows = quantized.reshape(-1, quantized.shape[-1])
+        difference = native.reshape(rows.shape).float() - rows.float()
+        self.total += difference.to(dtype).T @ rows.to(dtype)
+        self.tokens += rows.shape[0]
+
+    def mean(self) -> Tensor:
+        """[in, in] float32 mean, not symmetric: rows belong to the difference."""
+        return self.total / max(self.tokens, 1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
     """What the column loop needs of a gram.

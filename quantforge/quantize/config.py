@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from quantforge.config import Config
+
+
+Coefficient = Annotated[float, Field(ge=0, le=1)]
 
 
 class RoundingConfig(Config):
@@ -49,25 +52,52 @@ class QuantizeConfig(Config):
     """How the chosen widths become integers.
 
     Attributes:
-        method: "rtn" rounds on the grid, "gptq" feeds errors back.
+        method: "rtn" rounds on the grid; the others feed errors back, see `methods.compensation`.
+        mismatch: how much of the earlier layers' errors a layer repairs (GPTAQ's, QEP's
+            coefficient); the method's published value where empty.
+        pull: FOEM's pull towards the float weights; the method's published value where empty.
         sequential: take every block's inputs from the quantized blocks before it; otherwise the
             one-pass integers of the calibration are used as they are.
+        true_sequential: inside a block too, fit a layer to what the layers before it give when
+            they are quantized.
         grid: what the scales minimise.
-        damping: of the grams, relative to the mean of their diagonals.
+        damping: of the grams, relative to the mean of their diagonals. Where `mismatch`, `pull` or
+            `damping` list several values, every layer gets those with the least error on held-out
+            tokens.
         batch_size: sequences a pass.
         precision: of matrix products.
         rounding: learned rounding after the compensation of a block.
         tuning: of scales and norms, after all blocks.
     """
 
-    method: Literal["rtn", "gptq"] = "gptq"
+    method: Literal["rtn", "gptq", "gptaq", "foem", "foem-gptaq", "qep", "qronos"] = "gptq"
+    mismatch: tuple[Coefficient, ...] = ()
+    pull: tuple[Coefficient, ...] = ()
     sequential: bool = True
+    true_sequential: bool = True
     grid: Literal["minmax", "mse", "diagonal", "conditional"] = "diagonal"
-    damping: float = Field(default=0.01, ge=0)
+    damping: tuple[Coefficient, ...] = Field(default=(0.01,), min_length=1)
     batch_size: int = Field(default=4, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     rounding: RoundingConfig = RoundingConfig()
     tuning: TuningConfig = TuningConfig()
+
+    @property
+    def chooses(self) -> bool:
+        """Whether layers choose between several candidates on held-out tokens."""
+        if self.method == "rtn":
+            return False
+        return max(len(self.mismatch), 1) * max(len(self.pull), 1) * len(self.damping) > 1
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether something is chosen on held-out tokens while blocks are quantized."""
+        return self.rounding.steps > 0 or self.chooses
+
+    @property
+    def needs_float_stream(self) -> bool:
+        """Whether blocks need what the float network has at their entrance."""
+        return self.rounding.steps > 0 or self.method in ("gptaq", "foem-gptaq", "qep", "qronos")
 
     @model_validator(mode="after")
     def _used_or_refused(self) -> Self:
@@ -75,7 +105,7 @@ class QuantizeConfig(Config):
         if self.sequential:
             return self
         fields = QuantizeConfig.model_fields
-        for name in ("method", "grid", "damping"):
+        for name in ("method", "mismatch", "pull", "true_sequential", "grid", "damping"):
             if getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name} does nothing without quantize.sequential=true")
         if self.rounding.steps > 0:
