@@ -51,8 +51,8 @@ class Feedback:
         pull: FOEM's β.
         pull_form: which of FOEM's three rules: "C" pulls each column before it is quantized (the
             one with a fast loop); "B" and "A" pull all remaining columns at each step, in torch,
-            and "A" costs a product of [out, in] and [in, in] a column. B compounds to rounding
-            (many columns: choose β near 1/in); A is stable for β below the relative damping.
+            and "A" costs a product of [out, in] and [in, in] a column. In B a correction made k
+            columns ago has decayed to (1 − β)^k; A is stable for β below the relative damping.
         first_column: choose the first code with the other columns at their float weights (Qronos).
     """
 
