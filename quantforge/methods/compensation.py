@@ -253,7 +253,7 @@ def compensate(
     if feedback.pull_form == "A":
         pull *= float(factor.diagonal[~factor.dead].mean())
     codes, _ = column_loop(
-        torch.where(factor.dead, 0.0, terms.target),
+        terms.target,
         factor.upper,
         factor.order,
         stored.float(),
@@ -267,7 +267,7 @@ def compensate(
         first=terms.first,
     )
     kept_zero = None if zero is None else zero.to(torch.uint8)
-    if factor.dead.any():  # a pull would move them off zero
+    if factor.dead.any():  # U has no entries between them and live inputs: nothing else changes
         centre = torch.full_like(codes, -spec.code_min)
         spread = centre if kept_zero is None else kept_zero.repeat_interleave(width, dim=1)
         codes = torch.where(factor.dead, spread, codes)
