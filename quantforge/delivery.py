@@ -235,8 +235,11 @@ def planned_sizes(job: Job, plan: BitPlan) -> SizeReport:
 def layer_warnings(rows: Iterable[LayerReport]) -> list[str]:
     """One line for every kind of trouble that layers had."""
     damped = [row.name for row in rows if "needed damping" in row.note]
+    rounded = [row.name for row in rows if "could not be factored" in row.note]
     dead = [row.name for row in rows if row.dead_columns]
     found = []
+    if rounded:
+        found.append(f"{len(rounded)} layers could only be rounded to nearest, first {rounded[0]}")
     if damped:
         found.append(f"{len(damped)} layers needed more damping, first {damped[0]}")
     if dead:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from quantforge.config import Config
 
+# What the float network's inputs are needed for.
+CROSS_METHODS = ("gptaq", "foem-gptaq", "qep", "qronos")
+
+
+def _listed(value: Any) -> Any:
+    """A single value stands for a list of one."""
+    return value if isinstance(value, list | tuple) else [value]
+
 
 Coefficient = Annotated[float, Field(ge=0, le=1)]
+Coefficients = Annotated[tuple[Coefficient, ...], BeforeValidator(_listed)]
 
 
 class RoundingConfig(Config):
@@ -56,6 +65,7 @@ class QuantizeConfig(Config):
         mismatch: how much of the earlier layers' errors a layer repairs (GPTAQ's, QEP's
             coefficient); the method's published value where empty.
         pull: FOEM's pull towards the float weights; the method's published value where empty.
+        pull_form: which of FOEM's three rules; "A" and "B" run in torch and are slow.
         sequential: take every block's inputs from the quantized blocks before it; otherwise the
             one-pass integers of the calibration are used as they are.
         true_sequential: inside a block too, fit a layer to what the layers before it give when
@@ -71,12 +81,13 @@ class QuantizeConfig(Config):
     """
 
     method: Literal["rtn", "gptq", "gptaq", "foem", "foem-gptaq", "qep", "qronos"] = "gptq"
-    mismatch: tuple[Coefficient, ...] = ()
-    pull: tuple[Coefficient, ...] = ()
+    mismatch: Coefficients = ()
+    pull: Coefficients = ()
+    pull_form: Literal["A", "B", "C"] = "C"
     sequential: bool = True
     true_sequential: bool = True
     grid: Literal["minmax", "mse", "diagonal", "conditional"] = "diagonal"
-    damping: tuple[Coefficient, ...] = Field(default=(0.01,), min_length=1)
+    damping: Coefficients = Field(default=(0.01,), min_length=1)
     batch_size: int = Field(default=4, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     rounding: RoundingConfig = RoundingConfig()
@@ -97,15 +108,21 @@ class QuantizeConfig(Config):
     @property
     def needs_float_stream(self) -> bool:
         """Whether blocks need what the float network has at their entrance."""
-        return self.rounding.steps > 0 or self.method in ("gptaq", "foem-gptaq", "qep", "qronos")
+        return self.rounding.steps > 0 or self.method in CROSS_METHODS
 
     @model_validator(mode="after")
     def _used_or_refused(self) -> Self:
-        """An option that `sequential: false` would silently pass over is an error."""
+        """An option that would silently be passed over is an error."""
+        if self.mismatch and self.method not in CROSS_METHODS:
+            raise ValueError(f"mismatch does nothing with {self.method}; use gptaq or qep")
+        if self.method == "rtn" and self.pull:
+            raise ValueError("pull does nothing with rtn; use foem")
         if self.sequential:
             return self
         fields = QuantizeConfig.model_fields
-        for name in ("method", "mismatch", "pull", "true_sequential", "grid", "damping"):
+        for name in (
+            "method", "mismatch", "pull", "pull_form", "true_sequential", "grid", "damping",
+        ):  # fmt: skip
             if getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name} does nothing without quantize.sequential=true")
         if self.rounding.steps > 0:

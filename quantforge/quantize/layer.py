@@ -21,9 +21,9 @@ from quantforge.methods.compensation import (
     compensate,
     shifted_target,
 )
-from quantforge.methods.grid import fit_scale
+from quantforge.methods.gptq import fit_scale
 from quantforge.methods.rtn import round_to_nearest
-from quantforge.numerics import Factor, factorize
+from quantforge.numerics import Factor, factorize, output_error
 from quantforge.quantize.config import QuantizeConfig
 from quantforge.quantize.streams import StageMoments
 from quantforge.types import QuantizedWeight, QuantSpec
@@ -53,14 +53,23 @@ class Choice:
 
 
 def choices(config: QuantizeConfig) -> list[Choice]:
-    """Every allowed combination, the published values first where nothing else is asked for."""
+    """Every allowed combination; the published coefficients where nothing else is asked for."""
     base = FEEDBACKS[config.method]
     strength = "target" if base.target else "mismatch"
-    mismatches = config.mismatch or (getattr(base, strength),)
+    strengths = config.mismatch or (getattr(base, strength),)
     pulls = config.pull or (base.pull,)
     return [
-        Choice(feedback=replace(base, **{strength: mismatch, "pull": pull}), damping=damping)
-        for mismatch, pull, damping in product(mismatches, pulls, config.damping)
+        Choice(
+            feedback=replace(
+                base,
+                **{strength: amount},
+                pull=pull,
+                pull_form=config.pull_form,
+                first_column=base.first_column and amount > 0,
+            ),
+            damping=damping,
+        )
+        for amount, pull, damping in product(strengths, pulls, config.damping)
     ]
 
 
@@ -147,4 +156,6 @@ def _held_out_error(weight: Tensor, stage: Stage, quantized: QuantizedWeight) ->
         raise ValueError("several candidates need held-out tokens")
     difference = quantized.dequantize() - weight
     gram, cross = stage.held_out.gram, stage.held_out.cross
+    if cross is None:
+        return float(output_error(difference, gram).sum(dtype=torch.float64))
     return float(asymmetric_error(difference, weight, gram, cross).sum(dtype=torch.float64))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantforge.errors import InputError
 from quantforge.format.store import CandidateStore
 from quantforge.models import Model
 from quantforge.numerics import output_error, relative
@@ -81,7 +82,11 @@ class _Pending:
         reference = output_error(self.weight, self.gram)
         factor, choice = self.made.factor, self.made.choice
         asked = config.damping[0] if choice is None else choice.damping
-        notes = [f"gram needed damping {factor.damping:g}"] if factor.damping > asked else []
+        notes = []
+        if factor.fallback:
+            notes.append("rounded to nearest: its inputs' gram could not be factored")
+        elif factor.damping > asked:
+            notes.append(f"gram needed damping {factor.damping:g}")
         if choice is not None and config.chooses:
             notes.append(f"chosen: {choice}")
         report = LayerReport(
@@ -125,7 +130,10 @@ def _compensate_block(
         for layer, spec in layers:
             parameter: Any = model.module.get_submodule(layer.name).weight
             weight = parameter.detach().float().clone()
-            made = quantize_layer(weight, stages[layer.stage], spec, config)
+            try:
+                made = quantize_layer(weight, stages[layer.stage], spec, config)
+            except InputError as error:
+                raise InputError(f"{layer.name}: {error}") from error
             gram = stages[layer.stage].fitting.gram
             done.append(_Pending(layer=layer, weight=weight, made=made, gram=gram))
             floats[f"{layer.name.removeprefix(prefix)}.weight"] = weight

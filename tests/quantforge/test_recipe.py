@@ -241,6 +241,17 @@ def test_recipes_are_found_in_a_wheel_before_a_checkout(
         recipes.recipe_root()
 
 
+def test_one_coefficient_stands_for_a_list_of_one():
+    target = resolve_target("llama")
+    settings = {"quantize.method": "qep", "quantize.mismatch": [0, 0.5], "quantize.damping": 0.1}
+    recipe = compose(target, settings=settings).quantize
+    assert (recipe.mismatch, recipe.pull, recipe.damping) == ((0.0, 0.5), (), (0.1,))
+    with pytest.raises(UsageError, match=r"quantize\.mismatch\[1\]: input should be less than"):
+        compose(target, settings={"quantize.method": "qep", "quantize.mismatch": [0, 1.5]})
+    with pytest.raises(UsageError, match="mismatch does nothing with gptq; use gptaq or qep"):
+        compose(target, settings={"quantize.mismatch": 0.5})
+
+
 def test_an_option_that_would_do_nothing_is_refused():
     for key, value in (("method", "rtn"), ("grid", "mse"), ("damping", 0.1), ("rounding.steps", 9)):
         with pytest.raises(UsageError, match=r"does nothing without quantize\.sequential"):
