@@ -14,7 +14,7 @@ CROSS_METHODS = ("gptaq", "foem-gptaq", "qep", "qronos")
 
 def _listed(value: Any) -> Any:
     """A single value stands for a list of one."""
-    return value if isinstance(value, list | tuple) else [value]
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 Coefficient = Annotated[float, Field(ge=0, le=1)]

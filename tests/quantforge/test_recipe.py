@@ -156,7 +156,7 @@ def test_balanced_is_the_defaults() -> None:
             {"search.group_sizes": [64, 0]},
             "search.group_sizes[1]: group_size must be positive or -1",
         ),
-        ({"quantize.damping": float("nan")}, "quantize.damping: input should be"),
+        ({"quantize.damping": float("nan")}, "quantize.damping[0]: input should be"),
         ({"schema_version": 2}, "schema_version: input should be 1, got 2"),
         ({"model": {"pakage": "x"}}, "unknown key 'model.pakage'; did you mean 'model.package'?"),
         ({"model": {"package": "x"}}, "model.version: field required"),
