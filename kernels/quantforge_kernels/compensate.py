@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from quantforge_kernels import native
+from quantforge_kernels.native import pointer as _pointer
 
 # The smallest multiple of (largest magnitude / 2^(bits-1)) that is tried as a scale, by bits. At 2
 # bits the best grid of a row with outliers covers little more than a standard deviation on each
@@ -49,10 +50,6 @@ def _library() -> ctypes.CDLL | None:
     library.qf_search_scales.restype = None
     library.qf_column_loop.restype = None
     return library
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def search_scales(
