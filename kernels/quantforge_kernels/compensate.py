@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from quantforge_kernels import native
+from quantforge_kernels.native import pointer as _pointer
 
 PullForm = Literal["A", "B", "C"]
 
@@ -58,10 +59,6 @@ def _library() -> ctypes.CDLL | None:
     library.qf_search_scales.restype = None
     library.qf_column_loop.restype = None
     return library
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def search_scales(

@@ -1,8 +1,9 @@
 """Builds a C++ source with the system compiler on first use and loads it through ctypes.
 
-The library is cached under a key made of the source, the compiler's version and the instruction
-set, so that a new compiler, another machine or an edited source never meets a stale build. Where no
-compiler is found, or it fails, callers use the definition in torch and say so once.
+The library is cached under a key made of the source, the headers beside it, the compiler's version
+and the instruction set, so that a new compiler, another machine or an edited source never meets a
+stale build. Where no compiler is found, or it fails, callers use the definition in torch and say so
+once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from torch import Tensor
 
 SOURCES = Path(__file__).resolve().parent / "cpu"
 # The parts of -ffast-math that vectorising needs, and not the flag itself: with it, some compilers
@@ -70,6 +73,11 @@ def instruction_set() -> str:
     return f"{platform.machine()} {flags}"
 
 
+def headers(folder: Path) -> list[Path]:
+    """Every header in `folder`, any of which a source there may include."""
+    return sorted(folder.glob("*.h"))
+
+
 def build(source: Path, folder: Path) -> Path:
     """Compile `source` into `folder` unless it is there already; return the library's path.
 
@@ -78,7 +86,8 @@ def build(source: Path, folder: Path) -> Path:
     """
     compiler = find_compiler()
     flags = (*FLAGS, *LINK)
-    parts = (source.read_text(encoding="utf-8"), compiler.version, instruction_set(), *flags)
+    texts = [path.read_text(encoding="utf-8") for path in (source, *headers(source.parent))]
+    parts = (*texts, compiler.version, instruction_set(), *flags)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = folder / f"{source.stem}-{key}.so"
     if library.is_file():
@@ -115,3 +124,8 @@ def load(name: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(build(SOURCES / f"{name}.cpp", default_folder())))
     except OSError as error:
         raise BuildError(f"{name} could not be built or loaded: {error}") from error
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Address of a contiguous tensor's data; null for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

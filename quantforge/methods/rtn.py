@@ -20,15 +20,47 @@ def minmax_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def round_to_nearest(weight: Tensor, scale: Tensor, spec: QuantSpec) -> QuantizedWeight:
-    """The nearest symmetric code of every weight.
+def minmax_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """[out, groups] float32 scales and integer zeros of the grid from least to greatest weight.
+
+    The range is made to contain 0, which is then a grid point. Scales are rounded to bfloat16; 1
+    for a group of zeros.
+    """
+    groups = weight.float().view(len(weight), spec.groups(weight.shape[1]), -1)
+    low, high = groups.amin(-1).clamp_max(0.0), groups.amax(-1).clamp_min(0.0)
+    top = float((1 << spec.bits) - 1)
+    scale = ((high - low) / top).bfloat16().float()
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale, (-low / scale).round().clamp(0.0, top)
+
+
+def nearest_codes(weight: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
+    """[out, in] uint8 nearest codes of the grid (code − zero) · scale.
+
+    Args:
+        weight: [out, in], any float dtype.
+        scale: [out, groups], non-zero.
+        zero: [out, groups] zero-points, whole or not; or one for all.
+        bits: width of the codes.
+    """
+    groups = weight.float().view(*scale.shape, -1)
+    shift = zero.unsqueeze(-1) if isinstance(zero, Tensor) else zero
+    codes = (groups / scale.unsqueeze(-1) + shift).round().clamp(0.0, float((1 << bits) - 1))
+    return codes.to(torch.uint8).flatten(1)
+
+
+def round_to_nearest(
+    weight: Tensor, scale: Tensor, spec: QuantSpec, zero: Tensor | None = None
+) -> QuantizedWeight:
+    """The nearest code of every weight.
 
     Args:
         weight: [out, in], any float dtype.
         scale: [out, groups], bfloat16-representable and non-zero.
-        spec: width and grouping; symmetric.
+        spec: width and grouping.
+        zero: [out, groups] integer zero-points of an asymmetric spec.
     """
-    groups = weight.float().view(len(weight), spec.groups(weight.shape[1]), -1)
-    codes = (groups / scale.unsqueeze(-1)).round().clamp(spec.code_min, spec.code_max)
-    codes = (codes - spec.code_min).to(torch.uint8).flatten(1)
-    return QuantizedWeight(codes=codes, scale=scale.bfloat16(), zero=None, spec=spec)
+    centre = float(-spec.code_min) if zero is None else zero
+    codes = nearest_codes(weight, scale, centre, spec.bits)
+    stored = None if zero is None else zero.to(torch.uint8)
+    return QuantizedWeight(codes=codes, scale=scale.bfloat16(), zero=stored, spec=spec)

@@ -71,6 +71,7 @@ class QuantizeConfig(Config):
         true_sequential: inside a block too, fit a layer to what the layers before it give when
             they are quantized.
         grid: what the scales minimise.
+        refit: solve for the scales once more when the integers are fixed.
         damping: of the grams, relative to the mean of their diagonals. Where `mismatch`, `pull` or
             `damping` list several values, every layer gets those with the least error on held-out
             tokens.
@@ -87,6 +88,7 @@ class QuantizeConfig(Config):
     sequential: bool = True
     true_sequential: bool = True
     grid: Literal["minmax", "mse", "diagonal", "conditional"] = "diagonal"
+    refit: bool = False
     damping: Coefficients = Field(default=(0.01,), min_length=1)
     batch_size: int = Field(default=4, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -121,7 +123,8 @@ class QuantizeConfig(Config):
             return self
         fields = QuantizeConfig.model_fields
         for name in (
-            "method", "mismatch", "pull", "pull_form", "true_sequential", "grid", "damping",
+            "method", "mismatch", "pull", "pull_form", "true_sequential", "grid", "refit",
+            "damping",
         ):  # fmt: skip
             if getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name} does nothing without quantize.sequential=true")

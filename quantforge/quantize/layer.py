@@ -22,6 +22,7 @@ from quantforge.methods.compensation import (
     shifted_target,
 )
 from quantforge.methods.gptq import fit_scale
+from quantforge.methods.refit import refit_scales
 from quantforge.methods.rtn import round_to_nearest
 from quantforge.numerics import Factor, factorize, output_error
 from quantforge.quantize.config import QuantizeConfig
@@ -125,7 +126,7 @@ def quantize_layer(
     allowed = choices(config)
     for choice in allowed:
         factor = stage.factor(choice.damping)
-        quantized = _apply(weight, stage.fitting.cross, factor, spec, choice.feedback, config)
+        quantized = _apply(weight, stage.fitting, factor, spec, choice.feedback, config)
         made = Compensated(quantized=quantized, rounded=rounded, factor=factor, choice=choice)
         error = _held_out_error(weight, stage, quantized) if len(allowed) > 1 else 0.0
         if best is None or error < least:
@@ -136,18 +137,24 @@ def quantize_layer(
 
 def _apply(
     weight: Tensor,
-    cross: Tensor | None,
+    moments: StageMoments,
     factor: Factor,
     spec: QuantSpec,
     feedback: Feedback,
     config: QuantizeConfig,
 ) -> QuantizedWeight:
     """The grid is fitted to what is really rounded: the target, where it is not the weight."""
-    target = weight
+    target, cross = weight, moments.cross
     if feedback.target and cross is not None:
         target = shifted_target(weight, cross, factor, feedback.target)
     scale = fit_scale(target, factor, spec, config.grid)
-    return compensate(weight, factor, spec, scale, cross=cross, feedback=feedback)
+    made = compensate(weight, factor, spec, scale, cross=cross, feedback=feedback)
+    if not config.refit:
+        return made
+    share = feedback.target + feedback.mismatch
+    term = share * (weight @ cross) if share and cross is not None else None
+    fitted = refit_scales(made.codes, weight, moments.gram, made.scale, spec, cross_term=term)
+    return replace(made, scale=fitted.bfloat16())
 
 
 def _held_out_error(weight: Tensor, stage: Stage, quantized: QuantizedWeight) -> float:

@@ -9,23 +9,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "storable.h"
 
 namespace {
 
 constexpr int LANES = 32;
 constexpr int PANEL = 8;
-
-// Nearest bfloat16, ties to even: scales are searched among the values that can be stored.
-inline float round_to_bfloat16(float value) {
-  uint32_t word;
-  std::memcpy(&word, &value, 4);
-  word += 0x7fffu + ((word >> 16) & 1u);
-  word &= 0xffff0000u;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
 
 // Sum over a group of importance * (weight - scale * code)^2 for the nearest codes.
 inline float grid_error(const float* weight, const float* importance, int64_t width, float scale,
