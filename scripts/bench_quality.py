@@ -3,11 +3,19 @@
     python scripts/bench_quality.py llama --calibration wiki2_valid.txt --text wiki2_test.txt \
         --text lambada.jsonl --rows rtn:3b-pc gptq:3b-pc gptq:3b-g64 plan:3bit --json rows.json
 
-Linears only: embeddings, norms and the head stay float on both sides. A row is `rtn:SPEC`,
-`gptq:SPEC` (sequential, without tuning), `tuned:SPEC` and `plan:BUDGET` (all that the recipe does)
-or `fast:BUDGET` (one-pass integers, without tuning). Matrix products of networks
-and reference run in `--precision`. CPU seconds are process time of all threads; the load average is
-printed beside them because the machine may be shared.
+Linears only: embeddings, norms and the head stay float on both sides. A row is
+
+    METHOD[+OPTION...]:SPEC   sequential compensation without tuning; METHOD is rtn or a member of
+                              the family (gptq, gptaq, foem, foem-gptaq, qep, qronos), an OPTION a
+                              grid (minmax, mse, diagonal, conditional; rtn alone has minmax),
+                              refit, blockwise (a block's layers all see its float layers) or
+                              choose (coefficients chosen for each layer on held-out tokens)
+    tuned:SPEC, plan:BUDGET   all that the recipe does
+    fast:BUDGET               one-pass integers, without tuning
+
+The last column is the paired difference to the first row, in KL, on each text. Matrix products of
+networks and reference run in `--precision`. CPU seconds are process time of all threads; the load
+average is printed beside them because the machine may be shared.
 """
 
 from __future__ import annotations
@@ -26,16 +34,21 @@ from pathlib import Path
 import torch
 
 from quantforge.compilation import Job, Measurement, open_job
-from quantforge.evaluate.quality import ReferenceOutputs, measure
+from quantforge.evaluate.quality import ReferenceOutputs, measure, paired
 from quantforge.files import fingerprint
 from quantforge.load.text import describe_windows, evaluation_windows
 from quantforge.progress import Monitor, ProgressEvent
-from quantforge.quantize.config import TuningConfig
+from quantforge.quantize.config import CROSS_METHODS, QuantizeConfig, TuningConfig
+from quantforge.quantize.sequential import quantize_sequentially
 from quantforge.results import Quality
 from quantforge.search.allocate import search, uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.testing import offgrid
 from quantforge.types import BitPlan, QuantSpec
+
+# Rows that need sensitivities and candidates.
+MEASURED = ("plan:", "fast:", "tuned:")
+CHOICES: dict[str, object] = {"mismatch": (0.0, 0.25, 0.5, 0.75, 1.0), "pull": (0.0, 0.1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +88,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             changed = fingerprint(job.model.source.fingerprint, "offgrid", options.offgrid)
             job.model.source = replace(job.model.source, fingerprint=changed)
     texts = {text: reference(job, text, options) for text in options.text}
-    with cpu_timer() as calibrated:
-        measured = job.measure(fresh=options.fresh)
-    print(f"load and text {shared[0]:.0f} CPU s, calibration {calibrated[0]:.0f} CPU s")
+    print(f"load and text {shared[0]:.0f} CPU s")
+    measured = None
+    if any(name.startswith(MEASURED) for name in options.rows):
+        with cpu_timer() as calibrated:
+            measured = job.measure(fresh=options.fresh)
+        print(f"calibration {calibrated[0]:.0f} CPU s")
     parameters = dict(job.model.module.named_parameters())
     floats = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     rows = []
@@ -95,35 +111,71 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(
             Row(name=name, stored_bits=plan.stored_bits, cpu_seconds=spent[0], qualities=qualities)
         )
-        print(table(rows[-1:], options.text), flush=True)
+        print(table(rows[-1:], options.text, rows[0]), flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    print(table(rows, options.text))
+    print(table(rows, options.text, rows[0]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory {peak:.2f} GB, load average {os.getloadavg()[0]:.1f}")
 
 
-def make(job: Job, name: str, measured: Measurement) -> BitPlan:
+def make(job: Job, name: str, measured: Measurement | None) -> BitPlan:
     """Put the named network's weights into the job's model; return its plan."""
     kind, _, what = name.partition(":")
-    if kind in ("plan", "fast"):
+    if kind not in ("plan", "fast", "tuned") or measured is None:
+        return compensated(job, kind.split("+"), QuantSpec.parse(what))
+    if kind == "tuned":
+        wanted = f"uniform {QuantSpec.parse(what)}"
+        plan = next(p for p in uniform_plans(measured.sensitivity) if p.budget == wanted)
+    else:
         plan = search(measured.sensitivity, Budget.parse(what), job.recipe.search)
-    else:
-        spec = QuantSpec.parse(what)
-        plan = next(p for p in uniform_plans(measured.sensitivity) if p.budget == f"uniform {spec}")
     recipe = job.recipe
-    if kind in ("plan", "tuned"):
-        changed = recipe.quantize
-    else:
-        changed = recipe.quantize.model_copy(update={"tuning": TuningConfig(steps=0)})
-    if kind == "rtn":
-        changed = changed.model_copy(update={"method": "rtn", "grid": "minmax"})
-    elif kind == "fast":
-        changed = changed.model_copy(update={"sequential": False})
-    job.recipe = recipe.model_copy(update={"quantize": changed})
+    if kind == "fast":
+        update = {"tuning": TuningConfig(steps=0), "sequential": False}
+        changed = recipe.quantize.model_copy(update=update)
+        job.recipe = recipe.model_copy(update={"quantize": changed})
     for _ in job.quantize(plan, measured):
         pass
     job.recipe = recipe
+    return plan
+
+
+def compensated(job: Job, words: Sequence[str], spec: QuantSpec) -> BitPlan:
+    """One spec for all layers, by one member of the family; needs no sensitivities."""
+    method, *extras = words
+    update: dict[str, object] = {"method": method}
+    if method == "rtn":
+        update["grid"] = "minmax"
+    for extra in extras:
+        if extra == "choose":
+            update |= CHOICES if method in CROSS_METHODS else {"pull": CHOICES["pull"]}
+        elif extra == "blockwise":
+            update["true_sequential"] = False
+        else:
+            update |= {"refit": True} if extra == "refit" else {"grid": extra}
+    layers = job.model.layers
+    cost = sum(spec.stored_bits(layer.out_features, layer.in_features) for layer in layers)
+    plan = BitPlan(
+        assignment=dict.fromkeys((layer.name for layer in layers), spec),
+        budget=f"uniform {spec}",
+        stored_bits=cost / sum(layer.numel for layer in layers),
+        code_bits=spec.bits,
+        predicted_loss=0.0,
+        solver="uniform",
+    )
+    hidden = job.model.module.get_input_embeddings().embedding_dim
+    blocks = job.model.architecture.block_names(job.model.module)
+    for _ in quantize_sequentially(
+        job.model,
+        plan,
+        job.calibration,
+        dict.fromkeys(plan.assignment, 0.0),
+        QuantizeConfig.model_validate(job.recipe.quantize.model_dump() | update),
+        channel_weights=[torch.ones(hidden)] * len(blocks),
+        generator=torch.Generator().manual_seed(job.seed),
+        monitor=job.monitor,
+    ):
+        pass
     return plan
 
 
@@ -143,14 +195,20 @@ def reference(job: Job, text: str, options: argparse.Namespace) -> ReferenceOutp
     )
 
 
-def table(rows: Sequence[Row], texts: Sequence[str]) -> str:
-    """Markdown rows: bits, CPU seconds and per text KL ± standard error, perplexity, top-1."""
+def table(rows: Sequence[Row], texts: Sequence[str], first: Row) -> str:
+    """Markdown rows: bits, CPU seconds and per text KL ± standard error, perplexity, top-1.
+
+    Behind them, per text, the paired difference in KL to `first`.
+    """
     lines = []
     for row in rows:
         cells = [row.name, f"{row.stored_bits:.3f}", f"{row.cpu_seconds:.0f}"]
         for text in texts:
             q = row.qualities[text]
             cells += [f"{q.kl:.4f} ± {q.kl_stderr:.4f}", f"{q.perplexity:.2f}", f"{q.top1:.3f}"]
+        for text in texts if row is not first else ():
+            found = paired(row.qualities[text], first.qualities[text])
+            cells.append(f"{found.kl:+.4f} ± {found.kl_stderr:.4f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -174,6 +174,28 @@ def test_choice_is_the_candidate_with_the_least_error_on_the_held_out_inputs():
     assert str(made.choice) == min(errors, key=errors.__getitem__)
 
 
+def test_refit_keeps_the_integers_and_lowers_the_error_to_the_float_network():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(6, 32, generator=generator)
+    quantized = torch.randn(80, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    native = quantized + 0.3 * torch.randn(80, 32, generator=generator)
+    moments = StageMoments(
+        gram=quantized.T @ quantized / 80, cross=(native - quantized).T @ quantized / 80
+    )
+    found = {}
+    for refit in (False, True):
+        config = QuantizeConfig(method="qronos", refit=refit)
+        found[refit] = quantize_layer(weight, Stage(moments, None), QuantSpec(2, 16), config)
+    before, after = found[False].quantized, found[True].quantized
+    assert torch.equal(before.codes, after.codes)
+
+    def error(one):
+        output = quantized @ one.dequantize().T - native @ weight.T
+        return float(output.square().sum())
+
+    assert error(after) < 0.97 * error(before)
+
+
 def test_a_layer_whose_inputs_overflow_is_named(trained):
     module = copy.deepcopy(trained)
     with torch.no_grad():
