@@ -8,9 +8,8 @@ is ever needed at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -55,13 +54,6 @@ def _first_block_call(
     return seen["hidden"], seen["kwargs"]
 
 
-def run_block(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Output hidden states [batch, length, hidden] of one block."""
-    output = block(hidden, **kwargs)
-    result: Tensor = output[0] if isinstance(output, tuple) else output
-    return result
-
-
 class BlockWalk:
     """Hidden states of fixed batches at one block's entrance, moved on block by block.
 
@@ -94,11 +86,52 @@ class BlockWalk:
                 # Equal shapes share one mask and one pair of rotary tables.
                 self.kwargs.append(shared.setdefault(len(batch), kwargs))
 
+    def output(
+        self, block: nn.Module, index: int, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Output of `block` for one batch, [batch, length, hidden] float32, without gradients.
+
+        Args:
+            block: the block to run.
+            index: of the batch.
+            weights: parameter path inside the block → tensor to run it with instead of its own.
+        """
+        hidden, kwargs = self.hidden[index], self.kwargs[index]
+        with torch.no_grad(), compute_in(self.precision, hidden.device):
+            output = torch.func.functional_call(block, dict(weights or {}), (hidden,), kwargs)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states.float()
+
     def outputs(self, block: nn.Module) -> Iterator[Tensor]:
-        """Output of `block` for every batch, [batch, length, hidden] float32, without gradients."""
-        for hidden, kwargs in zip(self.hidden, self.kwargs, strict=True):
-            with torch.no_grad(), compute_in(self.precision, hidden.device):
-                yield run_block(block, hidden, kwargs).float()
+        """`output` of every batch."""
+        for index in range(len(self.hidden)):
+            yield self.output(block, index)
+
+    def inputs(
+        self,
+        block: nn.Module,
+        index: int,
+        readers: Sequence[str],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """What the named layers of `block` read for one batch; the block runs no further than that.
+
+        Args:
+            block: the block to run.
+            index: of the batch.
+            readers: layer paths inside the block.
+            weights: as in `output`.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str, inputs: Tensor) -> None:
+            seen[name] = inputs
+            if len(seen) == len(readers):
+                raise _StopForward
+
+        with input_hooks(block, readers, keep), suppress(_StopForward):
+            self.output(block, index, weights)
+        return seen
 
     def advance(self, block: nn.Module) -> None:
         """Replace the inputs by the block's outputs."""
@@ -108,7 +141,7 @@ class BlockWalk:
 
 @contextmanager
 def input_hooks(
-    block: nn.Module, names: list[str], on_input: Callable[[str, Tensor], None]
+    block: nn.Module, names: Sequence[str], on_input: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """While active, call `on_input(name, input)` whenever a named submodule of `block` runs."""
     handles: list[RemovableHandle] = []
@@ -128,13 +161,17 @@ def input_hooks(
             handle.remove()
 
 
+def stage_readers(block: nn.Module, architecture: Architecture) -> dict[str, int]:
+    """Per stage, in order, the path of a layer that reads its input, and the input's features."""
+    readers: dict[str, int] = {}
+    for stage in architecture.stages:
+        layer: Any = block.get_submodule(stage[0])
+        readers[stage[0]] = int(layer.in_features)
+    return readers
+
+
 def stage_grams(
-    walk: BlockWalk,
-    block: nn.Module,
-    architecture: Architecture,
-    *,
-    advance: bool = False,
-    batches: int | None = None,
+    walk: BlockWalk, block: nn.Module, architecture: Architecture, *, advance: bool = False
 ) -> list[Tensor]:
     """Mean x xᵀ of every stage's input over the batches; a stage's layers read the same input.
 
@@ -143,15 +180,12 @@ def stage_grams(
         block: the block to run.
         architecture: names the stages.
         advance: also move the walk to the block's exit.
-        batches: only the first so many; None takes all.
     """
-    readers = [stage[0] for stage in architecture.stages]
-    grams: dict[str, GramAccumulator] = {}
-    for name in readers:
-        features = block.get_submodule(name).in_features
-        grams[name] = GramAccumulator(int(features), walk.hidden[0].device)  # type: ignore[arg-type]
-    with input_hooks(block, readers, lambda name, inputs: grams[name].add(inputs)):
-        for index, output in enumerate(islice(walk.outputs(block), batches)):
+    readers = stage_readers(block, architecture)
+    device = walk.hidden[0].device
+    grams = {name: GramAccumulator(features, device) for name, features in readers.items()}
+    with input_hooks(block, list(readers), lambda name, inputs: grams[name].add(inputs)):
+        for index, output in enumerate(walk.outputs(block)):
             if advance:
                 walk.hidden[index] = output
-    return [grams[name].mean() for name in readers]
+    return [accumulator.mean() for accumulator in grams.values()]

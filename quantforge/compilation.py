@@ -37,6 +37,7 @@ from quantforge.load.fetch import fetch_packaged
 from quantforge.load.huggingface import from_module, load_model
 from quantforge.load.source import PackagedModel, resolve_source
 from quantforge.load.text import calibration_set, from_batches
+from quantforge.memory import release_freed
 from quantforge.models import ARCHITECTURES, Model
 from quantforge.progress import Monitor
 from quantforge.quantize.sequential import (
@@ -108,6 +109,7 @@ class Job:
         if not path.is_file():
             with self._timed("calibrate"):
                 moments = self._gradient_moments()
+                release_freed()
                 sensitivity, final = measure(
                     self.model,
                     self.calibration.fitting,
@@ -221,6 +223,7 @@ class Job:
         norms = {name: p.detach().clone() for name, p in named if p.ndim == 1}
         windows = self.recipe.evaluate.curve_windows
         before = self.measure_held_out(windows)
+        release_freed()
         tuned = tune_scales(
             self.model,
             weights,
@@ -324,7 +327,7 @@ class Job:
 
 @dataclass(slots=True)
 class _Timer:
-    """Adds the wall time of its body to a table."""
+    """Adds the wall time of its body to a table, and gives freed memory back after it."""
 
     table: dict[str, float]
     stage: str
@@ -334,6 +337,7 @@ class _Timer:
         self.began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
+        release_freed()
         spent = time.perf_counter() - self.began
         self.table[self.stage] = self.table.get(self.stage, 0.0) + spent
 

@@ -26,6 +26,7 @@ from quantforge.export.writer import CheckpointWriter
 from quantforge.files import write_json
 from quantforge.format.manifest import plan_to_dict, tool_versions
 from quantforge.load.huggingface import generation_config, model_config, save_tokenizer
+from quantforge.memory import peak_bytes
 from quantforge.quantize.sequential import QuantizedLayer
 from quantforge.report.card import model_card
 from quantforge.report.html import render
@@ -46,7 +47,7 @@ from quantforge.search.allocate import (
 )
 from quantforge.search.budget import Budget
 from quantforge.types import BitPlan, LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
-from quantforge.workspace import machine_traits, peak_memory_bytes
+from quantforge.workspace import machine_traits
 
 KEPT_DTYPE = torch.bfloat16
 
@@ -161,7 +162,7 @@ def write_documents(job: Job, report: Report, sensitivity: Sensitivity, folder: 
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": job.timings,
         "cpu_seconds": time.process_time(),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_bytes(),
         "machine": [platform.processor() or platform.machine(), *machine_traits()],
     }
     write_json(folder / "run.json", run)
@@ -233,9 +234,12 @@ def planned_sizes(job: Job, plan: BitPlan) -> SizeReport:
 
 def layer_warnings(rows: Iterable[LayerReport]) -> list[str]:
     """One line for every kind of trouble that layers had."""
-    damped = [row.name for row in rows if "damping" in row.note]
+    damped = [row.name for row in rows if "needed damping" in row.note]
+    rounded = [row.name for row in rows if "could not be factored" in row.note]
     dead = [row.name for row in rows if row.dead_columns]
     found = []
+    if rounded:
+        found.append(f"{len(rounded)} layers could only be rounded to nearest, first {rounded[0]}")
     if damped:
         found.append(f"{len(damped)} layers needed more damping, first {damped[0]}")
     if dead:

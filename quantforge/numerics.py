@@ -18,6 +18,9 @@ from quantforge.errors import InputError
 # which saves up to half of the products.
 STRIPS = 4
 MAX_DAMPING_STEPS = 8
+# Smallest diagonal entry of a live input, relative to the mean: below it only rounding errors of
+# the sums are left, and with little damping a factor would blow them up.
+DIAGONAL_FLOOR = 1e-6
 
 
 class GramAccumulator:
@@ -54,13 +57,40 @@ class GramAccumulator:
         return lower + torch.tril(lower, -1).T
 
 
+class CrossAccumulator:
+    """Accumulates (x − x̃) x̃ᵀ: how the inputs behind quantized layers x̃ miss the float ones x.
+
+    The difference enters the products, not x itself, so bfloat16 products lose little.
+
+    Attributes:
+        total: [in, in] float32.
+        tokens: number of pairs seen.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(features, features, device=device)
+        self.tokens = 0
+
+    def add(self, native: Tensor, quantized: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        """Add pairs [..., in] of any float dtype, multiplied in `dtype`."""
+        rows = quantized.reshape(-1, quantized.shape[-1])
+        difference = native.reshape(rows.shape).float() - rows.float()
+        self.total += difference.to(dtype).T @ rows.to(dtype)
+        self.tokens += rows.shape[0]
+
+    def mean(self) -> Tensor:
+        """[in, in] float32 mean, not symmetric: rows belong to the difference."""
+        return self.total / max(self.tokens, 1)
+
+
 class WeightedGramAccumulator:
     """Accumulates one gram for each group of output channels, weighted by what the loss feels.
 
     The gram of group k is the mean over tokens of g_k x xᵀ, with g_k the mean over the group's
     channels of the squared gradient of the loss with respect to the layer's output (GuidedQuant,
     arXiv 2505.07004): the block diagonal of the Fisher matrix, averaged over the rows of a group.
-    All-equal gradients of 1 give the plain gram.
+    All-equal gradients of 1 give the plain gram. Where few tokens have most of the gradient the
+    mean rests on those few, (Σ g)² / Σ g² of them, and needs more tokens than a plain gram does.
 
     Attributes:
         grams: an accumulator for each group.
@@ -101,8 +131,11 @@ class Factor:
         upper: [in, in] float32 U with UᵀU = (damped gram)⁻¹, in the order of `order`.
         order: [in] int64, original index of the j-th column to be quantized.
         diagonal: [in] float32, diagonal of the undamped gram, original order.
-        dead: [in] bool, inputs that were always zero.
+        dead: [in] bool, inputs that were always zero; none of them where all were, since a layer
+            that saw nothing is better rounded than erased.
         damping: damping used, relative to the mean of the diagonal.
+        fallback: the gram was of no use (it could not be factored, or nothing but zeros reached the
+            layer); U is diagonal and compensation becomes plain rounding.
     """
 
     upper: Tensor
@@ -110,6 +143,7 @@ class Factor:
     diagonal: Tensor
     dead: Tensor
     damping: float
+    fallback: bool = False
 
     def conditional_importance(self) -> Tensor:
         """[in] float32 1/U_jj² in the original order: what an error in column j costs the row.
@@ -126,7 +160,8 @@ def factorize(gram: Tensor, *, damping: float = 0.01, act_order: bool = True) ->
     """Damp and factor a gram, U = R⁻¹ with R Rᵀ the damped gram and both upper triangular.
 
     One Cholesky and one triangular inverse in float64, instead of the usual Cholesky, inverse,
-    Cholesky. If the matrix is not positive definite the damping grows tenfold until it is.
+    Cholesky. If the matrix is not positive definite the damping grows tenfold until it is; if it
+    never is, the factor says so and stands for plain rounding.
 
     Args:
         gram: [in, in] symmetric positive semi-definite.
@@ -139,34 +174,76 @@ def factorize(gram: Tensor, *, damping: float = 0.01, act_order: bool = True) ->
     Raises:
         InputError: the gram holds NaN or Inf.
     """
-    if not torch.isfinite(gram).all():
-        raise InputError("layer inputs hold NaN or Inf; the calibration text or model is broken")
-    matrix = gram.double()
-    diagonal = matrix.diagonal().clone()
+    require_finite(
+        gram,
+        "the gram of the layer's inputs",
+        "the model overflows on this text: run it in float32",
+    )
+    diagonal = gram.diagonal().double()
     dead = diagonal <= 0
-    live_mean = diagonal[~dead].mean() if (~dead).any() else diagonal.new_ones(())
+    unseen = bool(dead.all())
+    live_mean = diagonal.new_ones(()) if unseen else diagonal[~dead].mean()
     order = torch.arange(len(diagonal), device=gram.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-    matrix = matrix[order][:, order]
-    base = torch.where(dead, live_mean, diagonal)[order]
-    identity = torch.eye(len(diagonal), dtype=torch.float64, device=gram.device)
-    used = damping
-    for _ in range(MAX_DAMPING_STEPS):
-        matrix.diagonal().copy_(base + used * live_mean)
+    base = torch.where(dead, live_mean, diagonal.clamp_min(DIAGONAL_FLOOR * live_mean))[order]
+    upper, used = None, damping
+    if not unseen:
+        matrix = gram[order][:, order].double()
+        if dead.any():  # an indefinite gram could still couple them
+            matrix.masked_fill_(dead[order] | dead[order].unsqueeze(1), 0.0)
+        upper, used = _inverse_root(matrix, base, damping, live_mean)
+    fallback = upper is None
+    if upper is None:
+        upper = torch.diag((base + damping * live_mean).rsqrt())
+    return Factor(
+        upper=upper.float(),
+        order=order,
+        diagonal=diagonal.float(),
+        dead=dead & (not unseen),
+        damping=used,
+        fallback=fallback,
+    )
+
+
+def _inverse_root(
+    matrix: Tensor, base: Tensor, damping: float, mean: Tensor
+) -> tuple[Tensor | None, float]:
+    """U and the damping that was needed for it; None if none of the ladder is enough.
+
+    Args:
+        matrix: [in, in] float64 gram in the order of the columns; its diagonal is overwritten.
+        base: [in] float64 diagonal before damping.
+        damping: the first to try, relative to `mean`.
+        mean: scalar.
+    """
+    identity = torch.eye(len(base), dtype=base.dtype, device=base.device)
+    for step in range(MAX_DAMPING_STEPS):
+        used = damping if step == 0 else max(damping, 1e-4) * 10.0**step
+        matrix.diagonal().copy_(base + used * mean)
         root, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
         if not failed:
             upper = torch.linalg.solve_triangular(root.flip(0, 1), identity, upper=True)
             if torch.isfinite(upper).all():
-                return Factor(
-                    upper=upper.float(),
-                    order=order,
-                    diagonal=diagonal.float(),
-                    dead=dead,
-                    damping=used,
-                )
-        used = max(used, 1e-4) * 10.0
-    raise InputError(f"a gram could not be factored even with damping {used:g}")
+                return upper, used
+    return None, used
+
+
+def require_finite(values: Tensor, name: str, advice: str) -> None:
+    """Refuse a tensor that holds NaN or Inf.
+
+    Args:
+        values: any float dtype and shape.
+        name: what it is, for the message.
+        advice: what to do about it.
+
+    Raises:
+        InputError: it does; says how many values.
+    """
+    finite = torch.isfinite(values)
+    if not finite.all():
+        count = values.numel() - int(finite.sum())
+        raise InputError(f"{name}: {count} of {values.numel()} values are NaN or Inf; {advice}")
 
 
 def output_error(difference: Tensor, gram: Tensor) -> Tensor:

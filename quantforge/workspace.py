@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,13 +116,3 @@ def machine_traits() -> tuple[str, ...]:
         str(torch.get_num_threads()),
         torch.__version__,
     )
-
-
-def peak_memory_bytes() -> int | None:
-    """Largest resident size of this process so far; None where the system does not tell."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,15 +1,21 @@
 """Scale search and the error-feedback column loop: definitions in torch, and the C++ that runs.
 
 The recurrence, for one row with columns taken in the order of the factor (GPTQ, arXiv 2210.17323;
-GPTAQ, arXiv 2504.02692; FOEM, arXiv 2507.11017, in the form that pulls one column at a time):
+GPTAQ, arXiv 2504.02692; FOEM, arXiv 2507.11017, here in its form C, one column at a time):
 
     w_j  ←  w_j − β (w_j − f_j)                    FOEM: pull towards the float weight f (j > 0)
-    q_j  =  nearest grid point of w_j
+    q_j  =  nearest grid point of w_j              of another given value for j = 0: Qronos
     e_j  =  ((w_j − q_j) − β (w_j − f_j)) / U_jj
     w_k  ←  w_k − e_j U_jk + f_j P_jk   for k > j  P is GPTAQ's mismatch term
 
-with UᵀU the inverse of the damped gram. β = 0 and P = 0 is GPTQ. Nothing here depends on a block
-size, so FOEM's pull cannot be lost at a block's end and GPTAQ charges the same weight everywhere.
+with UᵀU the inverse of the damped gram. β = 0 and P = 0 is GPTQ. FOEM's other two forms pull all
+remaining columns at each step, by the drift d = w − f that they have before it:
+
+    A    e_j = (w_j − q_j) / U_jj                    w_k  ←  w_k − e_j U_jk − β (d UᵀU)_k over k ≥ j
+    B    e_j = ((w_j − q_j) − β d_j) / U_jj          w_k  ←  w_k − e_j U_jk − β d_k
+
+Nothing here depends on a block size, so FOEM's pull cannot be lost at a block's end and GPTAQ
+charges the same weight everywhere.
 """
 
 from __future__ import annotations
@@ -17,12 +23,15 @@ from __future__ import annotations
 import ctypes
 import warnings
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from quantforge_kernels import native
 from quantforge_kernels.native import pointer as _pointer
+
+PullForm = Literal["A", "B", "C"]
 
 # The smallest multiple of (largest magnitude / 2^(bits-1)) that is tried as a scale, by bits. At 2
 # bits the best grid of a row with outliers covers little more than a standard deviation on each
@@ -143,9 +152,14 @@ def column_loop(
     original: Tensor | None = None,
     mismatch: Tensor | None = None,
     pull: float = 0.0,
+    pull_form: PullForm = "C",
+    first: Tensor | None = None,
     native_code: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Quantize column by column, pushing each column's error onto the columns still to come.
+
+    Forms A and B of the pull run in torch, form A with one product of [out, in] and [in, in] a
+    column: they are for comparison, not for large layers.
 
     Args:
         weight: [out, in] float32, columns in their original order.
@@ -155,27 +169,31 @@ def column_loop(
         bits: width of the codes.
         width: weights that share a scale, in the original order.
         zero: [out, in / width] float32 zero-points; None is the symmetric grid.
-        original: [out, in] float32 float weights; needed by `mismatch` and `pull`.
+        original: [out, in] float32 float weights f; None stands for `weight`.
         mismatch: [in, in] float32 P, strictly upper, in the order of `order`.
-        pull: FOEM's β.
+        pull: FOEM's β; in form A in units of the gram.
+        pull_form: which of FOEM's rules, see the module's header.
+        first: [out] float32, what the code of the first column is chosen for; None is its weight.
         native_code: use the C++ version where it can be built.
 
     Returns:
         codes [out, in] uint8 in the original order, and the loss Σ_j ((w_j − q_j) / U_jj)² of every
         row, [out] float64, which equals the row's error in the damped gram.
     """
-    library = _library() if native_code and weight.device.type == "cpu" else None
+    native_form = pull == 0.0 or pull_form == "C"
+    library = _library() if native_code and native_form and weight.device.type == "cpu" else None
     if library is None:
         return column_loop_reference(
-            weight, upper, order, scale, bits=bits, width=width,
-            zero=zero, original=original, mismatch=mismatch, pull=pull,
+            weight, upper, order, scale, bits=bits, width=width, zero=zero, original=original,
+            mismatch=mismatch, pull=pull, pull_form=pull_form, first=first,
         )  # fmt: skip
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     loss = torch.empty(rows, dtype=torch.float64)
-    needed = original if (mismatch is not None or pull != 0.0) else None
-    held = [None if t is None else t.float().contiguous() for t in (weight, needed, upper)]
-    held += [None if t is None else t.float().contiguous() for t in (mismatch, scale, zero)]
+    kept = weight if original is None else original
+    needed = kept if (mismatch is not None or pull != 0.0) else None
+    tensors = (weight, needed, upper, mismatch, scale, zero, first)
+    held = [None if t is None else t.float().contiguous() for t in tensors]
     order = order.contiguous()
     library.qf_column_loop(
         _pointer(held[0]),
@@ -183,10 +201,7 @@ def column_loop(
         ctypes.c_int64(rows),
         ctypes.c_int64(columns),
         _pointer(order),
-        _pointer(held[2]),
-        _pointer(held[3]),
-        _pointer(held[4]),
-        _pointer(held[5]),
+        *[_pointer(t) for t in held[2:]],
         ctypes.c_int64(width),
         ctypes.c_int(bits),
         ctypes.c_float(pull),
@@ -209,8 +224,10 @@ def column_loop_reference(
     original: Tensor | None = None,
     mismatch: Tensor | None = None,
     pull: float = 0.0,
+    pull_form: PullForm = "C",
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`column_loop` in plain torch, one column at a time: the definition."""
+    """`column_loop` in plain torch, one column at a time: the definition, in the weight's dtype."""
     rows, columns = weight.shape
     latent = weight[:, order].T.contiguous()  # [in, out]
     fixed = latent.clone() if original is None else original[:, order].T.contiguous()
@@ -218,16 +235,22 @@ def column_loop_reference(
     loss = torch.zeros(rows, dtype=torch.float64, device=weight.device)
     top, centre = float((1 << bits) - 1), float(1 << (bits - 1))
     for j, column in enumerate(order.tolist()):
-        if j > 0 and pull != 0.0:
+        if j > 0 and pull_form == "C":
             latent[j] -= pull * (latent[j] - fixed[j])
         s = scale[:, column // width]
         z = centre if zero is None else zero[:, column // width]
-        code = (latent[j] / s + z).round().clamp(0.0, top)
+        wanted = latent[j] if j > 0 or first is None else first
+        code = (wanted / s + z).round().clamp(0.0, top)
         residual = latent[j] - (code - z) * s
-        error = (residual - pull * (latent[j] - fixed[j])) / upper[j, j]
         loss += (residual / upper[j, j]).double() ** 2
         codes[column] = code.to(torch.uint8)
-        latent[j + 1 :] -= torch.outer(upper[j, j + 1 :], error)
+        drift = latent[j:] - fixed[j:]
+        error = residual if pull_form == "A" else residual - pull * drift[0]
+        latent[j + 1 :] -= torch.outer(upper[j, j + 1 :], error / upper[j, j])
+        if pull != 0.0 and pull_form != "C":
+            rest = upper[j:, j:]
+            step = drift if pull_form == "B" else rest.T @ (rest @ drift)
+            latent[j + 1 :] -= pull * step[1:]
         if mismatch is not None:
             latent[j + 1 :] += torch.outer(mismatch[j, j + 1 :], fixed[j])
     return codes.T.contiguous(), loss

@@ -1,8 +1,9 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323): rounding with second-order error feedback.
 
 Columns are quantized one after the other, and the error of each is pushed onto the columns still
-to come so that the layer's output on the calibration inputs changes least. The loop itself is
-`quantforge_kernels.compensate.column_loop`; here is what surrounds it.
+to come so that the layer's output on the calibration inputs changes least. The feedback is
+`compensation.compensate`, which has the methods that grew out of GPTQ as well; here is the fit of
+the scales before it.
 
 What differs from the paper's code: scales are fixed before the loop from the original weights
 (static groups), which lets columns go in order of activation without a permuted layout; they
@@ -16,9 +17,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from quantforge_kernels.compensate import column_loop, search_scales
+from quantforge_kernels.compensate import search_scales
 from torch import Tensor
 
+from quantforge.methods.compensation import compensate, require_usable
 from quantforge.methods.rtn import minmax_scale
 from quantforge.numerics import Factor
 from quantforge.types import QuantizedWeight, QuantSpec
@@ -29,14 +31,21 @@ Grid = Literal["minmax", "mse", "diagonal", "conditional"]
 def fit_scale(weight: Tensor, factor: Factor, spec: QuantSpec, grid: Grid) -> Tensor:
     """[out, groups] float32 scales of a symmetric grid, bfloat16-representable.
 
+    Weights of dead inputs do not count: compensation sets them to zero.
+
     Args:
-        weight: [out, in] float32.
+        weight: [out, in], any float dtype.
         factor: of the layer's gram.
         spec: width and grouping.
         grid: what the scales minimise: "minmax" covers the range, "mse" the plain rounding error,
             "diagonal" the error weighted by the gram's diagonal, "conditional" the error weighted
             by what error feedback cannot repair (`Factor.conditional_importance`).
+
+    Raises:
+        InputError: the weight holds NaN or Inf.
     """
+    require_usable(weight)
+    weight = torch.where(factor.dead, 0.0, weight.float())
     if grid == "minmax":
         return minmax_scale(weight, spec)
     if grid == "mse":
@@ -55,22 +64,15 @@ def fit_scale(weight: Tensor, factor: Factor, spec: QuantSpec, grid: Grid) -> Te
 def gptq(
     weight: Tensor, factor: Factor, spec: QuantSpec, *, grid: Grid = "diagonal"
 ) -> QuantizedWeight:
-    """Quantize `weight` [out, in] so that its output on the calibration inputs changes least.
+    """Fit the scales of `weight` [out, in] once, and quantize with GPTQ's feedback.
 
     Args:
         weight: [out, in], any float dtype.
         factor: from `numerics.factorize`; reusable for every spec.
         spec: width and grouping; symmetric.
         grid: how the scales are fitted, see `fit_scale`.
+
+    Raises:
+        InputError: the weight holds NaN or Inf.
     """
-    target = torch.where(factor.dead, 0.0, weight.float())
-    scale = fit_scale(target, factor, spec, grid)
-    codes, _ = column_loop(
-        target,
-        factor.upper,
-        factor.order,
-        scale,
-        bits=spec.bits,
-        width=spec.width(weight.shape[1]),
-    )
-    return QuantizedWeight(codes=codes, scale=scale.bfloat16(), zero=None, spec=spec)
+    return compensate(weight, factor, spec, fit_scale(weight, factor, spec, grid))

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from quantforge.config import Config
+
+# What the float network's inputs are needed for.
+CROSS_METHODS = ("gptaq", "foem-gptaq", "qep", "qronos")
+
+
+def _listed(value: Any) -> Any:
+    """A single value stands for a list of one."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+Coefficient = Annotated[float, Field(ge=0, le=1)]
+Coefficients = Annotated[tuple[Coefficient, ...], BeforeValidator(_listed)]
 
 
 class RoundingConfig(Config):
@@ -49,33 +61,71 @@ class QuantizeConfig(Config):
     """How the chosen widths become integers.
 
     Attributes:
-        method: "rtn" rounds on the grid, "gptq" feeds errors back.
+        method: "rtn" rounds on the grid; the others feed errors back, see `methods.compensation`.
+        mismatch: how much of the earlier layers' errors a layer repairs (GPTAQ's, QEP's
+            coefficient); the method's published value where empty.
+        pull: FOEM's pull towards the float weights; the method's published value where empty.
+        pull_form: which of FOEM's three rules; "A" and "B" run in torch and are slow.
         sequential: take every block's inputs from the quantized blocks before it; otherwise the
             one-pass integers of the calibration are used as they are.
+        true_sequential: inside a block too, fit a layer to what the layers before it give when
+            they are quantized.
         grid: what the scales minimise.
-        damping: of the grams, relative to the mean of their diagonals.
+        refit: solve for the scales once more when the integers are fixed.
+        damping: of the grams, relative to the mean of their diagonals. Where `mismatch`, `pull` or
+            `damping` list several values, every layer gets those with the least error on held-out
+            tokens.
         batch_size: sequences a pass.
         precision: of matrix products.
         rounding: learned rounding after the compensation of a block.
         tuning: of scales and norms, after all blocks.
     """
 
-    method: Literal["rtn", "gptq"] = "gptq"
+    method: Literal["rtn", "gptq", "gptaq", "foem", "foem-gptaq", "qep", "qronos"] = "gptq"
+    mismatch: Coefficients = ()
+    pull: Coefficients = ()
+    pull_form: Literal["A", "B", "C"] = "C"
     sequential: bool = True
+    true_sequential: bool = True
     grid: Literal["minmax", "mse", "diagonal", "conditional"] = "diagonal"
-    damping: float = Field(default=0.01, ge=0)
+    refit: bool = False
+    damping: Coefficients = Field(default=(0.01,), min_length=1)
     batch_size: int = Field(default=4, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     rounding: RoundingConfig = RoundingConfig()
     tuning: TuningConfig = TuningConfig()
 
+    @property
+    def chooses(self) -> bool:
+        """Whether layers choose between several candidates on held-out tokens."""
+        if self.method == "rtn":
+            return False
+        return max(len(self.mismatch), 1) * max(len(self.pull), 1) * len(self.damping) > 1
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether something is chosen on held-out tokens while blocks are quantized."""
+        return self.rounding.steps > 0 or self.chooses
+
+    @property
+    def needs_float_stream(self) -> bool:
+        """Whether blocks need what the float network has at their entrance."""
+        return self.rounding.steps > 0 or self.method in CROSS_METHODS
+
     @model_validator(mode="after")
     def _used_or_refused(self) -> Self:
-        """An option that `sequential: false` would silently pass over is an error."""
+        """An option that would silently be passed over is an error."""
+        if self.mismatch and self.method not in CROSS_METHODS:
+            raise ValueError(f"mismatch does nothing with {self.method}; use gptaq or qep")
+        if self.method == "rtn" and self.pull:
+            raise ValueError("pull does nothing with rtn; use foem")
         if self.sequential:
             return self
         fields = QuantizeConfig.model_fields
-        for name in ("method", "grid", "damping"):
+        for name in (
+            "method", "mismatch", "pull", "pull_form", "true_sequential", "grid", "refit",
+            "damping",
+        ):  # fmt: skip
             if getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name} does nothing without quantize.sequential=true")
         if self.rounding.steps > 0:

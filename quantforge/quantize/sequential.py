@@ -10,23 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantforge.capture import stage_grams
+from quantforge.errors import InputError
 from quantforge.format.store import CandidateStore
-from quantforge.methods.gptq import fit_scale, gptq
-from quantforge.methods.rtn import round_to_nearest
 from quantforge.models import Model
-from quantforge.numerics import Factor, factorize, output_error, relative
+from quantforge.numerics import output_error, relative
 from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig
+from quantforge.quantize.layer import Compensated, Stage, quantize_layer
 from quantforge.quantize.refine import refine_block
 from quantforge.quantize.streams import Streams
 from quantforge.results import LayerReport
-from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantizedWeight, QuantSpec
+from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,24 +51,6 @@ def put_weight(model: Model, name: str, weight: Tensor) -> None:
         parameter.copy_(weight)
 
 
-def quantize_weight(
-    weight: Tensor, factor: Factor, spec: QuantSpec, config: QuantizeConfig
-) -> tuple[QuantizedWeight, QuantizedWeight]:
-    """The layer by the configured method, and by rounding on the same kind of grid.
-
-    Args:
-        weight: [out, in] float32.
-        factor: of the layer's gram.
-        spec: width and grouping.
-        config: method and grid.
-    """
-    scale = fit_scale(weight, factor, spec, config.grid)
-    rounded = round_to_nearest(weight, scale, spec)
-    if config.method == "rtn":
-        return rounded, rounded
-    return gptq(weight, factor, spec, grid=config.grid), rounded
-
-
 def kept_report(layer: LayerInfo) -> LayerReport:
     """The report of a layer the plan leaves alone."""
     return LayerReport(
@@ -89,18 +71,24 @@ class _Pending:
 
     layer: LayerInfo
     weight: Tensor
-    quantized: QuantizedWeight
-    rounded: QuantizedWeight
+    made: Compensated
     gram: Tensor
-    factor: Factor
 
     def finish(
         self, quantized: QuantizedWeight, predicted: float, config: QuantizeConfig
     ) -> QuantizedLayer:
         difference = quantized.dequantize() - self.weight
-        rounding = self.rounded.dequantize() - self.weight
+        rounding = self.made.rounded.dequantize() - self.weight
         reference = output_error(self.weight, self.gram)
-        raised = self.factor.damping > config.damping
+        factor, choice = self.made.factor, self.made.choice
+        asked = config.damping[0] if choice is None else choice.damping
+        notes = []
+        if factor.fallback:
+            notes.append("rounded to nearest: its inputs' gram could not be factored")
+        elif factor.damping > asked:
+            notes.append(f"gram needed damping {factor.damping:g}")
+        if choice is not None and config.chooses:
+            notes.append(f"chosen: {choice}")
         report = LayerReport(
             name=self.layer.name,
             spec=str(quantized.spec),
@@ -108,41 +96,49 @@ class _Pending:
             weight_error=relative(difference.square(), self.weight.square()),
             output_error=relative(output_error(difference, self.gram), reference),
             rtn_output_error=relative(output_error(rounding, self.gram), reference),
-            damping=self.factor.damping,
-            dead_columns=int(self.factor.dead.sum()),
-            note=f"gram needed damping {self.factor.damping:g}" if raised else "",
+            damping=factor.damping,
+            dead_columns=int(factor.dead.sum()),
+            note="; ".join(notes),
         )
         return QuantizedLayer(layer=self.layer, weight=quantized, report=report)
 
 
 def _compensate_block(
-    model: Model,
-    layers: list[LayerInfo],
-    plan: BitPlan,
-    grams: list[Tensor],
-    config: QuantizeConfig,
+    model: Model, index: int, plan: BitPlan, streams: Streams, config: QuantizeConfig
 ) -> list[_Pending]:
-    """Quantize a block's layers one by one and put the results into the network."""
-    factors = [factorize(gram, damping=config.damping) for gram in grams]
-    done = []
-    for layer in layers:
-        spec = plan.assignment[layer.name]
-        if spec is None:
+    """Quantize a block's layers stage by stage and put the results into the network.
+
+    Moves the float stream to the block's exit.
+    """
+    block = streams.quantized.blocks[index]
+    prefix = f"{model.architecture.blocks}.{index}."
+    count = len(model.architecture.stages)
+    steps = [[stage] for stage in range(count)] if config.true_sequential else [list(range(count))]
+    done: list[_Pending] = []
+    floats: dict[str, Tensor] = {}
+    for step in steps:
+        layers = [
+            (layer, spec)
+            for layer in model.layers
+            if layer.block == index and layer.stage in step
+            if (spec := plan.assignment[layer.name]) is not None
+        ]
+        if not layers:
             continue
-        parameter: Any = model.module.get_submodule(layer.name).weight
-        weight = parameter.detach().float().clone()
-        quantized, rounded = quantize_weight(weight, factors[layer.stage], spec, config)
-        put_weight(model, layer.name, quantized.dequantize())
-        done.append(
-            _Pending(
-                layer=layer,
-                weight=weight,
-                quantized=quantized,
-                rounded=rounded,
-                gram=grams[layer.stage],
-                factor=factors[layer.stage],
-            )
-        )
+        fitting, held_out = streams.moments(block, step, floats)
+        stages = {s: Stage(*pair) for s, *pair in zip_longest(step, fitting, held_out)}
+        for layer, spec in layers:
+            parameter: Any = model.module.get_submodule(layer.name).weight
+            weight = parameter.detach().float().clone()
+            try:
+                made = quantize_layer(weight, stages[layer.stage], spec, config)
+            except InputError as error:
+                raise InputError(f"{layer.name}: {error}") from error
+            gram = stages[layer.stage].fitting.gram
+            done.append(_Pending(layer=layer, weight=weight, made=made, gram=gram))
+            floats[f"{layer.name.removeprefix(prefix)}.weight"] = weight
+            put_weight(model, layer.name, made.quantized.dequantize())
+    streams.advance_native(block, floats)
     return done
 
 
@@ -162,9 +158,9 @@ def quantize_sequentially(
     Args:
         model: the network; holds dequantized weights afterwards.
         plan: spec of every layer.
-        calibration: fitting tokens, and held-out ones for the choices of learned rounding.
+        calibration: fitting tokens, and held-out ones for what is chosen on the way.
         predicted: layer name → predicted loss increase, for the report.
-        config: method, grid, damping, learned rounding.
+        config: method, its candidates, grid, learned rounding.
         channel_weights: per block [hidden], importance of its output's channels.
         generator: for the order of batches in learned rounding.
         monitor: progress and cancellation.
@@ -172,17 +168,13 @@ def quantize_sequentially(
     streams = Streams(model, calibration, config)
     blocks = streams.quantized.blocks
     for index, block in enumerate(blocks):
-        targets = streams.targets(block)
-        grams = stage_grams(
-            streams.quantized, block, model.architecture, batches=streams.fitting_batches
-        )
         layers = [layer for layer in model.layers if layer.block == index]
-        pending = _compensate_block(model, layers, plan, grams, config)
-        final = {one.layer.name: one.quantized for one in pending}
-        if targets is not None and pending:
+        pending = _compensate_block(model, index, plan, streams, config)
+        final = {one.layer.name: one.made.quantized for one in pending}
+        if config.rounding.steps > 0 and pending:
             prefix = f"{model.architecture.blocks}.{index}."
             refined = refine_block(
-                streams.task(block, targets, channel_weights[index]),
+                streams.task(block, channel_weights[index]),
                 {one.layer.name.removeprefix(prefix): one.weight for one in pending},
                 {name.removeprefix(prefix): weight for name, weight in final.items()},
                 config.rounding,
@@ -199,7 +191,7 @@ def quantize_sequentially(
             kept = QuantizedLayer(layer=layer, weight=None, report=kept_report(layer))
             yield finished.get(layer.name, kept)
         if index + 1 < len(blocks):
-            streams.advance(block, targets)
+            streams.advance(block)
         monitor.step("quantize", index + 1, len(blocks))
 
 

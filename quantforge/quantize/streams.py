@@ -1,69 +1,158 @@
-"""The hidden states a block is fitted on: behind the quantized prefix, and in the float network."""
+"""The hidden states a block is fitted on: behind the quantized prefix, and in the float network.
+
+A block's layers are quantized on the inputs x̃ they will really get. What the float network had
+there, x, is needed by every method that repairs the earlier layers' errors too (GPTAQ, QEP, Qronos)
+and by learned rounding, whose target is the float block's output. Both streams walk through the
+network together, a batch at a time, and what a layer reads in one is compared with what it reads
+in the other while the batch is at hand. A stage is looked at when the stages before it in the block
+have been quantized ("true sequential" in GPTQ's terms), so that it is fitted to their errors too.
+
+The held-out sequences walk behind the fitting ones where something is chosen on them.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from quantforge.capture import BlockWalk
+from quantforge.capture import BlockWalk, stage_readers
 from quantforge.models import Model
+from quantforge.numerics import CrossAccumulator, GramAccumulator
 from quantforge.quantize.config import QuantizeConfig
 from quantforge.quantize.refine import BlockTask
 from quantforge.types import CalibrationSet
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMoments:
+    """Second moments of one stage's inputs.
+
+    Attributes:
+        gram: [in, in] mean x̃ x̃ᵀ.
+        cross: [in, in] mean (x − x̃) x̃ᵀ; None without a float stream.
+    """
+
+    gram: Tensor
+    cross: Tensor | None
+
+
 class Streams:
     """Both streams of hidden states, moved from block to block together.
 
-    The float stream, and the held-out sequences behind the fitting ones, are only there when
-    learned rounding needs them.
+    The float stream is only there when the method or learned rounding needs it, the held-out
+    sequences only when something is chosen on them.
 
     Attributes:
         quantized: walks behind the quantized blocks.
         native: walks the float network, or None.
         fitting_batches: number of batches at the front that are fitted on.
-        precision: of matrix products.
     """
 
     def __init__(self, model: Model, calibration: CalibrationSet, config: QuantizeConfig) -> None:
-        learned = config.rounding.steps > 0
-        pieces = [calibration.fitting, calibration.held_out] if learned else [calibration.fitting]
+        pieces = [calibration.fitting]
+        if config.needs_held_out:
+            pieces.append(calibration.held_out)
         # Batches must not mix fitting and held-out sequences.
         batches = [part for piece in pieces for part in torch.split(piece, config.batch_size)]
-        self._lengths = [len(batch) for batch in batches]
+        lengths = [len(batch) for batch in batches]
         self.fitting_batches = -(-len(calibration.fitting) // config.batch_size)
-        self.precision = config.precision
+        self._architecture = model.architecture
 
         def walk() -> BlockWalk:
             return BlockWalk(
                 model.module,
                 model.architecture,
                 torch.cat(pieces),
-                batch_size=self._lengths,
+                batch_size=lengths,
                 precision=config.precision,
             )
 
         self.quantized = walk()
-        self.native = walk() if learned else None
+        self.native = walk() if config.needs_float_stream else None
 
-    def targets(self, block: nn.Module) -> list[Tensor] | None:
-        """What the float network has at the exit of `block`, whose weights must still be float."""
-        return None if self.native is None else list(self.native.outputs(block))
+    def moments(
+        self, block: nn.Module, stages: Sequence[int], floats: Mapping[str, Tensor]
+    ) -> tuple[list[StageMoments], list[StageMoments]]:
+        """Moments of some stages over the fitting and over the held-out batches.
 
-    def task(self, block: nn.Module, targets: list[Tensor], channel_weight: Tensor) -> BlockTask:
-        """The block's inputs and targets, for learned rounding."""
+        Args:
+            block: stands at the entrance of both streams; as far as it is quantized, the quantized
+                stream sees that.
+            stages: indices of the stages to look at.
+            floats: parameter path inside the block → float weight of what is quantized already.
+
+        Returns:
+            In the order of `stages`; the second list is empty without held-out batches.
+        """
+        sizes = list(stage_readers(block, self._architecture).items())
+        readers = dict(sizes[index] for index in stages)
+        split, count = self.fitting_batches, len(self.quantized.hidden)
+        parts = (range(split), range(split, count))
+        fitting, held_out = (self._part(block, readers, part, floats) for part in parts)
+        return fitting, held_out
+
+    def _part(
+        self,
+        block: nn.Module,
+        readers: Mapping[str, int],
+        batches: range,
+        floats: Mapping[str, Tensor],
+    ) -> list[StageMoments]:
+        """Moments of what `readers` (path → features) read in some batches."""
+        if not batches:
+            return []
+        device = self.quantized.hidden[0].device
+        product = torch.bfloat16 if self.quantized.precision == "bfloat16" else torch.float32
+        grams = {name: GramAccumulator(size, device) for name, size in readers.items()}
+        crosses = {name: CrossAccumulator(size, device) for name, size in readers.items()}
+        names = list(readers)
+        for index in batches:
+            read = self.quantized.inputs(block, index, names)
+            for name, inputs in read.items():
+                grams[name].add(inputs)
+            if self.native is not None:
+                meant = self.native.inputs(block, index, names, floats)
+                for name, inputs in read.items():
+                    crosses[name].add(meant[name], inputs, product)
+        return [
+            StageMoments(
+                gram=grams[name].mean(),
+                cross=None if self.native is None else crosses[name].mean(),
+            )
+            for name in names
+        ]
+
+    def advance_native(self, block: nn.Module, floats: Mapping[str, Tensor]) -> None:
+        """Move the float stream, if there is one, to the exit of `block`.
+
+        Args:
+            block: whose weights may be quantized.
+            floats: parameter path inside the block → float weight of what is quantized.
+        """
+        if self.native is not None:
+            for index in range(len(self.native.hidden)):
+                self.native.hidden[index] = self.native.output(block, index, floats)
+
+    def task(self, block: nn.Module, channel_weight: Tensor) -> BlockTask:
+        """The block's inputs and its outputs in the float network, for learned rounding.
+
+        The float stream must stand at the block's exit, the quantized one at its entrance.
+        """
+        if self.native is None:
+            raise ValueError("learned rounding needs the float stream")
         return BlockTask(
             block,
             self.quantized.hidden,
-            targets,
+            self.native.hidden,
             self.quantized.kwargs,
             channel_weight=channel_weight,
-            held_out=len(self._lengths) - self.fitting_batches,
-            precision=self.precision,
+            held_out=len(self.quantized.hidden) - self.fitting_batches,
+            precision=self.quantized.precision,
         )
 
-    def advance(self, block: nn.Module, targets: list[Tensor] | None) -> None:
-        """Move both streams to the exit of `block`, whose weights are now quantized."""
+    def advance(self, block: nn.Module) -> None:
+        """Move the quantized stream to the exit of `block`, whose weights are now quantized."""
         self.quantized.advance(block)
-        if self.native is not None and targets is not None:
-            self.native.hidden = targets

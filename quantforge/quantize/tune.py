@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from quantforge.capture import compute_in
+from quantforge.memory import release_freed
 from quantforge.methods.scaled_linear import ScaledLinear
 from quantforge.models import Model
 from quantforge.progress import Monitor
@@ -123,8 +124,10 @@ def _stand_ins(
         for name, layer in layers.items():
             module.set_submodule(name, layer)
             originals[name].weight.data = originals[name].weight.data.new_empty(0)
+        release_freed()
         yield layers
     finally:
+        release_freed()  # activations, before the weights come back
         for name, original in originals.items():
             original.weight.data = weights[name].dequantize(original.weight.dtype)
             module.set_submodule(name, original)

@@ -155,7 +155,7 @@ def test_beats_rounding_and_is_bounded_by_exhaustive_search():
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("columns, width", [(96, 32), (40, 40), (33, 11)])
-@pytest.mark.parametrize("extras", ["gptq", "gptaq", "foem", "both", "zero"])
+@pytest.mark.parametrize("extras", ["gptq", "gptaq", "foem", "both", "zero", "first"])
 def test_native_equals_reference(bits, columns, width, extras):
     weight, gram = problem(columns, rows=37)
     factor = factorize(gram)
@@ -171,6 +171,8 @@ def test_native_equals_reference(bits, columns, width, extras):
         options["original"] = weight + 0.05 * torch.randn(weight.shape, generator=generator)
     if extras == "zero":
         options["zero"] = torch.full_like(scale, (1 << (bits - 1)) - 1.0)
+    if extras == "first":
+        options["first"] = torch.randn(37, generator=generator)
     arguments = (weight, factor.upper, factor.order, scale)
     codes, loss = column_loop(*arguments, bits=bits, width=width, **options)
     expected, expected_loss = column_loop_reference(*arguments, bits=bits, width=width, **options)
@@ -189,6 +191,38 @@ def test_pull_of_one_returns_each_column_to_its_float_weight():
     )
     expected = nearest(weight.double(), scale.double(), 3)
     assert torch.allclose(decode(codes, scale, 3, 12), expected)
+
+
+def test_first_column_is_chosen_for_the_given_value_and_its_error_is_of_the_weight():
+    weight, gram = problem(12, rows=5)
+    factor = factorize(gram, act_order=False)
+    scale = torch.full((5, 1), 0.5)
+    first = torch.linspace(-1.5, 1.0, 5)
+    codes, loss = column_loop(
+        weight, factor.upper, factor.order, scale, bits=3, width=12, first=first
+    )
+    assert torch.equal(codes[:, 0].float() - 4, (first / 0.5).round())
+    difference = decode(codes, scale, 3, 12) - weight.double()
+    expected = ((difference @ damped(gram)) * difference).sum(1)
+    assert torch.allclose(loss, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("extras", ["pull", "mismatch"])
+def test_without_original_the_weight_stands_for_itself(extras):
+    weight, gram = problem(20)
+    factor = factorize(gram)
+    noise = torch.randn(20, 20, generator=torch.Generator().manual_seed(3))
+    options = {"pull": 0.5} if extras == "pull" else {"mismatch": torch.triu(0.1 * noise, 1)}
+    scale = weight.abs().amax(1, keepdim=True) / 4
+    arguments = (weight, factor.upper, factor.order, scale)
+    for native in (True, False):
+        runs = [
+            column_loop(
+                *arguments, bits=3, width=20, original=original, native_code=native, **options
+            )[0]
+            for original in (None, weight)
+        ]
+        assert torch.equal(*runs)
 
 
 @pytest.mark.parametrize("coefficient", [1.0, 0.5])

@@ -65,9 +65,41 @@ def test_damping_grows_until_a_singular_gram_can_be_factored():
     assert torch.isfinite(factor.upper).all()
 
 
-def test_non_finite_gram_is_refused():
-    with pytest.raises(InputError, match="NaN or Inf"):
-        factorize(torch.full((3, 3), torch.nan))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_non_finite_gram_is_refused(value):
+    gram = torch.eye(3)
+    gram[1, 2] = value
+    with pytest.raises(InputError, match="1 of 9 values are NaN or Inf; the model overflows"):
+        factorize(gram)
+
+
+def test_overflowing_half_precision_inputs_are_refused():
+    inputs = torch.full((4, 3), 60000.0, dtype=torch.float16)
+    accumulator = GramAccumulator(3)
+    accumulator.add(inputs * 2)
+    with pytest.raises(InputError, match="9 of 9 values are NaN or Inf"):
+        factorize(accumulator.mean())
+
+
+def test_tiny_inputs_are_lifted_to_the_floor_and_no_further():
+    gram = torch.diag(torch.tensor([1.0, 1e-3, 1e-12, 0.0]))
+    factor = factorize(gram, damping=0.0, act_order=False)
+    mean = 1.001 / 3
+    expected = torch.tensor([1.0, 1e-3, 1e-6 * mean, mean])
+    assert torch.allclose(factor.conditional_importance(), expected, rtol=1e-5)
+    assert factor.dead.tolist() == [False, False, False, True]
+    assert not factor.fallback
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gram_that_cannot_be_factored_becomes_its_damped_diagonal(act_order):
+    gram = torch.diag(torch.tensor([1.0, 3.0, 2.0])) + 1e9 * (1 - torch.eye(3))
+    factor = factorize(gram, act_order=act_order)
+    assert factor.fallback
+    assert torch.equal(factor.upper, factor.upper.diagonal().diag())
+    expected = torch.tensor([1.02, 3.02, 2.02])
+    assert torch.allclose(factor.conditional_importance(), expected)
+    assert not factorize(torch.eye(3)).fallback
 
 
 def test_output_error_is_the_mean_squared_output():

@@ -156,7 +156,7 @@ def test_balanced_is_the_defaults() -> None:
             {"search.group_sizes": [64, 0]},
             "search.group_sizes[1]: group_size must be positive or -1",
         ),
-        ({"quantize.damping": float("nan")}, "quantize.damping: input should be"),
+        ({"quantize.damping": float("nan")}, "quantize.damping[0]: input should be"),
         ({"schema_version": 2}, "schema_version: input should be 1, got 2"),
         ({"model": {"pakage": "x"}}, "unknown key 'model.pakage'; did you mean 'model.package'?"),
         ({"model": {"package": "x"}}, "model.version: field required"),
@@ -239,6 +239,17 @@ def test_recipes_are_found_in_a_wheel_before_a_checkout(
     checkout.unlink()
     with pytest.raises(InputError, match="no recipes beside"):
         recipes.recipe_root()
+
+
+def test_one_coefficient_stands_for_a_list_of_one():
+    target = resolve_target("llama")
+    settings = {"quantize.method": "qep", "quantize.mismatch": [0, 0.5], "quantize.damping": 0.1}
+    recipe = compose(target, settings=settings).quantize
+    assert (recipe.mismatch, recipe.pull, recipe.damping) == ((0.0, 0.5), (), (0.1,))
+    with pytest.raises(UsageError, match=r"quantize\.mismatch\[1\]: input should be less than"):
+        compose(target, settings={"quantize.method": "qep", "quantize.mismatch": [0, 1.5]})
+    with pytest.raises(UsageError, match="mismatch does nothing with gptq; use gptaq or qep"):
+        compose(target, settings={"quantize.mismatch": 0.5})
 
 
 def test_an_option_that_would_do_nothing_is_refused():

@@ -46,6 +46,44 @@ inline float refit(const float* weight, const float* importance, int64_t width, 
   return square > 0.0f ? cross / square : scale;
 }
 
+// One vector register's worth of lanes; the compiler splits it where registers are narrower.
+typedef float Vector __attribute__((vector_size(64)));
+constexpr int VECTORS = LANES / 16;
+
+// Add SIGN times the outer products of a panel's PANEL source columns with the rows of `factor` to
+// `COUNT` columns of the latent weights, which stay in registers meanwhile.
+template <int SIGN, int COUNT>
+inline void update_columns(float* latent, const float (*source)[LANES], const float* factor,
+                           int64_t columns) {
+  Vector total[COUNT][VECTORS];
+  std::memcpy(total, latent, sizeof total);
+#pragma GCC unroll 8
+  for (int p = 0; p < PANEL; ++p) {
+    Vector carried[VECTORS];
+    std::memcpy(carried, source[p], sizeof carried);
+#pragma GCC unroll 8
+    for (int k = 0; k < COUNT; ++k) {
+      const float coefficient = SIGN * factor[p * columns + k];
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) total[k][v] += carried[v] * coefficient;
+    }
+  }
+  std::memcpy(latent, total, sizeof total);
+}
+
+// The rank-PANEL update of all columns behind the panel at `start`.
+template <int SIGN>
+void update_behind(float* latent, const float (*source)[LANES], const float* factor, int64_t start,
+                   int64_t columns) {
+  constexpr int TILE = 4;
+  const float* rows = factor + start * columns;
+  int64_t k = start + PANEL;
+  for (; k + TILE <= columns; k += TILE)
+    update_columns<SIGN, TILE>(latent + k * LANES, source, rows + k, columns);
+  for (; k < columns; ++k)
+    update_columns<SIGN, 1>(latent + k * LANES, source, rows + k, columns);
+}
+
 }  // namespace
 
 extern "C" {
@@ -93,12 +131,13 @@ void qf_search_scales(const float* weight, const float* importance, int64_t rows
 }
 
 // The column loop. `order[j]` is the original index of the j-th column to be quantized; `upper` and
-// `mismatch` are in that order, everything else in the original one. `original`, `mismatch`, `zero`
-// and `loss` may be null. See compensate.py for the recurrence.
+// `mismatch` are in that order, everything else in the original one. `first_value` [rows] is what
+// the code of the first column is chosen for. `original` (needed by `mismatch` and `pull`),
+// `mismatch`, `zero`, `first_value` and `loss` may be null. See compensate.py for the recurrence.
 void qf_column_loop(const float* weight, const float* original, int64_t rows, int64_t columns,
                     const int64_t* order, const float* upper, const float* mismatch,
-                    const float* scale, const float* zero, int64_t width, int bits, float pull,
-                    int threads, uint8_t* codes, double* loss) {
+                    const float* scale, const float* zero, const float* first_value, int64_t width,
+                    int bits, float pull, int threads, uint8_t* codes, double* loss) {
   const int64_t groups = columns / width;
   const int64_t chunks = (rows + LANES - 1) / LANES;
   const float top = static_cast<float>((1 << bits) - 1);
@@ -114,6 +153,8 @@ void qf_column_loop(const float* weight, const float* original, int64_t rows, in
       const int64_t first = chunk * LANES;
       const int lanes = static_cast<int>(std::min<int64_t>(LANES, rows - first));
       double chunk_loss[LANES] = {};
+      float aim[LANES] = {};
+      if (first_value) std::copy_n(first_value + first, lanes, aim);
       for (int lane = 0; lane < LANES; ++lane) {
         const bool live = lane < lanes;
         const float* source = weight + (first + lane) * columns;
@@ -140,12 +181,14 @@ void qf_column_loop(const float* weight, const float* original, int64_t rows, in
           }
           const float inverse_pivot = 1.0f / factor[j];
           const float* keep = fixed ? fixed + j * LANES : w;
+          const float* wanted = j == 0 && first_value ? aim : w;
           const float shrink = j > 0 ? pull : 0.0f;
           uint8_t chosen[LANES];
 #pragma omp simd
           for (int lane = 0; lane < LANES; ++lane) {
             const float value = w[lane] - shrink * (w[lane] - keep[lane]);
-            const float raw = __builtin_rintf(value / s[lane] + z[lane]);
+            w[lane] = value;
+            const float raw = __builtin_rintf(wanted[lane] / s[lane] + z[lane]);
             const float code = std::min(std::max(raw, 0.0f), top);
             const float residual = value - (code - z[lane]) * s[lane];
             error[p][lane] = (residual - pull * (value - keep[lane])) * inverse_pivot;
@@ -165,25 +208,10 @@ void qf_column_loop(const float* weight, const float* original, int64_t rows, in
               next[lane] += carried[p][lane] * m - error[p][lane] * u;
           }
         }
-        for (int64_t k = start + panel; k < columns; ++k) {
-          float* w = latent + k * LANES;
-          float total[LANES];
-#pragma omp simd
-          for (int lane = 0; lane < LANES; ++lane) total[lane] = w[lane];
-          for (int p = 0; p < panel; ++p) {
-            const float u = upper[(start + p) * columns + k];
-#pragma omp simd
-            for (int lane = 0; lane < LANES; ++lane) total[lane] -= error[p][lane] * u;
-          }
-          if (mismatch) {
-            for (int p = 0; p < panel; ++p) {
-              const float m = mismatch[(start + p) * columns + k];
-#pragma omp simd
-              for (int lane = 0; lane < LANES; ++lane) total[lane] += carried[p][lane] * m;
-            }
-          }
-#pragma omp simd
-          for (int lane = 0; lane < LANES; ++lane) w[lane] = total[lane];
+        // Columns are left only behind a full panel.
+        if (start + panel < columns) {
+          update_behind<-1>(latent, error, upper, start, columns);
+          if (mismatch) update_behind<1>(latent, carried, mismatch, start, columns);
         }
       }
       if (loss)

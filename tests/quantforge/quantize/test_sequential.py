@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from quantforge.capture import BlockWalk, stage_grams
+from quantforge.errors import InputError
 from quantforge.load.huggingface import from_module
-from quantforge.methods.gptq import gptq
+from quantforge.methods.compensation import FEEDBACKS, compensate, shifted_target
+from quantforge.methods.gptq import fit_scale, gptq
 from quantforge.numerics import factorize
 from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig
+from quantforge.quantize.layer import Stage, choices, quantize_layer
 from quantforge.quantize.sequential import quantize_sequentially
+from quantforge.quantize.streams import StageMoments
 from quantforge.testing import markov_tokens, tiny_llama, train
 from quantforge.types import BitPlan, CalibrationSet, QuantSpec
 
@@ -45,7 +49,8 @@ def run(module, spec_of, config=CONFIG):
 
 
 def test_every_block_reads_what_the_quantized_blocks_before_it_give(trained):
-    model, done = run(trained, lambda layer: QuantSpec(3, 32))
+    config = CONFIG.model_copy(update={"true_sequential": False})
+    model, done = run(trained, lambda layer: QuantSpec(3, 32), config)
     tokens = markov_tokens(16, 32, seed=4)
     for one in done:
         held = model.module.get_submodule(one.layer.name).weight
@@ -65,6 +70,117 @@ def test_every_block_reads_what_the_quantized_blocks_before_it_give(trained):
             expected = gptq(float_weight, factorize(grams[one.layer.stage]), QuantSpec(3, 32))
             assert torch.equal(one.weight.codes, expected.codes)
             assert torch.equal(one.weight.scale, expected.scale)
+
+
+def stage_input(module, name, tokens):
+    """[tokens, in] what the named layer reads when the network as it stands runs on `tokens`."""
+    seen = []
+    layer = module.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        module(tokens)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptaq", "qep", "qronos", "foem-gptaq"])
+def test_a_stage_sees_all_that_was_quantized_before_it_beside_the_float_network(trained, method):
+    config = QuantizeConfig(precision="float32", method=method)
+    _, done = run(trained, lambda layer: QuantSpec(3, 32), config)
+    tokens = markov_tokens(16, 32, seed=4)
+    # Redo every layer by hand, on whole networks: one float, one quantized as far as the stage.
+    by_hand = from_module(copy.deepcopy(trained))
+    stages = sorted({(one.layer.block, one.layer.stage) for one in done})
+    for block, stage in stages:
+        members = [o for o in done if (o.layer.block, o.layer.stage) == (block, stage)]
+        behind = stage_input(by_hand.module, members[0].layer.name, tokens)
+        native = stage_input(trained, members[0].layer.name, tokens)
+        gram = behind.T @ behind / len(behind)
+        cross = (native - behind).T @ behind / len(behind)
+        factor = factorize(gram)
+        for one in members:
+            weight = trained.get_submodule(one.layer.name).weight.detach()
+            feedback = FEEDBACKS[method]
+            target = weight
+            if feedback.target:
+                target = shifted_target(weight, cross, factor, feedback.target)
+            scale = fit_scale(target, factor, one.weight.spec, "diagonal")
+            expected = compensate(
+                weight, factor, one.weight.spec, scale, cross=cross, feedback=feedback
+            )
+            # float32 sums in another order move a code that sits between two
+            same = (one.weight.codes == expected.codes).float().mean()
+            assert same > 0.995, (one.layer.name, float(same))
+        for one in members:
+            weight = by_hand.module.get_submodule(one.layer.name).weight
+            weight.data.copy_(one.weight.dequantize())
+
+
+def test_layers_choose_on_held_out_tokens_and_say_what(trained):
+    def held_out_error(done):
+        """Σ|Ŵx̃ − Wx|² over stage inputs of a network quantized as in `done`, last block."""
+        model = from_module(copy.deepcopy(trained))
+        for one in done:
+            weight = model.module.get_submodule(one.layer.name).weight
+            weight.data.copy_(one.weight.dequantize())
+        tokens = markov_tokens(4, 32, seed=5)
+        with torch.no_grad():
+            return float((model.module.model(tokens)[0] - trained.model(tokens)[0]).square().mean())
+
+    grid = {"mismatch": (0.0, 0.5, 1.0), "pull": (0.0, 0.2), "damping": (0.01, 0.1)}
+    config = QuantizeConfig(precision="float32", method="qep", **grid)
+    _, chosen = run(trained, lambda layer: QuantSpec(3, 32), config)
+    _, plain = run(trained, lambda layer: QuantSpec(3, 32))
+    assert all(one.report.note.startswith("chosen: damping 0.") for one in chosen)
+    assert len({one.report.note for one in chosen}) > 1
+    assert held_out_error(chosen) < held_out_error(plain)
+    # one candidate asked for is the same as having no choice
+    single = QuantizeConfig(precision="float32", method="qep", mismatch=(0.0,))
+    _, zero = run(trained, lambda layer: QuantSpec(3, 32), single)
+    assert all(
+        torch.equal(a.weight.codes, b.weight.codes) for a, b in zip(zero, plain, strict=True)
+    )
+
+
+def test_choice_is_the_candidate_with_the_least_error_on_the_held_out_inputs():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 32, generator=generator)
+
+    def moments(tokens):
+        quantized = torch.randn(tokens, 32, generator=generator)
+        native = quantized + 0.3 * torch.randn(tokens, 32, generator=generator)
+        gram = quantized.T @ quantized / tokens
+        cross = (native - quantized).T @ quantized / tokens
+        return native, quantized, StageMoments(gram=gram, cross=cross)
+
+    _, _, fitting = moments(48)
+    native, quantized, held_out = moments(64)
+    grid = {"mismatch": (0.0, 0.5, 1.0), "pull": (0.0, 0.2), "damping": (0.01, 0.3)}
+    config = QuantizeConfig(method="qep", **grid)
+    made = quantize_layer(weight, Stage(fitting, held_out), QuantSpec(3, 16), config)
+    errors = {}
+    for choice in choices(config):
+        alone = config.model_copy(
+            update={
+                "mismatch": (choice.feedback.target,),
+                "pull": (choice.feedback.pull,),
+                "damping": (choice.damping,),
+            }
+        )
+        other = quantize_layer(weight, Stage(fitting, None), QuantSpec(3, 16), alone)
+        output = quantized @ other.quantized.dequantize().T - native @ weight.T
+        errors[str(choice)] = float(output.square().sum())
+    assert len(errors) == 12
+    assert str(made.choice) == min(errors, key=errors.__getitem__)
+
+
+def test_a_layer_whose_inputs_overflow_is_named(trained):
+    module = copy.deepcopy(trained)
+    with torch.no_grad():
+        module.model.layers[1].post_attention_layernorm.weight.mul_(torch.inf)
+        module.model.layers[1].post_attention_layernorm.weight.nan_to_num_(posinf=3e38)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.gate_proj: .*NaN or Inf"):
+        run(module, lambda layer: QuantSpec(3, 32))
 
 
 def test_block_walk_equals_the_whole_network(trained):

@@ -1,0 +1,274 @@
+"""Error feedback: GPTQ and the methods that grew out of it, as one function with coefficients.
+
+A layer that read x in the float network reads x̃ once the layers before it are quantized. With
+
+    gram = E[x̃ x̃ᵀ],   cross C = E[(x − x̃) x̃ᵀ],   UᵀU = H⁻¹, H the damped gram,
+
+the error of a weight W + D is E|(W + D) x̃ − W x|² = tr(D gram Dᵀ) − 2 tr(W C Dᵀ) + constant
+(`asymmetric_error`). The members differ in how much of the second term they answer for, and in how
+far they trust the calibration inputs:
+
+    GPTQ    none of it: fits W x̃, as if the float network had read x̃ too      arXiv 2210.17323
+    GPTAQ   a column's share once that is fixed: P = α triu(C Uᵀ, 1) U        arXiv 2504.02692
+    QEP     all columns' share at once, by a new target W + α W C H⁻¹         arXiv 2504.09629
+    Qronos  QEP with α = 1, but for the choice of the first code, which is
+            made with the other columns still at W                           in Brevitas
+    FOEM    GPTQ, with the compensated weights pulled back to the float ones  arXiv 2507.11017
+
+With α = 1 and no damping QEP followed by GPTQ is the conditional least-squares solution of the full
+asymmetric error. FOEM's first-order term vanishes where GPTQ stands, since a compensated weight is
+the minimiser given the columns already fixed; what its formulas do is regularise, so their
+coefficient, like α, belongs to held-out tokens.
+
+What differs from the published code: results do not depend on a block size. GPTAQ's code charges
+the latent weight inside a block and the quantized one behind it; here it is the float weight
+everywhere, as its derivation has it. FOEM's form C forgets the first column of each block there;
+its form A pulls the columns behind a block once a block and in units of the gram, here once a
+column and relative to the mean of the gram's diagonal, so that scaling the inputs changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from quantforge_kernels.compensate import PullForm, column_loop
+from torch import Tensor
+
+from quantforge.numerics import Factor, output_error, require_finite
+from quantforge.types import QuantizedWeight, QuantSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feedback:
+    """One member of the family. All coefficients are in 0..1; all zero is GPTQ.
+
+    Attributes:
+        mismatch: GPTAQ's coefficient α: share of the input mismatch charged for fixed columns.
+        target: QEP's coefficient α: share of the way to the least-squares target.
+        pull: FOEM's β.
+        pull_form: which of FOEM's three rules: "C" pulls each column before it is quantized (the
+            one with a fast loop); "B" and "A" pull all remaining columns at each step, in torch,
+            and "A" costs a product of [out, in] and [in, in] a column. In B a correction made k
+            columns ago has decayed to (1 − β)^k; A is stable for β below the relative damping.
+        first_column: choose the first code with the other columns at their float weights (Qronos).
+    """
+
+    mismatch: float = 0.0
+    target: float = 0.0
+    pull: float = 0.0
+    pull_form: PullForm = "C"
+    first_column: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("mismatch", "target", "pull"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be in 0..1, got {value}")
+        if self.pull_form not in ("A", "B", "C"):
+            raise ValueError(f"pull_form must be 'A', 'B' or 'C', got {self.pull_form!r}")
+        if self.mismatch and self.target:
+            raise ValueError("mismatch and target both answer for the input mismatch: use one")
+        if self.first_column and not self.target:
+            raise ValueError("first_column needs a target (1 for Qronos)")
+
+    @property
+    def needs_cross(self) -> bool:
+        """Whether the float stream's inputs are needed, as `cross`."""
+        return self.mismatch > 0.0 or self.target > 0.0
+
+
+GPTQ = Feedback()
+
+FEEDBACKS: Mapping[str, Feedback] = MappingProxyType(
+    {
+        "gptq": GPTQ,
+        "gptaq": Feedback(mismatch=0.25),
+        "foem": Feedback(pull=0.1),
+        "foem-gptaq": Feedback(pull=0.1, mismatch=0.25),
+        "qep": Feedback(target=0.5),
+        "qronos": Feedback(target=1.0, first_column=True),
+    }
+)
+
+
+def require_usable(weight: Tensor) -> None:
+    """Refuse a weight that holds NaN or Inf.
+
+    Raises:
+        InputError: it does.
+    """
+    require_finite(weight, "the layer's weight", "get the checkpoint again, or keep the layer")
+
+
+def shifted_target(weight: Tensor, cross: Tensor, factor: Factor, coefficient: float) -> Tensor:
+    """QEP's target W + α W C H⁻¹, which outputs on x̃ what W outputs on x, as far as W can.
+
+    Args:
+        weight: [out, in] float32 or float64 W; the result has its dtype.
+        cross: [in, in] C, original column order.
+        factor: of the gram of x̃; H is the damped one.
+        coefficient: α.
+    """
+    upper = factor.upper.to(weight.dtype)
+    product = (weight @ cross.to(weight.dtype))[:, factor.order]
+    target = weight.clone()
+    target[:, factor.order] += coefficient * (product @ upper.T) @ upper
+    return target
+
+
+def mismatch_matrix(cross: Tensor, factor: Factor, coefficient: float) -> Tensor:
+    """[in, in] float32 GPTAQ's P = α triu(C Uᵀ, 1) U, strictly upper, in the factor's order.
+
+    Row i is α C[i, i+1:] H[i+1:, i+1:]⁻¹: where the columns still free should go to make up for the
+    mismatch of input i, once its weight is fixed.
+
+    Args:
+        cross: [in, in] C, original column order.
+        factor: of the gram of x̃.
+        coefficient: α.
+    """
+    ordered = cross.float()[factor.order][:, factor.order]
+    return coefficient * torch.triu(ordered @ factor.upper.T, 1) @ factor.upper
+
+
+def asymmetric_error(difference: Tensor, weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """[out] mean squared error of (W + D) x̃ against W x, without the part that D cannot change.
+
+    That part is E|W (x − x̃)|², the error of D = 0; the result is negative where D is better.
+
+    Args:
+        difference: [out, in] D.
+        weight: [out, in] W.
+        gram: [in, in] mean of x̃ x̃ᵀ.
+        cross: [in, in] C, mean of (x − x̃) x̃ᵀ.
+    """
+    return output_error(difference, gram) - 2.0 * ((weight @ cross) * difference).sum(1)
+
+
+def _first_values(weight: Tensor, cross: Tensor, factor: Factor, coefficient: float) -> Tensor:
+    """[out] the best first column if the others stay at W: w₁ + α (W C)₁ / h₁₁, h₁₁ damped."""
+    column = factor.order[0]
+    unit = torch.zeros_like(factor.upper[:, :1])
+    unit[0] = 1.0
+    root = torch.linalg.solve_triangular(factor.upper.T, unit, upper=False)  # |root|² = h₁₁
+    shift = weight @ cross[:, column].to(weight.dtype) / root.square().sum()
+    values: Tensor = weight[:, column] + coefficient * shift
+    return values
+
+
+def _checked_scale(
+    weight: Tensor, factor: Factor, spec: QuantSpec, scale: Tensor, zero: Tensor | None
+) -> Tensor:
+    """The scales as they will be stored; ValueError where an argument does not fit the others."""
+    rows, columns = weight.shape
+    shape = (rows, spec.groups(columns))
+    if columns != len(factor.order):
+        raise ValueError(f"the factor is of {len(factor.order)} inputs, the weight has {columns}")
+    if (zero is None) != spec.symmetric:
+        raise ValueError("a symmetric spec takes no zero, an asymmetric one needs it")
+    if tuple(scale.shape) != shape or (zero is not None and tuple(zero.shape) != shape):
+        raise ValueError(f"scale and zero must be {shape}, got {tuple(scale.shape)}")
+    if zero is not None:
+        integers = zero.float()
+        top = (1 << spec.bits) - 1
+        if not bool(((integers >= 0) & (integers <= top) & (integers == integers.round())).all()):
+            raise ValueError(f"zero must hold integers in 0..{top}")
+    narrow = scale.dtype in (torch.bfloat16, torch.float16)
+    stored = scale if narrow else scale.bfloat16()
+    if not bool((torch.isfinite(stored) & (stored != 0)).all()):
+        raise ValueError("scales must be finite and not zero")
+    return stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CrossTerms:
+    """What a feedback makes of C: arguments of the column loop."""
+
+    target: Tensor
+    mismatch: Tensor | None
+    first: Tensor | None
+
+
+def _cross_terms(
+    weight: Tensor, cross: Tensor | None, factor: Factor, feedback: Feedback
+) -> _CrossTerms:
+    """Target, mismatch matrix and first values for the float32 weight [out, in]."""
+    if not feedback.needs_cross:
+        return _CrossTerms(target=weight, mismatch=None, first=None)
+    if cross is None or cross.shape != factor.upper.shape:
+        raise ValueError("this feedback needs cross, the [in, in] mean of (x - x~) x~^T")
+    require_finite(
+        cross,
+        "the cross moment of the layer's inputs",
+        "the model overflows on this text: run it in float32",
+    )
+    target, mismatch, first = weight, None, None
+    if feedback.mismatch:
+        mismatch = mismatch_matrix(cross, factor, feedback.mismatch)
+    if feedback.target:
+        target = shifted_target(weight, cross, factor, feedback.target)
+    if feedback.first_column:
+        first = _first_values(weight, cross, factor, feedback.target)
+    return _CrossTerms(target=target, mismatch=mismatch, first=first)
+
+
+def compensate(
+    weight: Tensor,
+    factor: Factor,
+    spec: QuantSpec,
+    scale: Tensor,
+    *,
+    zero: Tensor | None = None,
+    cross: Tensor | None = None,
+    feedback: Feedback = GPTQ,
+) -> QuantizedWeight:
+    """Quantize `weight` on a given grid, pushing each column's error onto those still to come.
+
+    Weights of dead inputs become zero. Where the factor is a fallback, this is plain rounding.
+
+    Args:
+        weight: [out, in], any float dtype.
+        factor: of the gram of the inputs x̃ that the quantized layer will read.
+        spec: width and grouping.
+        scale: [out, groups] non-zero; rounded to bfloat16 unless it has 16 bits already, and the
+            feedback answers for the rounded scales.
+        zero: [out, groups] integers in 0..2^bits − 1; None for a symmetric spec.
+        cross: [in, in] C, mean of (x − x̃) x̃ᵀ over tokens, original column order; needed by
+            `mismatch` and `target`.
+        feedback: which member of the family.
+
+    Raises:
+        InputError: the weight or `cross` holds NaN or Inf.
+        ValueError: shapes do not fit, or `cross` is missing.
+    """
+    stored = _checked_scale(weight, factor, spec, scale, zero)
+    require_usable(weight)
+    feedback = GPTQ if factor.fallback else feedback
+    width = spec.width(weight.shape[1])
+    terms = _cross_terms(weight.float(), cross, factor, feedback)
+    pull = feedback.pull
+    if feedback.pull_form == "A":
+        pull *= float(factor.diagonal[~factor.dead].mean())
+    codes, _ = column_loop(
+        terms.target,
+        factor.upper,
+        factor.order,
+        stored.float(),
+        bits=spec.bits,
+        width=width,
+        zero=None if zero is None else zero.float(),
+        original=terms.target,
+        mismatch=terms.mismatch,
+        pull=pull,
+        pull_form=feedback.pull_form,
+        first=terms.first,
+    )
+    kept_zero = None if zero is None else zero.to(torch.uint8)
+    if factor.dead.any():  # U has no entries between them and live inputs: nothing else changes
+        centre = torch.full_like(codes, -spec.code_min)
+        spread = centre if kept_zero is None else kept_zero.repeat_interleave(width, dim=1)
+        codes = torch.where(factor.dead, spread, codes)
+    return QuantizedWeight(codes=codes, scale=stored, zero=kept_zero, spec=spec)

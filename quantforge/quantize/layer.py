@@ -1,0 +1,168 @@
+"""One layer: the members of the compensation family that are allowed, and which of them is taken.
+
+Every candidate is a `Feedback` (how much of the earlier layers' errors is repaired, how strongly
+the weights are pulled back) and a damping. All of them are fitted on the fitting tokens; where
+there are several, the one whose output on held-out tokens is nearest to the float network's is
+kept, for the loss on the fitting tokens always prefers the least regularised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from quantforge.methods.compensation import (
+    FEEDBACKS,
+    Feedback,
+    asymmetric_error,
+    compensate,
+    shifted_target,
+)
+from quantforge.methods.gptq import fit_scale
+from quantforge.methods.refit import refit_scales
+from quantforge.methods.rtn import round_to_nearest
+from quantforge.numerics import Factor, factorize, output_error
+from quantforge.quantize.config import QuantizeConfig
+from quantforge.quantize.streams import StageMoments
+from quantforge.types import QuantizedWeight, QuantSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One way to quantize a layer.
+
+    Attributes:
+        feedback: member of the family.
+        damping: of the gram.
+    """
+
+    feedback: Feedback
+    damping: float
+
+    def __str__(self) -> str:
+        parts = [f"damping {self.damping:g}"]
+        if self.feedback.mismatch:
+            parts.append(f"mismatch {self.feedback.mismatch:g}")
+        if self.feedback.target:
+            parts.append(f"target {self.feedback.target:g}")
+        if self.feedback.pull:
+            parts.append(f"pull {self.feedback.pull:g}")
+        return ", ".join(parts)
+
+
+def choices(config: QuantizeConfig) -> list[Choice]:
+    """Every allowed combination; the published coefficients where nothing else is asked for."""
+    base = FEEDBACKS[config.method]
+    strength = "target" if base.target else "mismatch"
+    strengths = config.mismatch or (getattr(base, strength),)
+    pulls = config.pull or (base.pull,)
+    return [
+        Choice(
+            feedback=replace(
+                base,
+                **{strength: amount},
+                pull=pull,
+                pull_form=config.pull_form,
+                first_column=base.first_column and amount > 0,
+            ),
+            damping=damping,
+        )
+        for amount, pull, damping in product(strengths, pulls, config.damping)
+    ]
+
+
+class Stage:
+    """What the layers that read one input share: its moments, and a factor for each damping."""
+
+    def __init__(self, fitting: StageMoments, held_out: StageMoments | None) -> None:
+        self.fitting, self.held_out = fitting, held_out
+        self._factors: dict[float, Factor] = {}
+
+    def factor(self, damping: float) -> Factor:
+        """The gram's factor; made once."""
+        if damping not in self._factors:
+            self._factors[damping] = factorize(self.fitting.gram, damping=damping)
+        return self._factors[damping]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compensated:
+    """A quantized layer and what it is compared with.
+
+    Attributes:
+        quantized: the result.
+        rounded: rounding to nearest on the same kind of grid.
+        factor: of the gram with the damping that was used.
+        choice: what was taken; None for plain rounding.
+    """
+
+    quantized: QuantizedWeight
+    rounded: QuantizedWeight
+    factor: Factor
+    choice: Choice | None
+
+
+def quantize_layer(
+    weight: Tensor, stage: Stage, spec: QuantSpec, config: QuantizeConfig
+) -> Compensated:
+    """Quantize one layer by the configured method.
+
+    Args:
+        weight: [out, in] float32.
+        stage: moments of its input.
+        spec: width and grouping.
+        config: method, its candidates, grid.
+    """
+    factor = stage.factor(config.damping[0])
+    scale = fit_scale(weight, factor, spec, config.grid)
+    rounded = round_to_nearest(weight, scale, spec)
+    if config.method == "rtn":
+        return Compensated(quantized=rounded, rounded=rounded, factor=factor, choice=None)
+    best: Compensated | None = None
+    least = torch.inf
+    allowed = choices(config)
+    for choice in allowed:
+        factor = stage.factor(choice.damping)
+        quantized = _apply(weight, stage.fitting, factor, spec, choice.feedback, config)
+        made = Compensated(quantized=quantized, rounded=rounded, factor=factor, choice=choice)
+        error = _held_out_error(weight, stage, quantized) if len(allowed) > 1 else 0.0
+        if best is None or error < least:
+            best, least = made, error
+    assert best is not None
+    return best
+
+
+def _apply(
+    weight: Tensor,
+    moments: StageMoments,
+    factor: Factor,
+    spec: QuantSpec,
+    feedback: Feedback,
+    config: QuantizeConfig,
+) -> QuantizedWeight:
+    """The grid is fitted to what is really rounded: the target, where it is not the weight."""
+    target, cross = weight, moments.cross
+    if feedback.target and cross is not None:
+        target = shifted_target(weight, cross, factor, feedback.target)
+    scale = fit_scale(target, factor, spec, config.grid)
+    made = compensate(weight, factor, spec, scale, cross=cross, feedback=feedback)
+    if not config.refit:
+        return made
+    share = feedback.target + feedback.mismatch
+    term = share * (weight @ cross) if share and cross is not None else None
+    fitted = refit_scales(made.codes, weight, moments.gram, made.scale, spec, cross_term=term)
+    return replace(made, scale=fitted.bfloat16())
+
+
+def _held_out_error(weight: Tensor, stage: Stage, quantized: QuantizedWeight) -> float:
+    """Squared distance to the float output on held-out tokens, up to a constant."""
+    if stage.held_out is None:
+        raise ValueError("several candidates need held-out tokens")
+    difference = quantized.dequantize() - weight
+    gram, cross = stage.held_out.gram, stage.held_out.cross
+    if cross is None:
+        return float(output_error(difference, gram).sum(dtype=torch.float64))
+    return float(asymmetric_error(difference, weight, gram, cross).sum(dtype=torch.float64))
