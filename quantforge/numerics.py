@@ -6,6 +6,7 @@ Hessian has another name here, `curvature`). A gram is factored once and serves 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,46 @@ class CrossAccumulator:
     def mean(self) -> Tensor:
         """[in, in] float32 mean, not symmetric: rows belong to the difference."""
         return self.total / max(self.tokens, 1)
+
+
+class WeightedGramAccumulator:
+    """Accumulates one gram for each group of output channels, weighted by what the loss feels.
+
+    The gram of group k is the mean over tokens of g_k x xᵀ, with g_k the mean over the group's
+    channels of the squared gradient of the loss with respect to the layer's output (GuidedQuant,
+    arXiv 2505.07004): the block diagonal of the Fisher matrix, averaged over the rows of a group.
+    All-equal gradients of 1 give the plain gram. Where few tokens have most of the gradient the
+    mean rests on those few, (Σ g)² / Σ g² of them, and needs more tokens than a plain gram does.
+
+    Attributes:
+        grams: an accumulator for each group.
+    """
+
+    def __init__(self, features: int, groups: int, device: torch.device | str = "cpu") -> None:
+        self.grams = [GramAccumulator(features, device) for _ in range(groups)]
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Add inputs [..., in] and the gradients [..., out] of the loss at their outputs.
+
+        Costs as much as a plain gram for each group.
+        """
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        squares = gradients.reshape(-1, gradients.shape[-1]).float().square()
+        for gram, part in zip(self.grams, self.parts(squares.shape[1]), strict=True):
+            gram.add(rows * squares[:, part].mean(1, keepdim=True).sqrt())
+
+    def parts(self, out_features: int) -> list[slice]:
+        """Rows of the weight that belong to each group: contiguous, equal to within one row."""
+        edges = [out_features * k // len(self.grams) for k in range(len(self.grams) + 1)]
+        return [slice(*pair) for pair in itertools.pairwise(edges)]
+
+    def mean(self) -> Tensor:
+        """[groups, in, in] float32 weighted means of x xᵀ.
+
+        Raises:
+            InputError: nothing was accumulated.
+        """
+        return torch.stack([gram.mean() for gram in self.grams])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from quantforge.errors import InputError
-from quantforge.numerics import GramAccumulator, factorize, output_error
+from quantforge.numerics import (
+    GramAccumulator,
+    WeightedGramAccumulator,
+    factorize,
+    output_error,
+)
 
 
 @pytest.mark.parametrize("features", [1, 3, 10, 64])
@@ -102,3 +107,46 @@ def test_output_error_is_the_mean_squared_output():
     difference = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
     expected = (difference @ inputs).square().mean(1)
     assert torch.allclose(output_error(difference, inputs @ inputs.T / 40), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+def test_weighted_grams_are_weighted_by_mean_squared_gradients(groups):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 5, 7, generator=generator)
+    gradients = 1e-4 * torch.randn(3, 5, 10, generator=generator)
+    accumulator = WeightedGramAccumulator(7, groups)
+    accumulator.add(inputs[:1], gradients[:1])
+    accumulator.add(inputs[1:].double(), gradients[1:].double())
+    found, parts = accumulator.mean(), accumulator.parts(10)
+    assert [i for part in parts for i in range(10)[part]] == list(range(10))
+    assert max(len(range(10)[part]) for part in parts) <= -(-10 // groups)
+    for gram, part in zip(found, parts, strict=True):
+        expected = torch.zeros(7, 7)
+        for x, g in zip(inputs.reshape(-1, 7), gradients.reshape(-1, 10), strict=True):
+            expected += g[part].square().mean() * torch.outer(x, x) / 15
+        assert torch.allclose(gram, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+
+
+def test_gradients_of_one_give_the_plain_gram():
+    inputs = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    weighted, plain = WeightedGramAccumulator(6, 2), GramAccumulator(6)
+    weighted.add(inputs, -torch.ones(20, 4))
+    plain.add(inputs)
+    assert torch.allclose(weighted.mean(), plain.mean().expand(2, 6, 6), rtol=1e-6)
+
+
+def test_weighted_error_of_one_row_is_the_first_order_loss_squared():
+    """With a group for each row, d H dᵀ is the mean of (∂L/∂y · change of y)²."""
+    generator = torch.Generator().manual_seed(1)
+    inputs, gradients = (torch.randn(50, n, generator=generator) for n in (8, 4))
+    difference = torch.randn(4, 8, generator=generator)
+    accumulator = WeightedGramAccumulator(8, 4)
+    accumulator.add(inputs, gradients)
+    found = torch.einsum("ri,rij,rj->r", difference, accumulator.mean(), difference)
+    expected = (gradients * (inputs @ difference.T)).square().mean(0)
+    assert torch.allclose(found, expected, rtol=1e-4)
+
+
+def test_weighted_gram_of_nothing_is_refused():
+    with pytest.raises(InputError, match="no calibration tokens"):
+        WeightedGramAccumulator(3, 2).mean()
