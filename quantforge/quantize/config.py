@@ -48,6 +48,8 @@ class TuningConfig(Config):
         scale_step: first step of the scales, relative to their size.
         norm_step: first step of the norm weights.
         warm_up: steps over which the step sizes rise; then they fall linearly to 0.
+        recompute: the activations of every so many-th block are computed again in the backward
+            pass instead of being kept; 0 keeps all. Saves memory, changes nothing else.
     """
 
     steps: int = Field(default=32, ge=0)
@@ -55,6 +57,7 @@ class TuningConfig(Config):
     scale_step: float = Field(default=0.002, gt=0)
     norm_step: float = Field(default=0.0005, ge=0)
     warm_up: int = Field(default=4, ge=1)
+    recompute: int = Field(default=3, ge=0)
 
 
 class QuantizeConfig(Config):

@@ -15,12 +15,14 @@ graph exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from quantforge.capture import compute_in
 from quantforge.memory import release_freed
@@ -30,7 +32,8 @@ from quantforge.progress import Monitor
 from quantforge.quantize.config import TuningConfig
 from quantforge.types import QuantizedWeight
 
-HEAD_CHUNK = 512
+# Tokens whose logits are formed at a time: three [tokens, vocabulary] float32 matrices are held.
+HEAD_CHUNK = 128
 
 
 def tune_scales(
@@ -62,7 +65,13 @@ def tune_scales(
     projection: Any = module.get_submodule(architecture.head)
     head = projection.weight.detach().bfloat16()
     body = module.get_submodule(architecture.blocks.rpartition(".")[0])
-    with _stand_ins(module, weights) as layers, _trainable_norms(module, layers) as norms:
+    every = config.recompute
+    blocks: list[nn.Module] = list(architecture.block_list(module)[::every]) if every else []
+    with (
+        _stand_ins(module, weights) as layers,
+        _trainable_norms(module, layers) as norms,
+        _recomputed(blocks),
+    ):
         optimizer = torch.optim.Adam(
             [
                 {"params": [layer.change for layer in layers.values()], "base": config.scale_step},
@@ -131,6 +140,19 @@ def _stand_ins(
         for name, original in originals.items():
             original.weight.data = weights[name].dequantize(original.weight.dtype)
             module.set_submodule(name, original)
+
+
+@contextmanager
+def _recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Run these blocks again in the backward pass instead of keeping their activations."""
+    changed: list[Any] = list(blocks)
+    for block in changed:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in changed:
+            del block.forward  # the class's own shows again
 
 
 @contextmanager

@@ -111,6 +111,28 @@ def test_tuning_lowers_the_kl_on_unseen_tokens_and_changes_no_integer(trained):
     assert all(p.grad is None for p in model.module.parameters())
 
 
+def test_recomputing_blocks_changes_no_bit_and_leaves_the_network_as_it_was(trained):
+    tokens = markov_tokens(8, 48, seed=1)
+    with torch.no_grad():
+        teacher = trained.model(tokens).last_hidden_state.bfloat16()
+    spec, scales = QuantSpec(3, 32), {}
+    for every in (0, 1):
+        model = from_module(copy.deepcopy(trained))
+        weights = {}
+        for layer in model.layers:
+            module = model.module.get_submodule(layer.name)
+            weights[layer.name] = round_to_nearest(
+                module.weight.detach(), minmax_scale(module.weight.detach(), spec), spec
+            )
+        tuned = tune_scales(
+            model, weights, tokens, teacher, TuningConfig(steps=4, batch=2, recompute=every),
+            generator=torch.Generator().manual_seed(0), monitor=Monitor(),
+        )  # fmt: skip
+        scales[every] = [weight.scale for weight in tuned.values()]
+        assert not any("forward" in vars(block) for block in model.module.model.layers)
+    assert all(torch.equal(a, b) for a, b in zip(scales[0], scales[1], strict=True))
+
+
 def test_rounding_gradients_pass_straight_through_inside_the_grid():
     weight, start = quantized()
     one = TrainableWeight.start(weight, start)
