@@ -72,7 +72,8 @@ class QuantizeConfig(Config):
         sequential: take every block's inputs from the quantized blocks before it; otherwise the
             one-pass integers of the calibration are used as they are.
         true_sequential: inside a block too, fit a layer to what the layers before it give when
-            they are quantized.
+            they are quantized. Off: it takes half as long again, and lowered the held-out KL of
+            SmolLM2-135M at 3 bits by 0.003 ± 0.005.
         grid: what the scales minimise.
         refit: solve for the scales once more when the integers are fixed.
         damping: of the grams, relative to the mean of their diagonals. Where `mismatch`, `pull` or
@@ -89,7 +90,7 @@ class QuantizeConfig(Config):
     pull: Coefficients = ()
     pull_form: Literal["A", "B", "C"] = "C"
     sequential: bool = True
-    true_sequential: bool = True
+    true_sequential: bool = False
     grid: Literal["minmax", "mse", "diagonal", "conditional"] = "diagonal"
     refit: bool = False
     damping: Coefficients = Field(default=(0.01,), min_length=1)

@@ -14,6 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from quantforge.errors import InputError
 from quantforge.methods.compensation import (
     FEEDBACKS,
     Feedback,
@@ -115,7 +116,13 @@ def quantize_layer(
         stage: moments of its input.
         spec: width and grouping.
         config: method, its candidates, grid.
+
+    Raises:
+        InputError: the spec is asymmetric, for which this stage has no grid; or weight or moments
+            hold NaN or Inf.
     """
+    if not spec.symmetric:
+        raise InputError(f"no asymmetric grid in this stage, got {spec}; give a symmetric spec")
     factor = stage.factor(config.damping[0])
     scale = fit_scale(weight, factor, spec, config.grid)
     rounded = round_to_nearest(weight, scale, spec)

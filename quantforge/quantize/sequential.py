@@ -173,8 +173,11 @@ def quantize_sequentially(
         final = {one.layer.name: one.made.quantized for one in pending}
         if config.rounding.steps > 0 and pending:
             prefix = f"{model.architecture.blocks}.{index}."
+            importance = channel_weights[index]
+            if not config.rounding.weighted:
+                importance = torch.ones_like(importance)
             refined = refine_block(
-                streams.task(block, channel_weights[index]),
+                streams.task(block, importance),
                 {one.layer.name.removeprefix(prefix): one.weight for one in pending},
                 {name.removeprefix(prefix): weight for name, weight in final.items()},
                 config.rounding,

@@ -12,7 +12,7 @@ from quantforge.methods.compensation import FEEDBACKS, compensate, shifted_targe
 from quantforge.methods.gptq import fit_scale, gptq
 from quantforge.numerics import factorize
 from quantforge.progress import Monitor
-from quantforge.quantize.config import QuantizeConfig
+from quantforge.quantize.config import QuantizeConfig, RoundingConfig
 from quantforge.quantize.layer import Stage, choices, quantize_layer
 from quantforge.quantize.sequential import quantize_sequentially
 from quantforge.quantize.streams import StageMoments
@@ -27,7 +27,7 @@ def trained():
     return train(tiny_llama(blocks=2))
 
 
-def run(module, spec_of, config=CONFIG):
+def run(module, spec_of, config=CONFIG, channels=None):
     model = from_module(copy.deepcopy(module))
     assignment = {layer.name: spec_of(layer) for layer in model.layers}
     plan = BitPlan(
@@ -41,7 +41,8 @@ def run(module, spec_of, config=CONFIG):
     done = list(
         quantize_sequentially(
             model, plan, calibration, predicted, config,
-            channel_weights=[torch.ones(64)] * 2, generator=torch.Generator().manual_seed(0),
+            channel_weights=[torch.ones(64) if channels is None else channels] * 2,
+            generator=torch.Generator().manual_seed(0),
             monitor=Monitor(),
         )
     )  # fmt: skip
@@ -49,8 +50,7 @@ def run(module, spec_of, config=CONFIG):
 
 
 def test_every_block_reads_what_the_quantized_blocks_before_it_give(trained):
-    config = CONFIG.model_copy(update={"true_sequential": False})
-    model, done = run(trained, lambda layer: QuantSpec(3, 32), config)
+    model, done = run(trained, lambda layer: QuantSpec(3, 32))
     tokens = markov_tokens(16, 32, seed=4)
     for one in done:
         held = model.module.get_submodule(one.layer.name).weight
@@ -85,7 +85,7 @@ def stage_input(module, name, tokens):
 
 @pytest.mark.parametrize("method", ["gptq", "gptaq", "qep", "qronos", "foem-gptaq"])
 def test_a_stage_sees_all_that_was_quantized_before_it_beside_the_float_network(trained, method):
-    config = QuantizeConfig(precision="float32", method=method)
+    config = QuantizeConfig(precision="float32", method=method, true_sequential=True)
     _, done = run(trained, lambda layer: QuantSpec(3, 32), config)
     tokens = markov_tokens(16, 32, seed=4)
     # Redo every layer by hand, on whole networks: one float, one quantized as far as the stage.
@@ -140,6 +140,19 @@ def test_layers_choose_on_held_out_tokens_and_say_what(trained):
     assert all(
         torch.equal(a.weight.codes, b.weight.codes) for a, b in zip(zero, plain, strict=True)
     )
+
+
+def test_unweighted_learned_rounding_does_not_look_at_the_channels(trained):
+    def codes(weighted, channels):
+        rounding = RoundingConfig(steps=8, latent_step=0.05, check_every=8, weighted=weighted)
+        config = QuantizeConfig(precision="float32", rounding=rounding)
+        _, done = run(trained, lambda layer: QuantSpec(2, 32), config, channels)
+        return torch.cat([one.weight.codes.flatten() for one in done])
+
+    even = torch.ones(64)
+    uneven = torch.linspace(0.01, 10.0, 64).flip(0)
+    assert torch.equal(codes(False, even), codes(False, uneven))
+    assert not torch.equal(codes(True, even), codes(True, uneven))
 
 
 def test_choice_is_the_candidate_with_the_least_error_on_the_held_out_inputs():
@@ -241,6 +254,11 @@ def test_kept_layers_and_identity_width(trained):
         logits, expected = model.module(tokens).logits, trained(tokens).logits
         p, q = expected.log_softmax(-1), logits.log_softmax(-1)
         assert float((p.exp() * (p - q)).sum(-1).mean()) < 1e-3
+
+
+def test_an_asymmetric_spec_is_refused_by_name(trained):
+    with pytest.raises(InputError, match=r"q_proj: no asymmetric grid"):
+        run(trained, lambda layer: QuantSpec(3, 32, symmetric=False))
 
 
 def test_rtn_method_is_rounding(trained):
