@@ -143,7 +143,11 @@ def interleave(
 def run_once(
     row: Row, folder: Path, floats: Mapping[str, Tensor], options: argparse.Namespace
 ) -> Run:
-    """One quantization in a process of its own, its weights checked against the float ones."""
+    """One quantization in a process of its own, its weights checked against the float ones.
+
+    It runs inside `folder`: some peers write logs where they stand.
+    """
+    folder = folder.resolve()
     task = Task(
         model=str(Path(options.model).resolve()),
         tokens=str(folder / "tokens.safetensors"),
@@ -157,7 +161,10 @@ def run_once(
         threads=options.threads,
         settings=row.settings,
     )
-    python = sys.executable if row.who == OURS else options.peer_python[row.who]
+    # not resolved: an environment is known by the link's own folder
+    python = (
+        sys.executable if row.who == OURS else str(Path(options.peer_python[row.who]).absolute())
+    )
     log = weights_file(row, folder).with_suffix(".log")
     load = os.getloadavg()[0]
     with log.open("w", encoding="utf-8") as errors:
@@ -166,6 +173,7 @@ def run_once(
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment(row, folder, options.threads),
+            cwd=folder,
             check=False,
         )
     if done.returncode != 0:

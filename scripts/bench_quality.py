@@ -8,12 +8,13 @@ Linears only: embeddings, norms and the head stay float on both sides. A row is
     METHOD[+OPTION...]:SPEC   sequential compensation without tuning; METHOD is rtn or a member of
                               the family (gptq, gptaq, foem, foem-gptaq, qep, qronos), an OPTION a
                               grid (minmax, mse, diagonal, conditional; rtn alone has minmax),
-                              refit, blockwise (a block's layers all see its float layers) or
-                              choose (coefficients chosen for each layer on held-out tokens)
+                              refit, stagewise (a layer sees the quantized layers before it in
+                              its block) or choose (coefficients chosen for each layer on
+                              held-out tokens)
     tuned:SPEC, plan:BUDGET   all that the recipe does
     fast:BUDGET               one-pass integers, without tuning
 
-The last column is the paired difference to the first row, in KL, on each text. Matrix products of
+The last columns are the paired difference to the first row, in KL, on each text. Matrix products of
 networks and reference run in `--precision`. CPU seconds are process time of all threads; the load
 average is printed beside them because the machine may be shared.
 """
@@ -149,8 +150,8 @@ def compensated(job: Job, words: Sequence[str], spec: QuantSpec) -> BitPlan:
     for extra in extras:
         if extra == "choose":
             update |= CHOICES if method in CROSS_METHODS else {"pull": CHOICES["pull"]}
-        elif extra == "blockwise":
-            update["true_sequential"] = False
+        elif extra == "stagewise":
+            update["true_sequential"] = True
         else:
             update |= {"refit": True} if extra == "refit" else {"grid": extra}
     layers = job.model.layers

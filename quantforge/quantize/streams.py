@@ -4,8 +4,9 @@ A block's layers are quantized on the inputs x̃ they will really get. What the 
 there, x, is needed by every method that repairs the earlier layers' errors too (GPTAQ, QEP, Qronos)
 and by learned rounding, whose target is the float block's output. Both streams walk through the
 network together, a batch at a time, and what a layer reads in one is compared with what it reads
-in the other while the batch is at hand. A stage is looked at when the stages before it in the block
-have been quantized ("true sequential" in GPTQ's terms), so that it is fitted to their errors too.
+in the other while the batch is at hand. Where the driver quantizes a block stage by stage ("true
+sequential" in GPTQ's terms), a stage is looked at when those before it are quantized, so that it is
+fitted to their errors too.
 
 The held-out sequences walk behind the fitting ones where something is chosen on them.
 """
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from quantforge.capture import BlockWalk, stage_readers
 from quantforge.models import Model
 from quantforge.numerics import CrossAccumulator, GramAccumulator
-from quantforge.quantize.config import QuantizeConfig
+from quantforge.quantize.config import CROSS_METHODS, QuantizeConfig
 from quantforge.quantize.refine import BlockTask
 from quantforge.types import CalibrationSet
 
@@ -32,7 +33,7 @@ class StageMoments:
 
     Attributes:
         gram: [in, in] mean x̃ x̃ᵀ.
-        cross: [in, in] mean (x − x̃) x̃ᵀ; None without a float stream.
+        cross: [in, in] mean (x − x̃) x̃ᵀ; None where the method does not use it.
     """
 
     gram: Tensor
@@ -60,6 +61,7 @@ class Streams:
         lengths = [len(batch) for batch in batches]
         self.fitting_batches = -(-len(calibration.fitting) // config.batch_size)
         self._architecture = model.architecture
+        self._compares, self._chooses = config.method in CROSS_METHODS, config.chooses
 
         def walk() -> BlockWalk:
             return BlockWalk(
@@ -85,14 +87,15 @@ class Streams:
             floats: parameter path inside the block → float weight of what is quantized already.
 
         Returns:
-            In the order of `stages`; the second list is empty without held-out batches.
+            In the order of `stages`; the second list is empty where layers have no choice.
         """
         sizes = list(stage_readers(block, self._architecture).items())
         readers = dict(sizes[index] for index in stages)
         split, count = self.fitting_batches, len(self.quantized.hidden)
-        parts = (range(split), range(split, count))
-        fitting, held_out = (self._part(block, readers, part, floats) for part in parts)
-        return fitting, held_out
+        fitting = self._part(block, readers, range(split), floats)
+        if not self._chooses:
+            return fitting, []
+        return fitting, self._part(block, readers, range(split, count), floats)
 
     def _part(
         self,
@@ -102,25 +105,25 @@ class Streams:
         floats: Mapping[str, Tensor],
     ) -> list[StageMoments]:
         """Moments of what `readers` (path → features) read in some batches."""
-        if not batches:
-            return []
         device = self.quantized.hidden[0].device
         product = torch.bfloat16 if self.quantized.precision == "bfloat16" else torch.float32
         grams = {name: GramAccumulator(size, device) for name, size in readers.items()}
-        crosses = {name: CrossAccumulator(size, device) for name, size in readers.items()}
+        crosses: dict[str, CrossAccumulator] = {}
+        if self._compares:
+            crosses = {name: CrossAccumulator(size, device) for name, size in readers.items()}
         names = list(readers)
         for index in batches:
             read = self.quantized.inputs(block, index, names)
             for name, inputs in read.items():
                 grams[name].add(inputs)
-            if self.native is not None:
+            if self.native is not None and self._compares:
                 meant = self.native.inputs(block, index, names, floats)
                 for name, inputs in read.items():
                     crosses[name].add(meant[name], inputs, product)
         return [
             StageMoments(
                 gram=grams[name].mean(),
-                cross=None if self.native is None else crosses[name].mean(),
+                cross=crosses[name].mean() if self._compares else None,
             )
             for name in names
         ]

@@ -8,17 +8,19 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import quantforge
 from quantforge.testing import markov_tokens, tiny_llama, train
 
 STOCK = """
 import sys, torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
 tokens = torch.arange(60).view(2, 30)
 with torch.no_grad():
-    torch.save(model(tokens).logits, sys.argv[2])
+    save_file({"logits": model(tokens).logits}, sys.argv[2])
 assert "quantforge" not in sys.modules
 """
 
@@ -63,10 +65,10 @@ def test_what_is_written(compiled):
 
 def test_stock_transformers_gives_the_same_logits(compiled, tmp_path):
     folder, _ = compiled
-    target = tmp_path / "logits.pt"
+    target = tmp_path / "logits.safetensors"
     command = [sys.executable, "-c", STOCK, str(folder), str(target)]
     subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
-    expected = torch.load(target, weights_only=True)
+    expected = load_file(target)["logits"]
     module = quantforge.load(folder)
     with torch.no_grad():
         found = module(torch.arange(60).view(2, 30)).logits
