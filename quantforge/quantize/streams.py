@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantforge.capture import BlockWalk, stage_readers
+from quantforge.capture import BlockWalk, product_dtype, stage_readers
 from quantforge.models import Model
 from quantforge.numerics import CrossAccumulator, GramAccumulator
 from quantforge.quantize.config import CROSS_METHODS, QuantizeConfig
@@ -106,7 +106,7 @@ class Streams:
     ) -> list[StageMoments]:
         """Moments of what `readers` (path → features) read in some batches."""
         device = self.quantized.hidden[0].device
-        product = torch.bfloat16 if self.quantized.precision == "bfloat16" else torch.float32
+        product = product_dtype(self.quantized.precision)
         grams = {name: GramAccumulator(size, device) for name, size in readers.items()}
         crosses: dict[str, CrossAccumulator] = {}
         if self._compares:
@@ -115,7 +115,7 @@ class Streams:
         for index in batches:
             read = self.quantized.inputs(block, index, names)
             for name, inputs in read.items():
-                grams[name].add(inputs)
+                grams[name].add(inputs, product)
             if self.native is not None and self._compares:
                 meant = self.native.inputs(block, index, names, floats)
                 for name, inputs in read.items():
