@@ -1,0 +1,100 @@
+"""Error feedback between the rows of a weight: later outputs make up for what one gets wrong.
+
+GPTQ treats rows alone, because it counts the error of every output alike and by itself. What the
+loss feels is the Fisher information of the outputs. With x the layer's input and g the gradient of
+the log-likelihood at its output, taken as independent (K-FAC), an error D costs
+
+    ½ tr(G D H Dᵀ) a token,     H = E[x xᵀ] the gram,  G = E[g gᵀ] the output gram
+
+and rows are coupled wherever G is not diagonal. If the rows before stand with the errors D₁, the
+best later rows, were they free, have the error −G₂₂⁻¹ G₂₁ D₁, whatever H is. So rows are quantized
+in panels, by any method that knows H alone, and after each panel the weights of the rows still to
+come move by that: GPTQ's feedback once more, along the other axis. The exact solution of the
+two-sided problem by elimination has this form (YAQA, Tseng et al. 2025, arXiv 2505.22988, as
+two-sided LDL).
+
+What differs from the paper: rows of one panel do not answer for each other, so that they can be
+quantized together by the fast column loop; G comes from gradients of sampled labels in one pass
+rather than from power iterations, and is damped strongly, since the two-factor form and the few
+tokens behind it are both rough (SmolLM2-135M at 3 bits in groups of 64, untuned, held-out KL: 0.238
+without; 0.229, 0.212, 0.206 with 0.1, 0.4 and 1.0 of the diagonal's mean added).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from quantforge.numerics import Factor
+from quantforge.types import QuantizedWeight
+
+# Rows that are quantized together. Fewer make up for more and keep fewer threads busy.
+PANEL = 64
+
+
+def compensate_rows(
+    weight: Tensor,
+    factors: Sequence[Factor],
+    quantize: Callable[[Tensor], QuantizedWeight],
+    *,
+    panel: int = PANEL,
+) -> QuantizedWeight:
+    """Quantize `weight` panel by panel, each panel's error fed on to the rows behind it.
+
+    Args:
+        weight: [out, in] float32.
+        factors: of the output gram's diagonal blocks, which cover all rows in order; rows of
+            different blocks do not answer for each other. Within a block, rows go in the factor's
+            order.
+        quantize: gives [rows, in] weights integers and scales.
+        panel: rows that are quantized together.
+
+    Raises:
+        ValueError: the factors are not of `out` rows together.
+    """
+    sizes = [len(factor.order) for factor in factors]
+    if sum(sizes) != len(weight):
+        raise ValueError(f"factors of {sum(sizes)} rows, the weight has {len(weight)}")
+    order: list[Tensor] = []
+    made: list[QuantizedWeight] = []
+    first = 0
+    for factor, size in zip(factors, sizes, strict=True):
+        rows = first + factor.order
+        target = weight[rows]
+        for start in range(0, size, panel):
+            stop = min(start + panel, size)
+            made.append(quantize(target[start:stop]))
+            if stop < size:
+                missing = target[start:stop] - made[-1].dequantize()
+                target[stop:] -= _carried(factor.upper, start, stop, missing)
+        order.append(rows)
+        first += size
+    return _in_order(made, torch.cat(order))
+
+
+def _carried(upper: Tensor, start: int, stop: int, missing: Tensor) -> Tensor:
+    """[later, in] what the rows behind a panel have to give up: −G₂₂⁻¹ G₂₁ D₁, D₁ = −missing.
+
+    Args:
+        upper: [out, out] U, UᵀU = G⁻¹.
+        start: first row of the panel.
+        stop: end of the panel.
+        missing: [panel, in] what was to be quantized less what it became.
+    """
+    inside, behind = upper[start:stop, start:stop], upper[start:stop, stop:]
+    carried: Tensor = behind.T @ torch.linalg.solve_triangular(inside.T, missing, upper=False)
+    return carried
+
+
+def _in_order(parts: Sequence[QuantizedWeight], rows: Tensor) -> QuantizedWeight:
+    """One weight of all parts' rows; `rows` [out] says where each of them belongs."""
+    place = torch.argsort(rows)
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return QuantizedWeight(
+        codes=torch.cat([part.codes for part in parts])[place],
+        scale=torch.cat([part.scale for part in parts])[place],
+        zero=torch.cat(zeros)[place] if zeros else None,
+        spec=parts[0].spec,
+    )
