@@ -197,6 +197,8 @@ def read_hull(points: Sequence[tuple[float, float]], stored_bits: float) -> floa
         stored_bits: where to read.
     """
     hull = lower_hull([(bits, math.log(kl)) for bits, kl in points if kl > 0])
+    if len(hull) == 1 and hull[0][0] == stored_bits:
+        return math.exp(hull[0][1])
     for (x0, y0), (x1, y1) in itertools.pairwise(hull):
         if x0 <= stored_bits <= x1:
             share = (stored_bits - x0) / (x1 - x0)
