@@ -6,7 +6,8 @@ The order of the calls is in `pipeline.py`; what each of them needs from the oth
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from quantforge.load.fetch import fetch_packaged
 from quantforge.load.huggingface import from_module, load_model
 from quantforge.load.source import PackagedModel, resolve_source
 from quantforge.load.text import calibration_set, from_batches
+from quantforge.measurements import measurement
 from quantforge.memory import release_freed
 from quantforge.models import ARCHITECTURES, Model
 from quantforge.progress import Monitor
@@ -54,12 +56,14 @@ from quantforge.search.allocate import search, uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.search.correction import corrected, correction_factors
 from quantforge.types import BitPlan, CalibrationSet, QuantSpec, Sensitivity
-from quantforge.workspace import machine_traits, measurement_folder
+from quantforge.workspace import machine_traits
 
 # Raised with every change of what calibration computes: older measurements are then not used.
 MEASUREMENT_VERSION = 2
+CANDIDATES = "candidates"
 TRACES = "traces.safetensors"
 UNIFORM = "uniform.json"
+SENSITIVITY = "sensitivity.json"
 
 
 @dataclass(kw_only=True)
@@ -86,16 +90,19 @@ class Job:
     timings: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def measure(self, *, fresh: bool) -> Measurement:
-        """Sensitivities and candidates, from the cache where everything that made them is equal."""
+    @contextmanager
+    def measure(self, *, fresh: bool) -> Iterator[Measurement]:
+        """Sensitivities and candidates, from the cache where everything that made them is equal.
+
+        The candidates are on disk and can be read while the body runs.
+        """
         specs = self.recipe.search.candidates({layer.in_features for layer in self.model.layers})
         if not specs:
             raise InputError("none of the candidates' group sizes divides any layer; add -1")
-        options = self.recipe.calibrate
         key = fingerprint(
             self.model.source.fingerprint,
             self.calibration.fingerprint,
-            options.model_dump(mode="json"),
+            self.recipe.calibrate.model_dump(mode="json"),
             [str(spec) for spec in specs],
             self.recipe.evaluate.model_dump(mode="json", exclude={"prompts", "tokens"}),
             MEASUREMENT_VERSION,
@@ -104,33 +111,42 @@ class Job:
             tool_versions(),
             machine_traits(),
         )
-        folder = measurement_folder(key, fresh=fresh)
-        store, path = CandidateStore(folder / "candidates"), folder / "sensitivity.json"
-        if not path.is_file():
-            with self._timed("calibrate"):
-                moments = self._gradient_moments()
-                release_freed()
-                sensitivity, final = measure(
-                    self.model,
-                    self.calibration.fitting,
-                    moments,
-                    specs,
-                    options,
-                    store=store,
-                    fingerprint=key,
-                    monitor=self.monitor,
-                )
-                weights = [moments[name] for name in self._block_names()]
-                save_traces(weights, final, folder / TRACES)
-                save_curve(self._measure_uniform(sensitivity, store), folder / UNIFORM)
-            save_sensitivity(sensitivity, path)  # last: its presence says that all is there
-        raw, uniform = load_sensitivity(path), load_curve(folder / UNIFORM)
+        make = partial(self._calibrate, specs, key)
+        with measurement(
+            key, make, complete=SENSITIVITY, fresh=fresh, monitor=self.monitor
+        ) as folder:
+            yield self._measurement(folder)
+
+    def _calibrate(self, specs: Sequence[QuantSpec], key: str, folder: Path) -> None:
+        """Fill a measurement's folder."""
+        store = CandidateStore(folder / CANDIDATES)
+        with self._timed("calibrate"):
+            moments = self._gradient_moments()
+            release_freed()
+            sensitivity, final = measure(
+                self.model,
+                self.calibration.fitting,
+                moments,
+                specs,
+                self.recipe.calibrate,
+                store=store,
+                fingerprint=key,
+                monitor=self.monitor,
+            )
+            weights = [moments[name] for name in self._block_names()]
+            save_traces(weights, final, folder / TRACES)
+            save_curve(self._measure_uniform(sensitivity, store), folder / UNIFORM)
+        save_sensitivity(sensitivity, folder / SENSITIVITY)  # last: says that all is there
+
+    def _measurement(self, folder: Path) -> Measurement:
+        """What a filled folder holds, with predictions corrected by the uniform networks."""
+        raw, uniform = load_sensitivity(folder / SENSITIVITY), load_curve(folder / UNIFORM)
         known = {QuantSpec.parse(p.name.removeprefix("uniform ")): p.quality.kl for p in uniform}
         factors = correction_factors(raw, known if self.recipe.search.correct else {})
         channels, final = load_traces(folder / TRACES)
         return Measurement(
             sensitivity=corrected(raw, factors),
-            store=store,
+            store=CandidateStore(folder / CANDIDATES),
             channel_weights=channels,
             final_hidden=final,
             uniform=uniform,

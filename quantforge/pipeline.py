@@ -96,10 +96,10 @@ def quantize(
             tokenizer=tokenizer,
             monitor=Monitor(progress=progress, cancel=cancel),
         )
-        measured = job.measure(fresh=fresh)
-        chosen = job.search(measured, limit)
-        layers = job.quantize(chosen.plan, chosen.measured)
-        return deliver(job, layers, chosen, staged, folder)
+        with job.measure(fresh=fresh) as measured:
+            chosen = job.search(measured, limit)
+            layers = job.quantize(chosen.plan, chosen.measured)
+            return deliver(job, layers, chosen, staged, folder)
 
 
 def plan(
@@ -142,8 +142,8 @@ def plan(
         tokenizer=tokenizer,
         monitor=Monitor(progress=progress, cancel=cancel),
     )
-    measured = job.measure(fresh=fresh)
-    return dry_run(job, measured.sensitivity, limit, folder)
+    with job.measure(fresh=fresh) as measured:
+        return dry_run(job, measured.sensitivity, limit, folder)
 
 
 @contextmanager

@@ -1,9 +1,7 @@
-"""Where a run writes: a staging folder that becomes the output at the very end, and the cache.
+"""Where a run writes: a staging folder that becomes the output at the very end.
 
 Nothing half-written is ever left under a final name. A run works in a hidden sibling of its output
-folder and renames it when every check has passed; an error or an interrupt removes it. What a later
-run with another budget can use again (sensitivities and candidates) lives in the cache under the
-fingerprint of everything that made it.
+folder and renames it when every check has passed; an error or an interrupt removes it.
 """
 
 from __future__ import annotations
@@ -18,9 +16,6 @@ from pathlib import Path
 import torch
 
 from quantforge.errors import ResourceError, UsageError
-from quantforge.files import cache_root
-
-KEPT_MEASUREMENTS = 4
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -77,35 +72,6 @@ def _swap(folder: Path, output: Path) -> None:
             old.replace(output)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def measurement_folder(key: str, *, fresh: bool) -> Path:
-    """The cache folder of one calibration; older ones beyond a few are removed.
-
-    Args:
-        key: fingerprint of everything that made it.
-        fresh: forget what is there.
-    """
-    root = cache_root() / "measurements"
-    folder = root / key[:32]
-    if fresh:
-        _discard(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
-    others = sorted(root.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    for old in others[KEPT_MEASUREMENTS:]:
-        _discard(old)
-    return folder
-
-
-def _discard(folder: Path) -> None:
-    """Remove a folder; interrupted half-way, what is left has no name that is looked up."""
-    doomed = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.old")
-    try:
-        folder.replace(doomed)
-    except OSError:  # another process was faster, or it is not there
-        return
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def machine_traits() -> tuple[str, ...]:
