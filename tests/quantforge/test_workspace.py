@@ -1,5 +1,9 @@
 """Outputs are whole or absent."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from quantforge.errors import UsageError
@@ -48,4 +52,67 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_name(tmp_path,
     with pytest.raises(OSError, match="no"), staging(output, force=True) as folder:
         write(folder, "new")
     assert (output / "plan.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from quantforge.workspace import staging
+renames = 0
+rename = pathlib.Path.replace
+
+def counted(path, target):
+    global renames
+    if renames == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    renames += 1
+    return rename(path, target)
+
+pathlib.Path.replace = counted
+with staging(pathlib.Path(sys.argv[1]), force=True) as folder:
+    (folder / "plan.json").write_text("of a killed run")
+"""
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_the_next_run_clears_up_after_one_that_was_killed(tmp_path, renames):
+    output = tmp_path / "out"
+    write(output, "old")
+    command = [sys.executable, "-c", KILLED, str(output), str(renames)]
+    subprocess.run(command, check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert output.exists() == (renames == 0)  # between the renames there is only the copy
+    with pytest.raises(UsageError, match="--force"), staging(output, force=False):
+        pass
+    assert (output / "plan.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_only_what_dead_runs_to_the_same_output_left_is_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    output, dead, alive = tmp_path / "out", ended.pid, os.getppid()
+    stale = [f".out.{dead}.partial", f".out.{dead}.old", f".out.{os.getpid()}.old"]
+    others = [
+        f".out.{alive}.partial", f".out.{alive}.old", f".out.2.{dead}.partial", ".out.x.old",
+        f".other.{dead}.partial", f"out.{dead}.partial", f".out.{dead}.partial.txt",
+    ]  # fmt: skip
+    for name in (*stale, *others, "out"):
+        write(tmp_path / name, name)
+    (tmp_path / f".out.{dead + 1}.partial").touch()  # a file: not what a run leaves
+    with staging(output, force=True) as folder:
+        write(folder, "new")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*others, "out", f".out.{dead + 1}.partial"}
+    assert (output / "plan.json").read_text() == "new"
+
+
+def test_an_empty_output_does_not_hide_the_only_copy(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    write(tmp_path / f".out.{os.getpid()}.old", "old")
+    with staging(output, force=True) as folder:
+        assert (output / "plan.json").read_text() == "old"
+        write(folder, "new")
+    assert (output / "plan.json").read_text() == "new"
     assert list(tmp_path.iterdir()) == [output]
