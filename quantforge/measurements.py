@@ -23,8 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from quantforge.files import cache_root
+from quantforge.errors import ResourceError
+from quantforge.files import CACHE_VARIABLE, cache_root
 from quantforge.progress import Monitor
 
 KEPT_MEASUREMENTS = 4
@@ -49,18 +51,48 @@ def measurement(
 
     Raises:
         CancelledError: the monitor was cancelled while waiting.
+        ResourceError: the cache cannot be written.
     """
     root, locks = cache_root() / "measurements", cache_root() / "locks"
     folder = root / key[:32]
-    claim = _claimed(folder, locks, complete, fresh, monitor)
+    with _written(everything=True):
+        claim = _claimed(folder, locks, complete, fresh, monitor)
     try:
-        _remove_oldest(root, locks, monitor)
+        with _written(everything=True):
+            _remove_oldest(root, locks, monitor)
         if not (folder / complete).is_file():
-            make(folder)
+            with _written(everything=False):
+                make(folder)
         yield folder
     finally:
         claim.release()
         Path(claim.lock_file).unlink(missing_ok=True)
+
+
+@contextmanager
+def _written(*, everything: bool) -> Iterator[None]:
+    """Say of an error that comes from writing the cache which folder that is and how to move it.
+
+    Args:
+        everything: the body touches nothing but the cache; otherwise errors of files elsewhere
+            pass.
+    """
+    root = cache_root()
+    try:
+        yield
+    except SafetensorError as error:  # where a tensor file could not be written, e.g. disk full
+        reason = str(error)
+    except OSError as error:
+        named = error.filename is not None and Path(error.filename).is_relative_to(root)
+        if not (everything or named):
+            raise
+        reason = error.strerror or str(error)
+    else:
+        return
+    raise ResourceError(
+        f"the cache {root} cannot be written ({reason}): free the disk or set {CACHE_VARIABLE} to "
+        "another folder"
+    )
 
 
 def _claimed(folder: Path, locks: Path, complete: str, fresh: bool, monitor: Monitor) -> FileLock:

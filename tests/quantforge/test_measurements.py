@@ -1,6 +1,7 @@
 """Runs that share a cache: one makes a measurement, others use it, none goes under a reader."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -8,11 +9,15 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from quantforge import measurements
-from quantforge.errors import CancelledError
+from quantforge.cli.outcome import explain
+from quantforge.errors import CancelledError, ResourceError
 from quantforge.measurements import measurement
 from quantforge.progress import Monitor
 
@@ -158,9 +163,14 @@ def test_what_is_read_is_neither_removed_nor_made_anew(child, cache):
 
 def test_a_run_that_fails_lets_the_next_one_make_it(cache):
     def fail(folder):
-        raise OSError("no")
+        (cache / "nowhere").read_text()
 
-    with pytest.raises(OSError, match="no"), claim(fail):
+    def fail_elsewhere(folder):
+        Path("/nowhere").read_text()
+
+    with pytest.raises(ResourceError, match="QUANTFORGE_CACHE"), claim(fail):
+        pass
+    with pytest.raises(FileNotFoundError, match="/nowhere"), claim(fail_elsewhere):
         pass
     assert names(cache / "locks") == ["registry.lock"]
     with claim() as folder:
@@ -185,3 +195,28 @@ def test_only_the_latest_measurements_are_kept(cache):
             pass
         os.utime(folder, (number, number))
     assert [name[0] for name in names(cache / "measurements")] == ["2", "3", "4", "5"]
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_what_moves_it(monkeypatch, cache):
+    (cache / "file").touch()
+    monkeypatch.setenv("QUANTFORGE_CACHE", str(cache / "file" / "deep"))
+    with pytest.raises(ResourceError) as caught, claim(never):
+        pass
+    code, text = explain(caught.value)
+    assert code == 5
+    assert str(cache / "file" / "deep") in text
+    assert "QUANTFORGE_CACHE" in text
+
+
+def test_a_full_disk_is_a_lack_of_resources(cache):
+    def fill(folder):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            save_file({"a": torch.zeros(1000)}, folder / "a.safetensors")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with pytest.raises(ResourceError, match="File too large") as caught, claim(fill):
+        pass
+    assert str(cache) in explain(caught.value)[1]
