@@ -130,7 +130,7 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
         config: solver and tying rules.
 
     Raises:
-        BudgetError: even the cheapest candidates exceed the budget; names the floor.
+        BudgetError: all of the solver's plans exceed the budget; names the range they reach.
     """
     items = _items(sensitivity, config)
     loss, cost = _tables(sensitivity, items)
@@ -138,11 +138,12 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
     limit = budget.total_bits(weights)
     picks = SOLVERS[config.solver](loss, cost, limit)
     if picks is None:
-        cheapest = np.where(np.isfinite(loss), cost, np.iinfo(np.int64).max).min(axis=1)
-        floor = math.ceil(int(cheapest.sum()) / weights * 1000) / 1000
+        low, high = reachable_bits(sensitivity, config)
+        floor = math.ceil(low * 1000) / 1000
+        kind = "uniform plans" if config.solver == "uniform" else "plans"
         raise BudgetError(
-            f"budget {budget.text} cannot be met: the smallest plan needs {floor:.3f} stored bits "
-            f"a weight; raise --budget to at least {floor:.3f}bit"
+            f"budget {budget.text} cannot be met: {kind} reach {floor:.3f} to {high:.3f} stored "
+            f"bits a weight; raise --budget to at least {floor:.3f}bit"
         )
     assignment: dict[str, QuantSpec | None] = {}
     for rows, pick in zip(items, picks, strict=True):
@@ -154,12 +155,15 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
 
 
 def reachable_bits(sensitivity: Sensitivity, config: SearchConfig) -> tuple[float, float]:
-    """Lowest and highest average stored bits that the candidates can give."""
+    """Lowest and highest average stored bits that plans of the configured solver can have."""
     loss, cost = _tables(sensitivity, _items(sensitivity, config))
     feasible = np.isfinite(loss)
+    weights = sum(layer.numel for layer in sensitivity.layers)
+    if config.solver == "uniform":
+        totals = cost.sum(axis=0)[feasible.all(axis=0)]
+        return float(totals.min() / weights), float(totals.max() / weights)
     lowest = np.where(feasible, cost, np.iinfo(np.int64).max).min(axis=1).sum()
     highest = np.where(feasible, cost, 0).max(axis=1).sum()
-    weights = sum(layer.numel for layer in sensitivity.layers)
     return float(lowest / weights), float(highest / weights)
 
 

@@ -83,6 +83,18 @@ def test_a_budget_below_the_floor_names_the_floor():
     assert set(plan.assignment.values()) == {QuantSpec(2, 64)}
 
 
+def test_the_uniform_solver_names_the_range_of_uniform_plans():
+    sensitivity, config = table(), SearchConfig(solver="uniform")
+    sensitivity.loss[0, 0] = torch.inf  # 2 bits do not fit everywhere: no uniform plan of them
+    low, high = reachable_bits(sensitivity, config)
+    assert (low, high) == (pytest.approx(3 + 16 / 192), 16.0)
+    with pytest.raises(BudgetError, match=r"uniform plans reach 3\.084 to 16\.000 .* 3\.084bit"):
+        search(sensitivity, Budget.parse("3bit"), config)
+    found = search(sensitivity, Budget.parse("3.084bit"), config)
+    assert set(found.assignment.values()) == {QuantSpec(3, -1)}
+    assert reachable_bits(sensitivity, SearchConfig())[0] < 3
+
+
 @pytest.mark.parametrize("text", ["", "3", "bit", "3 bananas", "-3bit", "0bit", "17bit", "nanbit"])
 def test_wrong_budgets_are_refused(text):
     with pytest.raises(UsageError, match="budget"):
