@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from quantforge.format.store import CandidateStore
+from quantforge.hull import read_hull
 from quantforge.results import CurvePoint, Quality
-from quantforge.search.allocate import read_hull, uniform_plans
+from quantforge.search.allocate import uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.types import BitPlan, Sensitivity
 

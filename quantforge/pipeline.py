@@ -172,4 +172,4 @@ def _output_folder(model: Source, output: str | Path | None, budget: str) -> Pat
         return Path(output)
     if isinstance(model, nn.Module):
         return None
-    return Path(f"{resolve_target(model).name}-{budget.replace(':', '-').replace('/', '-')}")
+    return resolve_target(model).output(budget)

@@ -30,7 +30,7 @@ from quantforge.cli.options import (
 )
 from quantforge.cli.outcome import OutputClosedError, interruptible
 from quantforge.cli.progress import progress
-from quantforge.cli.text import file_name, one_line
+from quantforge.cli.text import one_line
 
 if TYPE_CHECKING:
     import threading
@@ -163,8 +163,7 @@ def quantize(
     from quantforge.cli import render
     from quantforge.recipe import resolve_target
 
-    target = resolve_target(model)
-    folder = output or Path(f"{file_name(target.name)}-{file_name(budget)}")
+    folder = output or resolve_target(model).output(budget)  # an unknown model ends it here
     with _watched() as monitoring:
         from quantforge import pipeline
 

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from quantforge.hull import LEAST_KL, lower_hull
 from quantforge.report.numbers import (
     KEPT,
     bits_of,
     is_uniform,
-    lower_hull,
     place,
     significant,
     with_error,
@@ -28,9 +28,6 @@ from quantforge.results import CurvePoint, LayerReport, Report
 WIDTH = 820
 _LABEL_WIDTH = 6.3
 """Mean width of a label's character at the figures' 11 px, in px."""
-LEAST_KL = 1e-6
-"""A KL below this, in nats, is rounding of the arithmetic (which can make it negative): on a
-logarithmic scale it has no place of its own and must not stretch the scale."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,14 +98,14 @@ def curve_figure(report: Report) -> str:
         return ""
     axes = Axes.around([p.stored_bits for p in drawn], [p.quality.kl for p in on_scale])
     uniform = [p for p in drawn if is_uniform(p)]
-    hull = lower_hull([(p.stored_bits, math.log(p.quality.kl)) for p in on_scale if is_uniform(p)])
+    hull = lower_hull((p.stored_bits, p.quality.kl) for p in uniform)
     parts = [_grid(axes)]
     if len(hull) > 1:
-        path = " ".join(f"{axes.x(b):.2f},{axes.y(math.exp(v)):.2f}" for b, v in hull)
+        path = " ".join(f"{axes.x(b):.2f},{axes.y(kl):.2f}" for b, kl in hull)
         parts.append(f'<polyline class="hull" points="{path}"/>')
     labels = _Labels(axes)
     labels.keep_off_points([(p.stored_bits, p.quality.kl) for p in drawn])
-    labels.keep_off_line([(b, math.exp(v)) for b, v in hull])
+    labels.keep_off_line(hull)
     parts.extend(_uniform_mark(p, axes) for p in uniform)
     for point in (p for p in drawn if not is_uniform(p)):
         kind = "final" if point is final else "plan"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -177,34 +176,3 @@ def uniform_plans(sensitivity: Sensitivity) -> list[BitPlan]:
                 make_plan(sensitivity, assignment, budget=f"uniform {spec}", solver="uniform")
             )
     return sorted(plans, key=lambda plan: plan.stored_bits)
-
-
-def lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Lower convex hull of (stored bits, log KL) points, by strictly increasing bits."""
-    lowest = dict(sorted(points, reverse=True))
-    hull: list[tuple[float, float]] = []
-    for point in sorted(lowest.items()):
-        while len(hull) >= 2:
-            (x0, y0), (x1, y1) = hull[-2], hull[-1]
-            if (y1 - y0) * (point[0] - x0) < (point[1] - y0) * (x1 - x0):
-                break
-            hull.pop()
-        hull.append(point)
-    return hull
-
-
-def read_hull(points: Sequence[tuple[float, float]], stored_bits: float) -> float | None:
-    """KL of the uniform lower hull at `stored_bits`; None outside the measured range.
-
-    Args:
-        points: (stored bits, KL in nats) of uniform networks.
-        stored_bits: where to read.
-    """
-    hull = lower_hull([(bits, math.log(kl)) for bits, kl in points if kl > 0])
-    if len(hull) == 1 and hull[0][0] == stored_bits:
-        return math.exp(hull[0][1])
-    for (x0, y0), (x1, y1) in itertools.pairwise(hull):
-        if x0 <= stored_bits <= x1:
-            share = (stored_bits - x0) / (x1 - x0)
-            return math.exp(y0 + share * (y1 - y0))
-    return None

@@ -64,6 +64,16 @@ def test_a_cancelled_run_gives_a_network_in_memory_its_weights_back(call, stage)
     assert module.training == (call is quantforge.quantize)
 
 
+def test_a_source_on_disk_gets_the_output_folder_of_the_command_line(
+    checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    settings = SETTINGS | {"calibration.sequences": 8, "calibration.sequence_length": 32}
+    report = quantforge.quantize(checkpoint, budget="3.0 bit", settings=settings)
+    assert report.output == "tiny-3.0-bit"
+    assert (tmp_path / "tiny-3.0-bit" / "quantforge.json").is_file()
+
+
 @pytest.mark.parametrize("file", ["uniform.json", "traces.safetensors", "candidates"])
 def test_a_damaged_cache_is_one_line_that_says_what_to_do(cache, file):
     module = tiny_llama(blocks=1)

@@ -8,8 +8,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from quantforge.hull import lower_hull
 from quantforge.report.figures import Axes, curve_figure, layers_figure
-from quantforge.report.numbers import lower_hull
 
 
 def marks(svg, style):
@@ -53,7 +53,7 @@ def test_points_lie_at_their_bits_and_log_kl(report):
 def test_hull_line_goes_through_the_hull(report):
     root = ElementTree.fromstring(curve_figure(report))
     corners = [p.split(",") for p in root.find("polyline").get("points").split()]
-    uniform = [(p.stored_bits, math.log(p.quality.kl)) for p in report.curve if p.name != "plan"]
+    uniform = [(p.stored_bits, p.quality.kl) for p in report.curve if p.name != "plan"]
     hull = lower_hull(uniform)
     assert len(corners) == len(hull) < len(uniform)
     circles = {

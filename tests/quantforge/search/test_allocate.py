@@ -10,10 +10,8 @@ import torch
 from quantforge.errors import BudgetError, UsageError
 from quantforge.search.allocate import (
     candidate_bytes,
-    lower_hull,
     make_plan,
     reachable_bits,
-    read_hull,
     search,
     uniform_plans,
 )
@@ -138,22 +136,6 @@ def test_disk_of_all_candidates_is_the_sum_over_those_that_fit():
     assert candidate_bytes(sensitivity) == total / 8
     sensitivity.loss[0, 1] = torch.inf
     assert candidate_bytes(sensitivity) == (total - cost(sensitivity.layers[0], SPECS[1])) / 8
-
-
-def test_hull_drops_points_above_it_and_reads_log_linearly():
-    points = [(2.0, math.exp(1.0)), (3.0, math.exp(0.5)), (4.0, math.exp(-2.0)), (2.5, 50.0)]
-    logs = [(bits, math.log(kl)) for bits, kl in points]
-    assert lower_hull(logs) == [(2.0, pytest.approx(1.0)), (4.0, pytest.approx(-2.0))]
-    assert read_hull(points, 3.0) == pytest.approx(math.exp(-0.5))
-    assert read_hull(points, 1.9) is None
-    assert read_hull(points, 4.1) is None
-
-
-def test_hull_of_points_with_equal_bits_keeps_the_lower_one():
-    points = [(2.0, math.exp(1.0)), (2.0, math.exp(3.0)), (3.0, math.exp(-1.0))]
-    assert read_hull(points, 2.5) == pytest.approx(1.0)
-    assert read_hull(points[:2], 2.0) == pytest.approx(math.e)  # a hull of one point
-    assert read_hull(points[:2], 2.1) is None
 
 
 def test_candidates_keep_only_group_sizes_that_divide_some_row():
