@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 import typer
 
 from quantforge.cli.options import (
+    TEXTS,
     Budget,
     Calibration,
     Checkpoint,
@@ -162,7 +163,11 @@ def evaluate(
         typer.Option(metavar="MODEL", help="Float model to compare with; default: its source."),
     ] = None,
     text: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Text to measure on: .txt or .jsonl.")
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help=f"Text to measure on: {TEXTS}; default: the end of Python's manual ('pydoc').",
+        ),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text to measure.")] = 40,
     window_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
