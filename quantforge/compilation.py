@@ -105,7 +105,7 @@ class Job:
             self.recipe.evaluate.model_dump(mode="json", exclude={"prompts", "tokens"}),
             MEASUREMENT_VERSION,
             self.seed,
-            next(self.model.module.parameters()).device.type,
+            self.model.device.type,
             tool_versions(),
             machine_traits(),
         )
@@ -117,7 +117,7 @@ class Job:
 
     def _calibrate(self, specs: Sequence[QuantSpec], key: str, folder: Path) -> None:
         """Fill a measurement's folder."""
-        store = CandidateStore(folder / CANDIDATES)
+        store = CandidateStore(folder / CANDIDATES, self.model.device)
         with self._timed("calibrate"):
             moments = self._gradient_moments()
             release_freed()
@@ -144,8 +144,8 @@ class Job:
         channels, final = load_traces(folder / TRACES)
         return Measurement(
             sensitivity=corrected(raw, factors),
-            store=CandidateStore(folder / CANDIDATES),
-            channel_weights=channels,
+            store=CandidateStore(folder / CANDIDATES, self.model.device),
+            channel_weights=tuple(weight.to(self.model.device) for weight in channels),
             final_hidden=final,
             uniform=uniform,
         )
@@ -181,7 +181,7 @@ class Job:
             self.calibration.fitting[: options.gradient_sequences],
             batch_size=options.gradient_batch,
             precision=options.precision,
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=torch.Generator(self.model.device).manual_seed(self.seed),
             monitor=self.monitor,
         )
 
@@ -241,8 +241,8 @@ class Job:
         tuned = tune_scales(
             self.model,
             weights,
-            self.calibration.fitting,
-            measured.final_hidden,
+            self.calibration.fitting.to(self.model.device),
+            measured.final_hidden.to(self.model.device),
             self.recipe.quantize.tuning,
             generator=torch.Generator().manual_seed(self.seed),
             monitor=self.monitor,

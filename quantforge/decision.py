@@ -20,10 +20,10 @@ class Measurement:
 
     Attributes:
         sensitivity: predicted loss of every candidate, corrected by the uniform networks.
-        store: integers of every candidate.
-        channel_weights: per block [hidden], mean squared gradient at its output.
+        store: integers of every candidate, read to the network's device.
+        channel_weights: per block [hidden], mean squared gradient at its output; on that device.
         final_hidden: [sequences, length, hidden] bfloat16, the float network's head input on the
-            fitting tokens.
+            fitting tokens; on the CPU until it is used.
         uniform: measured uniform networks, by stored bits.
     """
 
