@@ -109,7 +109,8 @@ def measure(
                 specs,
                 config,
             )
-            store.put(layer.name, quantized)
+            if quantized:  # a layer that no group size divides can only be kept
+                store.put(layer.name, quantized)
             rows.append((layer, losses, errors))
         monitor.step("candidates", index + 1, len(walk.blocks))
     return _table(rows, specs, config, fingerprint), _head_inputs(model, walk)

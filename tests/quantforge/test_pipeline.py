@@ -124,6 +124,17 @@ def test_a_damaged_cache_is_one_line_that_says_what_to_do(cache, file):
         quantforge.quantize(module, **budget)
 
 
+def test_layers_that_no_group_size_divides_are_kept(tmp_path):
+    settings = SETTINGS | {"search.group_sizes": [64]}  # divides rows of 128, and rows of 64 not
+    report = quantforge.quantize(
+        tiny_llama(blocks=1), budget="14bit", calibration=batches(), settings=settings,
+        output=tmp_path / "out",
+    )  # fmt: skip
+    quantized = {name for name, spec in report.plan.assignment.items() if spec is not None}
+    assert quantized == {"model.layers.0.mlp.down_proj"}
+    assert 0 < report.quality.kl < 1
+
+
 def test_device_and_architecture_are_checked(checkpoint):
     with pytest.raises(UsageError, match="unknown device 'nowhere'"):
         quantforge.plan(checkpoint, budget="3bit", device="nowhere")
