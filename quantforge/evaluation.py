@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from quantforge.compilation import load_source
 from quantforge.delivery import planned_layer
 from quantforge.errors import InputError
 from quantforge.evaluate.generate import stream
@@ -21,6 +20,7 @@ from quantforge.format.manifest import read_manifest, tool_versions
 from quantforge.format.sizes import size_report
 from quantforge.load.huggingface import load_tokenizer
 from quantforge.load.text import describe_windows, evaluation_windows
+from quantforge.loading import load_source
 from quantforge.models import Architecture, architecture_of
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.recipe import compose, resolve_target
@@ -89,23 +89,9 @@ def evaluate(
     """
     monitor = Monitor(progress=progress, cancel=cancel)
     name = str(reference) if reference is not None else _source_of(Path(checkpoint))
-    float_model = load_source(
-        compose(resolve_target(name)), device, trust_remote_code=trust_remote_code, monitor=monitor
+    tokens, description, outputs = _reference(
+        name, text, (windows, window_length), precision, device, trust_remote_code, monitor
     )
-    where = "pydoc" if text is None else str(text)
-    tokenizer = float_model.tokenizer
-    _check_context(float_model.module, window_length)
-    tokens = evaluation_windows(where, tokenizer, windows=windows, length=window_length)
-    description = describe_windows(where, tokenizer, tokens)
-    outputs = ReferenceOutputs.collect(
-        float_model.module,
-        float_model.architecture,
-        tokens,
-        precision=precision,
-        keep_head_copy=True,
-        monitor=monitor,
-    )
-    del float_model
 
     def measured(path: str | Path) -> Quality:
         module, architecture = _network(path, device, trust_remote_code, monitor)
@@ -202,6 +188,33 @@ def inspect(checkpoint: str | Path) -> InspectReport:
         sizes=size_report(Path(checkpoint)),
         versions={} if manifest is None else manifest.versions,
     )
+
+
+def _reference(
+    name: str,
+    text: str | Path | None,
+    shape: tuple[int, int],
+    precision: Precision,
+    device: str,
+    trust_remote_code: bool,
+    monitor: Monitor,
+) -> tuple[Tensor, str, ReferenceOutputs]:
+    """Windows of a text, their description, and what the float model says; it is freed again."""
+    recipe = compose(resolve_target(name))
+    model = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
+    where = "pydoc" if text is None else str(text)
+    windows, length = shape
+    _check_context(model.module, length)
+    tokens = evaluation_windows(where, model.tokenizer, windows=windows, length=length)
+    outputs = ReferenceOutputs.collect(
+        model.module,
+        model.architecture,
+        tokens,
+        precision=precision,
+        keep_head_copy=True,
+        monitor=monitor,
+    )
+    return tokens, describe_windows(where, model.tokenizer, tokens), outputs
 
 
 def _check_context(module: nn.Module, length: int) -> None:

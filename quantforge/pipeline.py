@@ -14,9 +14,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from quantforge.borrowing import in_float32, restored_on_error
 from quantforge.compilation import open_job
 from quantforge.delivery import deliver, dry_run
 from quantforge.errors import UsageError
@@ -54,7 +54,8 @@ def quantize(
 
     Args:
         model: recipe name, recipe file, Hugging Face folder, .gguf file, hub id, or a network in
-            memory, whose linears then hold the dequantized weights afterwards.
+            memory, whose linears then hold the dequantized weights afterwards, in its own dtype;
+            one in half precision takes the memory of float32 meanwhile.
         budget: "3bit", "3.25bpw", ...: stored bits a weight over the planned weights.
         calibration: text file (.txt, .jsonl, .parquet), hub id, "pydoc", "self", or an iterable of
             token batches; None takes the recipe's.
@@ -84,7 +85,7 @@ def quantize(
     limit = Budget.parse(budget)
     folder = _output_folder(model, output, budget)
     stage = staging(folder, force=force) if folder else nullcontext()
-    with stage as staged, _restored_on_error(model):
+    with stage as staged, _borrowed(model):
         job = open_job(
             model,
             calibration=calibration,
@@ -96,10 +97,10 @@ def quantize(
             tokenizer=tokenizer,
             monitor=Monitor(progress=progress, cancel=cancel),
         )
-        measured = job.measure(fresh=fresh)
-        chosen = job.search(measured, limit)
-        layers = job.quantize(chosen.plan, chosen.measured)
-        return deliver(job, layers, chosen, staged, folder)
+        with job.measure(fresh=fresh) as measured:
+            chosen = job.search(measured, limit)
+            layers = job.quantize(chosen.plan, chosen.measured)
+            return deliver(job, layers, chosen, staged, folder)
 
 
 def plan(
@@ -131,40 +132,30 @@ def plan(
         check_output(folder, force=force)
         if (folder / "quantforge.json").is_file():
             raise UsageError(f"{folder} holds a checkpoint; give plan another --output")
-    job = open_job(
-        model,
-        calibration=calibration,
-        effort=effort,
-        seed=seed,
-        device=device,
-        settings=settings,
-        trust_remote_code=trust_remote_code,
-        tokenizer=tokenizer,
-        monitor=Monitor(progress=progress, cancel=cancel),
-    )
-    measured = job.measure(fresh=fresh)
-    return dry_run(job, measured.sensitivity, limit, folder)
+    with _borrowed(model):
+        job = open_job(
+            model,
+            calibration=calibration,
+            effort=effort,
+            seed=seed,
+            device=device,
+            settings=settings,
+            trust_remote_code=trust_remote_code,
+            tokenizer=tokenizer,
+            monitor=Monitor(progress=progress, cancel=cancel),
+        )
+        with job.measure(fresh=fresh) as measured:
+            return dry_run(job, measured.sensitivity, limit, folder)
 
 
 @contextmanager
-def _restored_on_error(model: Source) -> Iterator[None]:
-    """Give a network in memory its weights and its mode back if the body fails."""
+def _borrowed(model: Source) -> Iterator[None]:
+    """A network in memory is float32 inside, and as it was before if the body fails."""
     if not isinstance(model, nn.Module):
         yield
         return
-    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    training = {name for name, module in model.named_modules() if module.training}
-    finished = False
-    try:
+    with restored_on_error(model), in_float32(model):
         yield
-        finished = True
-    finally:
-        if not finished:
-            with torch.no_grad():
-                for name, tensor in model.state_dict().items():
-                    tensor.copy_(before[name])
-            for name, module in model.named_modules():
-                module.training = name in training
 
 
 def _output_folder(model: Source, output: str | Path | None, budget: str) -> Path | None:
@@ -172,4 +163,4 @@ def _output_folder(model: Source, output: str | Path | None, budget: str) -> Pat
         return Path(output)
     if isinstance(model, nn.Module):
         return None
-    return Path(f"{resolve_target(model).name}-{budget.replace(':', '-').replace('/', '-')}")
+    return resolve_target(model).output(budget)

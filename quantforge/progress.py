@@ -32,7 +32,7 @@ class Monitor:
 
     Attributes:
         progress: called after every step; None reports nothing.
-        cancel: once set, the next `step` raises `CancelledError`.
+        cancel: once set, the next `step` or `check` raises `CancelledError`.
     """
 
     progress: Callable[[ProgressEvent], None] | None = None
@@ -40,8 +40,12 @@ class Monitor:
 
     def step(self, stage: str, done: int, total: int, message: str = "") -> None:
         """Report one finished step; raise `CancelledError` if the caller asked to stop."""
-        if self.cancel is not None and self.cancel.is_set():
-            raise CancelledError(f"cancelled during {stage} ({done} of {total})")
+        self.check(stage, f" ({done} of {total})")
         if self.progress is not None:
             event = ProgressEvent(stage=stage, done=done, total=total, message=message)
             self.progress(event)
+
+    def check(self, stage: str, where: str = "") -> None:
+        """Raise `CancelledError` if the caller asked to stop; report nothing."""
+        if self.cancel is not None and self.cancel.is_set():
+            raise CancelledError(f"cancelled during {stage}{where}")

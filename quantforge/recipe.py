@@ -94,6 +94,15 @@ class Target:
     recipe: Path | None = None
     model: str | None = None
 
+    def output(self, budget: str) -> Path:
+        """Where a checkpoint of this budget goes unless the user says: "./llama-3bit"."""
+        return Path(f"{_file_name(self.name)}-{_file_name(budget)}")
+
+
+def _file_name(text: str) -> str:
+    """`text` as part of a folder's name: "vram:24GB@32k" → "vram-24GB-32k"."""
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.") or "model"
+
 
 def recipe_root() -> Path:
     """The folder of the shipped recipes: inside an installed wheel, else beside a checkout.

@@ -1,9 +1,8 @@
-"""Where a run writes: a staging folder that becomes the output at the very end, and the cache.
+"""Where a run writes: a staging folder that becomes the output at the very end.
 
 Nothing half-written is ever left under a final name. A run works in a hidden sibling of its output
-folder and renames it when every check has passed; an error or an interrupt removes it. What a later
-run with another budget can use again (sensitivities and candidates) lives in the cache under the
-fingerprint of everything that made it.
+folder and renames it when every check has passed; an error or an interrupt removes it. What a run
+that was killed could not remove, the next run to the same output does.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +18,6 @@ from pathlib import Path
 import torch
 
 from quantforge.errors import ResourceError, UsageError
-from quantforge.files import cache_root
-
-KEPT_MEASUREMENTS = 4
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -44,15 +41,18 @@ def check_output(output: Path, *, force: bool) -> None:
 def staging(output: Path, *, force: bool) -> Iterator[Path]:
     """Yield a fresh folder beside `output`; rename it to `output` if the body succeeds.
 
+    Before that, what killed runs left beside `output` is removed, or put back if it is the only
+    copy of what `output` held.
+
     Raises:
         UsageError: the output may not be written (see `check_output`).
         ResourceError: the folder cannot be made.
     """
-    check_output(output, force=force)
     output = output.absolute()
     folder = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        shutil.rmtree(folder, ignore_errors=True)
+        _recover(output)
+        check_output(output, force=force)
         folder.mkdir(parents=True)
     except OSError as error:
         raise ResourceError(f"cannot write beside {output}: {error.strerror}") from error
@@ -62,6 +62,51 @@ def staging(output: Path, *, force: bool) -> Iterator[Path]:
         _swap(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _recover(output: Path) -> None:
+    """Undo what runs to `output` that are dead left beside it.
+
+    A run killed between the two renames of `_swap` left the output's former content under its
+    `.old` name only: it becomes the output again.
+    """
+    old = _leftovers(output, "old")
+    if old and not (output.is_dir() and any(output.iterdir())):
+        latest = max(old, key=lambda folder: folder.stat().st_mtime)
+        old.remove(latest)
+        if output.is_dir():
+            output.rmdir()
+        latest.replace(output)
+    for folder in (*old, *_leftovers(output, "partial")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _leftovers(output: Path, kind: str) -> list[Path]:
+    """Folders `.NAME.PID.kind` beside `output` whose process is gone."""
+    start, end = f".{output.name}.", f".{kind}"
+    beside = output.parent.iterdir() if output.parent.is_dir() else ()
+    found = []
+    for folder in beside:
+        process = folder.name.removeprefix(start).removesuffix(end)
+        named = folder.name == f"{start}{process}{end}" and process.isdecimal()
+        if named and folder.is_dir() and _has_ended(int(process)):
+            found.append(folder)
+    return found
+
+
+def _has_ended(process: int) -> bool:
+    """Whether the run that had this number is gone; unknown, hence no, on Windows."""
+    if process == os.getpid():  # this run has made nothing yet, an earlier one had its number
+        return True
+    if sys.platform == "win32":  # where asking would end it
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
 
 
 def _swap(folder: Path, output: Path) -> None:
@@ -77,35 +122,6 @@ def _swap(folder: Path, output: Path) -> None:
             old.replace(output)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def measurement_folder(key: str, *, fresh: bool) -> Path:
-    """The cache folder of one calibration; older ones beyond a few are removed.
-
-    Args:
-        key: fingerprint of everything that made it.
-        fresh: forget what is there.
-    """
-    root = cache_root() / "measurements"
-    folder = root / key[:32]
-    if fresh:
-        _discard(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
-    others = sorted(root.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    for old in others[KEPT_MEASUREMENTS:]:
-        _discard(old)
-    return folder
-
-
-def _discard(folder: Path) -> None:
-    """Remove a folder; interrupted half-way, what is left has no name that is looked up."""
-    doomed = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.old")
-    try:
-        folder.replace(doomed)
-    except OSError:  # another process was faster, or it is not there
-        return
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def machine_traits() -> tuple[str, ...]:

@@ -27,8 +27,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -90,11 +90,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             job.model.source = replace(job.model.source, fingerprint=changed)
     texts = {text: reference(job, text, options) for text in options.text}
     print(f"load and text {shared[0]:.0f} CPU s")
-    measured = None
-    if any(name.startswith(MEASURED) for name in options.rows):
-        with cpu_timer() as calibrated:
-            measured = job.measure(fresh=options.fresh)
-        print(f"calibration {calibrated[0]:.0f} CPU s")
+    with ExitStack() as held:
+        measured = None
+        if any(name.startswith(MEASURED) for name in options.rows):
+            with cpu_timer() as calibrated:
+                measured = held.enter_context(job.measure(fresh=options.fresh))
+            print(f"calibration {calibrated[0]:.0f} CPU s")
+        rows = measure_rows(job, texts, measured, options)
+    print(table(rows, options.text, rows[0]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory {peak:.2f} GB, load average {os.getloadavg()[0]:.1f}")
+
+
+def measure_rows(
+    job: Job,
+    texts: Mapping[str, ReferenceOutputs],
+    measured: Measurement | None,
+    options: argparse.Namespace,
+) -> list[Row]:
+    """Make every network that was asked for and measure it on every text; prints as it goes."""
     parameters = dict(job.model.module.named_parameters())
     floats = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     rows = []
@@ -115,9 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(table(rows[-1:], options.text, rows[0]), flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    print(table(rows, options.text, rows[0]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory {peak:.2f} GB, load average {os.getloadavg()[0]:.1f}")
+    return rows
 
 
 def make(job: Job, name: str, measured: Measurement | None) -> BitPlan:

@@ -187,13 +187,28 @@ def column_loop(
             weight, upper, order, scale, bits=bits, width=width, zero=zero, original=original,
             mismatch=mismatch, pull=pull, pull_form=pull_form, first=first,
         )  # fmt: skip
+    kept = weight if original is None else original
+    needed = kept if (mismatch is not None or pull != 0.0) else None
+    return _column_loop_native(
+        library, weight, needed, upper, mismatch, scale, zero, first,
+        order=order, bits=bits, width=width, pull=pull,
+    )  # fmt: skip
+
+
+def _column_loop_native(
+    library: ctypes.CDLL,
+    weight: Tensor,
+    *tensors: Tensor | None,
+    order: Tensor,
+    bits: int,
+    width: int,
+    pull: float,
+) -> tuple[Tensor, Tensor]:
+    """The C++ loop; `tensors` are original, upper, mismatch, scale, zero and first, as it wants."""
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     loss = torch.empty(rows, dtype=torch.float64)
-    kept = weight if original is None else original
-    needed = kept if (mismatch is not None or pull != 0.0) else None
-    tensors = (weight, needed, upper, mismatch, scale, zero, first)
-    held = [None if t is None else t.float().contiguous() for t in tensors]
+    held = [None if t is None else t.float().contiguous() for t in (weight, *tensors)]
     order = order.contiguous()
     library.qf_column_loop(
         _pointer(held[0]),

@@ -109,10 +109,21 @@ def measure(
                 specs,
                 config,
             )
-            store.put(layer.name, quantized)
+            if quantized:  # a layer that no group size divides can only be kept
+                store.put(layer.name, quantized)
             rows.append((layer, losses, errors))
         monitor.step("candidates", index + 1, len(walk.blocks))
-    sensitivity = Sensitivity(
+    return _table(rows, specs, config, fingerprint), _head_inputs(model, walk)
+
+
+def _table(
+    rows: Sequence[tuple[LayerInfo, list[float], list[float]]],
+    specs: Sequence[QuantSpec],
+    config: CalibrateConfig,
+    fingerprint: str,
+) -> Sensitivity:
+    """Losses and errors of all layers as one table."""
+    return Sensitivity(
         layers=tuple(layer for layer, _, _ in rows),
         specs=tuple(specs),
         loss=torch.tensor([losses for _, losses, _ in rows], dtype=torch.float64),
@@ -120,7 +131,10 @@ def measure(
         estimator=config.estimator,
         fingerprint=fingerprint,
     )
+
+
+@torch.no_grad()
+def _head_inputs(model: Model, walk: BlockWalk) -> Tensor:
+    """[sequences, length, hidden] bfloat16: what enters the head, from a walk at its end."""
     norm = model.module.get_submodule(model.architecture.final_norm)
-    with torch.no_grad():
-        final = torch.cat([norm(hidden).bfloat16() for hidden in walk.hidden])
-    return sensitivity, final
+    return torch.cat([norm(hidden).bfloat16() for hidden in walk.hidden])

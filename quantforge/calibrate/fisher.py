@@ -33,7 +33,7 @@ def sampled_label_gradient(hidden: Tensor, head: Tensor, generator: torch.Genera
     Args:
         hidden: [tokens, hidden] input of the head.
         head: [vocabulary, hidden] weight of the head.
-        generator: draws the labels.
+        generator: draws the labels; of the device of `hidden`.
 
     Returns:
         [tokens, hidden] (p − onehot(y)) · head, in the dtype of `hidden`.
@@ -77,14 +77,14 @@ def output_gradient_moments(
         tokens: [sequences, length] int64.
         batch_size: sequences a pass.
         precision: of the matrix products.
-        generator: draws the labels.
+        generator: draws the labels; of the network's device.
         monitor: progress and cancellation.
 
     Returns:
-        module path → [features] float32, in (nats / output unit)² a token.
+        module path → [features] float32 on the network's device, in (nats / output unit)² a token.
     """
     module, architecture = model.module, model.architecture
-    moments = {name: torch.zeros(size) for name, size in features.items()}
+    moments = {name: torch.zeros(size, device=model.device) for name, size in features.items()}
     projection: Any = module.get_submodule(architecture.head)
     head: Tensor = projection.weight.detach()
     if precision == "bfloat16":

@@ -23,6 +23,9 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"
 
 
+# What `load.documents` reads; a test compares the two.
+TEXTS = ".txt, .text, .md, .jsonl, .ndjson or .parquet file, hub data set (owner/name)"
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -45,7 +48,7 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
-        help="Calibration text: .txt, .jsonl or .parquet file, hub data set, 'pydoc' or 'self'.",
+        help=f"Calibration text: {TEXTS}, 'pydoc', 'self' or 'mix'.",
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1.")]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -45,8 +43,3 @@ def with_error(value: float, error: float) -> str:
         return f"{value} ± {error}"
     digits = min(max(1 - floor(log10(error)), 0), 8)
     return f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-def file_name(text: str) -> str:
-    """`text` as part of a folder's name: "vram:24GB@32k" → "vram-24GB-32k"."""
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.") or "model"

@@ -102,11 +102,7 @@ class ReferenceOutputs:
                 that the architecture does not describe.
         """
         tokens = _checked_windows(module, architecture, windows)
-        head = module.get_submodule(architecture.head)
-        if not isinstance(head, nn.Linear):
-            kind = type(head).__name__
-            raise InputError(f"{architecture.head} of the reference is a {kind}, expected a Linear")
-        _check_head(module, architecture, tokens[:1, : min(8, tokens.shape[1])])
+        head = _linear_head(module, architecture, tokens)
         count, length = tokens.shape
         hidden = torch.empty(count, length - 1, head.in_features, dtype=storage)
         linear, parts = LinearHead(head.weight, head.bias), []
@@ -190,11 +186,19 @@ def measure(
     if not bool(torch.isfinite(kl).all() and torch.isfinite(nll).all()):
         raise InputError("the network gives logits that are not finite on the evaluation text")
     reference_nll = reference.scores.nll.view(-1, length - 1)[:count]
+    return _quality(kl, nll, agreement, reference_nll, text)
+
+
+def _quality(
+    kl: Tensor, nll: Tensor, agreement: Tensor, reference_nll: Tensor, text: str
+) -> Quality:
+    """Means over windows of what was found at every token, all [windows, length - 1] float64."""
+    count, scored = kl.shape
     window_kl, window_nll = kl.mean(dim=-1), nll.mean(dim=-1)
     return Quality(
         text=text,
         windows=count,
-        window_length=length,
+        window_length=scored + 1,
         perplexity=_exp(float(window_nll.mean())),
         reference_perplexity=_exp(float(reference_nll.mean(dim=-1).mean())),
         kl=float(window_kl.mean()),
@@ -318,11 +322,15 @@ def _arithmetic(device: torch.device, precision: Precision) -> AbstractContextMa
 
 
 @torch.no_grad()
-def _check_head(module: nn.Module, architecture: Architecture, tokens: Tensor) -> None:
-    """Raise unless the head applied to the final norm's output gives the network's logits."""
-    _, state = next(_final_states(module, architecture, tokens, 1, "float32"))
+def _linear_head(module: nn.Module, architecture: Architecture, tokens: Tensor) -> nn.Linear:
+    """The head, which must give the network's logits when applied to the final norm's output."""
     head = module.get_submodule(architecture.head)
-    expected = module(input_ids=tokens.to(state.device), use_cache=False).logits[:, :-1].float()
+    if not isinstance(head, nn.Linear):
+        kind = type(head).__name__
+        raise InputError(f"{architecture.head} of the reference is a {kind}, expected a Linear")
+    few = tokens[:1, : min(8, tokens.shape[1])]
+    _, state = next(_final_states(module, architecture, few, 1, "float32"))
+    expected = module(input_ids=few.to(state.device), use_cache=False).logits[:, :-1].float()
     difference = float((head(state).float() - expected).abs().max())
     if not difference <= _HEAD_TOLERANCE * max(1.0, float(expected.abs().max())):
         raise InputError(
@@ -330,6 +338,7 @@ def _check_head(module: nn.Module, architecture: Architecture, tokens: Tensor) -
             f"{architecture.final_norm} (they differ by {difference:.2g}); networks that scale or "
             "cap their logits cannot be evaluated"
         )
+    return head
 
 
 def _checked_windows(module: nn.Module, architecture: Architecture, windows: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from quantforge_kernels.layout import pack, unpack
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,10 +20,11 @@ class CandidateStore:
 
     Attributes:
         folder: one `<layer>.safetensors` a layer; made on first `put`.
+        device: where `get` puts what it reads.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        self.folder, self.device = folder, device
 
     def _path(self, layer: str) -> Path:
         return self.folder / f"{layer}.safetensors"
@@ -46,8 +48,8 @@ class CandidateStore:
         path = self._path(layer)
         try:
             with safe_open(path, framework="pt") as file:
-                words = file.get_tensor(f"{spec}.codes")
-                scale = file.get_tensor(f"{spec}.scale")
+                words = file.get_tensor(f"{spec}.codes").to(self.device)
+                scale = file.get_tensor(f"{spec}.scale").to(self.device)
                 columns = int(file.metadata()["columns"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from quantforge.errors import InputError
@@ -137,3 +138,8 @@ class Model:
     layers: tuple[LayerInfo, ...]
     source: ModelSource
     tokenizer: Any = field(default=None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is, and where what it works with has to be."""
+        return next(self.module.parameters()).device

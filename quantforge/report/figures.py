@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from quantforge.hull import LEAST_KL, lower_hull
 from quantforge.report.numbers import (
     KEPT,
     bits_of,
     is_uniform,
-    lower_hull,
     place,
     significant,
     with_error,
@@ -47,9 +47,9 @@ class Axes:
     bottom: float = 366
 
     @classmethod
-    def around(cls, points: Sequence[tuple[float, float]]) -> Axes:
-        """Axes that hold all points with a margin."""
-        bits, logs = [p[0] for p in points], [math.log(p[1]) for p in points]
+    def around(cls, bits: Sequence[float], kl: Sequence[float]) -> Axes:
+        """Axes that hold all stored bits and all KLs, which are positive, with a margin."""
+        logs = [math.log(value) for value in kl]
         pad_bits = max(0.1, 0.06 * (max(bits) - min(bits)))
         pad_log = max(0.2, 0.08 * (max(logs) - min(logs)))
         return cls(
@@ -86,27 +86,26 @@ class Axes:
 def curve_figure(report: Report) -> str:
     """Stored bits against held-out KL: uniform networks, their lower hull, plan and result.
 
-    Points with a KL of 0 or an infinite one have no place on the scale and are left out; empty
-    text if none is left.
+    A network with no measurable KL lies on the lower edge and is not part of the hull; one whose KL
+    is not finite is left out. Empty text if no network has a KL that can be drawn.
     """
-    drawn = [p for p in report.curve if 0 < p.quality.kl < math.inf]
     final = CurvePoint(
         name="finished network", stored_bits=report.sizes.stored_bits, quality=report.quality
     )
-    if 0 < final.quality.kl < math.inf:
-        drawn.append(final)
-    if not drawn:
+    drawn = [p for p in (*report.curve, final) if math.isfinite(p.quality.kl)]
+    on_scale = [p for p in drawn if p.quality.kl >= LEAST_KL]
+    if not on_scale:
         return ""
-    axes = Axes.around([(p.stored_bits, p.quality.kl) for p in drawn])
+    axes = Axes.around([p.stored_bits for p in drawn], [p.quality.kl for p in on_scale])
     uniform = [p for p in drawn if is_uniform(p)]
-    hull = lower_hull([(p.stored_bits, math.log(p.quality.kl)) for p in uniform])
+    hull = lower_hull((p.stored_bits, p.quality.kl) for p in uniform)
     parts = [_grid(axes)]
     if len(hull) > 1:
-        path = " ".join(f"{axes.x(b):.2f},{axes.y(math.exp(v)):.2f}" for b, v in hull)
+        path = " ".join(f"{axes.x(b):.2f},{axes.y(kl):.2f}" for b, kl in hull)
         parts.append(f'<polyline class="hull" points="{path}"/>')
     labels = _Labels(axes)
     labels.keep_off_points([(p.stored_bits, p.quality.kl) for p in drawn])
-    labels.keep_off_line([(b, math.exp(v)) for b, v in hull])
+    labels.keep_off_line(hull)
     parts.extend(_uniform_mark(p, axes) for p in uniform)
     for point in (p for p in drawn if not is_uniform(p)):
         kind = "final" if point is final else "plan"

@@ -204,7 +204,8 @@ def _curve(report: Report) -> str:
         "Circles: uniform networks, one width and grouping for all layers. Dashed: their lower "
         "hull. Open diamond: the plan with the same one-pass compensation, the fair comparison. "
         "Filled diamond: the finished network, after everything else this run did. Bars: one "
-        "standard error. Lower and further left is better."
+        "standard error. On the lower edge: no KL above the rounding of the arithmetic. Lower and "
+        "further left is better."
     )
     return _figure("Size and quality against uniform networks", figure, caption)
 

@@ -50,25 +50,6 @@ def plan_point(report: Report) -> CurvePoint | None:
     return next((point for point in report.curve if not is_uniform(point)), None)
 
 
-def lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Lower convex hull of points (x, y), from left to right (Andrew's monotone chain)."""
-    hull: list[tuple[float, float]] = []
-    for point in sorted(set(points)):
-        if hull and hull[-1][0] == point[0]:
-            continue  # same size, larger loss: sorting put the better one first
-        while len(hull) > 1 and _above_line(hull[-2], hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return hull
-
-
-def _above_line(
-    left: tuple[float, float], middle: tuple[float, float], right: tuple[float, float]
-) -> bool:
-    rise = (middle[1] - left[1]) * (right[0] - left[0])
-    return rise >= (right[1] - left[1]) * (middle[0] - left[0])
-
-
 def significant(value: float, digits: int = 3) -> str:
     """`value` with so many significant digits, plain between 1e-4 and 1e6."""
     if math.isnan(value):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -130,7 +129,7 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
         config: solver and tying rules.
 
     Raises:
-        BudgetError: even the cheapest candidates exceed the budget; names the floor.
+        BudgetError: all of the solver's plans exceed the budget; names the range they reach.
     """
     items = _items(sensitivity, config)
     loss, cost = _tables(sensitivity, items)
@@ -138,11 +137,12 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
     limit = budget.total_bits(weights)
     picks = SOLVERS[config.solver](loss, cost, limit)
     if picks is None:
-        cheapest = np.where(np.isfinite(loss), cost, np.iinfo(np.int64).max).min(axis=1)
-        floor = math.ceil(int(cheapest.sum()) / weights * 1000) / 1000
+        low, high = reachable_bits(sensitivity, config)
+        floor = math.ceil(low * 1000) / 1000
+        kind = "uniform plans" if config.solver == "uniform" else "plans"
         raise BudgetError(
-            f"budget {budget.text} cannot be met: the smallest plan needs {floor:.3f} stored bits "
-            f"a weight; raise --budget to at least {floor:.3f}bit"
+            f"budget {budget.text} cannot be met: {kind} reach {floor:.3f} to {high:.3f} stored "
+            f"bits a weight; raise --budget to at least {floor:.3f}bit"
         )
     assignment: dict[str, QuantSpec | None] = {}
     for rows, pick in zip(items, picks, strict=True):
@@ -154,12 +154,15 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
 
 
 def reachable_bits(sensitivity: Sensitivity, config: SearchConfig) -> tuple[float, float]:
-    """Lowest and highest average stored bits that the candidates can give."""
+    """Lowest and highest average stored bits that plans of the configured solver can have."""
     loss, cost = _tables(sensitivity, _items(sensitivity, config))
     feasible = np.isfinite(loss)
+    weights = sum(layer.numel for layer in sensitivity.layers)
+    if config.solver == "uniform":
+        totals = cost.sum(axis=0)[feasible.all(axis=0)]
+        return float(totals.min() / weights), float(totals.max() / weights)
     lowest = np.where(feasible, cost, np.iinfo(np.int64).max).min(axis=1).sum()
     highest = np.where(feasible, cost, 0).max(axis=1).sum()
-    weights = sum(layer.numel for layer in sensitivity.layers)
     return float(lowest / weights), float(highest / weights)
 
 
@@ -173,32 +176,3 @@ def uniform_plans(sensitivity: Sensitivity) -> list[BitPlan]:
                 make_plan(sensitivity, assignment, budget=f"uniform {spec}", solver="uniform")
             )
     return sorted(plans, key=lambda plan: plan.stored_bits)
-
-
-def lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Lower convex hull of (stored bits, log KL) points, by strictly increasing bits."""
-    lowest = dict(sorted(points, reverse=True))
-    hull: list[tuple[float, float]] = []
-    for point in sorted(lowest.items()):
-        while len(hull) >= 2:
-            (x0, y0), (x1, y1) = hull[-2], hull[-1]
-            if (y1 - y0) * (point[0] - x0) < (point[1] - y0) * (x1 - x0):
-                break
-            hull.pop()
-        hull.append(point)
-    return hull
-
-
-def read_hull(points: Sequence[tuple[float, float]], stored_bits: float) -> float | None:
-    """KL of the uniform lower hull at `stored_bits`; None outside the measured range.
-
-    Args:
-        points: (stored bits, KL in nats) of uniform networks.
-        stored_bits: where to read.
-    """
-    hull = lower_hull([(bits, math.log(kl)) for bits, kl in points if kl > 0])
-    for (x0, y0), (x1, y1) in itertools.pairwise(hull):
-        if x0 <= stored_bits <= x1:
-            share = (stored_bits - x0) / (x1 - x0)
-            return math.exp(y0 + share * (y1 - y0))
-    return None

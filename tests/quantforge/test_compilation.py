@@ -34,10 +34,11 @@ def test_tuning_is_judged_against_the_float_network_whatever_was_called_before(
             tokenizer=None,
             monitor=Monitor(),
         )
-        measured = job.measure(fresh=False)  # the second time from the cache: runs no network
-        plan = search(measured.sensitivity, Budget.parse("2.6bit"), job.recipe.search)
-        for _ in job.quantize(plan, measured):
-            pass
+        # the second time from the cache: runs no network
+        with job.measure(fresh=False) as measured:
+            plan = search(measured.sensitivity, Budget.parse("2.6bit"), job.recipe.search)
+            for _ in job.quantize(plan, measured):
+                pass
         assert job.notes == []
         qualities[steps] = job.measure_held_out()
     assert qualities[0].kl > 1e-3

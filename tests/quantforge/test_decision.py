@@ -1,5 +1,7 @@
 """Never worse than uniform: the better network that fits is taken, and the report says so."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,8 +50,29 @@ def test_a_better_uniform_plan_that_fits_is_taken(measured, kl, taken):
     if taken:
         assert set(chosen.plan.assignment.values()) == {QuantSpec(3)}
         assert chosen.plan.budget == "3.6bit"
-        assert "uniform 3b-pc is better" in chosen.warnings[0]
+        assert chosen.warnings[0].startswith("uniform 3b-pc has a held-out KL of 0.2000")
+        assert "0.3000" in chosen.warnings[0]  # the rejected one is told, and nowhere else
     else:
         assert chosen.plan is plan
     assert chosen.cheapest_uniform == ("uniform 4b-pc", 0.04)  # over the budget, and compared
-    assert 0.04 < chosen.hull_kl < 0.2
+    assert 0.04 < chosen.hull_kl <= 0.2 + 1e-12
+    assert chosen.curve[0].name == "plan"
+    assert chosen.curve[0].stored_bits == chosen.plan.stored_bits
+    assert chosen.curve[0].quality.kl == (0.2 if taken else 0.1)
+    assert chosen.curve[1:] == measured.uniform
+
+
+def test_hull_and_warning_are_about_the_plan_that_is_executed(measured):
+    budget = Budget.parse("3.6bit")
+    plan = search(measured.sensitivity, budget, SearchConfig())
+    above = replace(measured, uniform=tuple(
+        replace(point, quality=quality(kl))
+        for point, kl in zip(measured.uniform, (0.1, 0.2, 0.04), strict=True)
+    ))  # fmt: skip
+    chosen = choose(plan, quality(0.3), above, budget)
+    (used,) = chosen.warnings  # 2 bits is best of what fits and lies on the hull: no second line
+    assert used.startswith("uniform 2b-pc")
+    assert chosen.hull_kl == pytest.approx(0.1)
+    alone = choose(plan, quality(0.3), replace(measured, uniform=measured.uniform[1:2]), budget)
+    assert alone.hull_kl == pytest.approx(0.2)
+    assert len(alone.warnings) == 1

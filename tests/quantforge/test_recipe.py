@@ -257,3 +257,9 @@ def test_an_option_that_would_do_nothing_is_refused():
         with pytest.raises(UsageError, match=r"does nothing without quantize\.sequential"):
             compose(Target(name="x", model="y"), effort="fast", settings={f"quantize.{key}": value})
         compose(Target(name="x", model="y"), settings={f"quantize.{key}": value})
+
+
+def test_an_output_is_named_by_what_a_folder_may_be_called(here: Path) -> None:
+    assert Target(name="Some.Model").output("3.25bpw") == Path("Some.Model-3.25bpw")
+    assert Target(name="a b/c").output(" vram:24GB@32k") == Path("a-b-c-vram-24GB-32k")
+    assert Target(name="../..").output("3bit") == Path("model-3bit")

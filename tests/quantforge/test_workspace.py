@@ -1,13 +1,13 @@
-"""Outputs are whole or absent, and a discarded measurement is never found again."""
+"""Outputs are whole or absent."""
 
 import os
-import shutil
+import subprocess
+import sys
 
 import pytest
 
-from quantforge import workspace
 from quantforge.errors import UsageError
-from quantforge.workspace import measurement_folder, staging
+from quantforge.workspace import staging
 
 
 def write(folder, text):
@@ -55,19 +55,64 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_name(tmp_path,
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_a_removal_that_is_interrupted_leaves_no_measurement_to_trust(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path))
-    folder = measurement_folder("k" * 64, fresh=False)
-    (folder / "sensitivity.json").touch()
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before it removed any
-    assert measurement_folder("k" * 64, fresh=True) == folder
-    assert not (folder / "sensitivity.json").exists()
+KILLED = """
+import os, pathlib, signal, sys
+from quantforge.workspace import staging
+renames = 0
+rename = pathlib.Path.replace
+
+def counted(path, target):
+    global renames
+    if renames == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    renames += 1
+    return rename(path, target)
+
+pathlib.Path.replace = counted
+with staging(pathlib.Path(sys.argv[1]), force=True) as folder:
+    (folder / "plan.json").write_text("of a killed run")
+"""
 
 
-def test_only_the_latest_measurements_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path))
-    for number in range(workspace.KEPT_MEASUREMENTS + 2):
-        folder = measurement_folder(f"{number}" * 64, fresh=False)
-        os.utime(folder, (number, number))
-    left = sorted(path.name[0] for path in (tmp_path / "measurements").iterdir())
-    assert left == ["2", "3", "4", "5"]
+@pytest.mark.parametrize("renames", [0, 1])
+def test_the_next_run_clears_up_after_one_that_was_killed(tmp_path, renames):
+    output = tmp_path / "out"
+    write(output, "old")
+    command = [sys.executable, "-c", KILLED, str(output), str(renames)]
+    subprocess.run(command, check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert output.exists() == (renames == 0)  # between the renames there is only the copy
+    with pytest.raises(UsageError, match="--force"), staging(output, force=False):
+        pass
+    assert (output / "plan.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_only_what_dead_runs_to_the_same_output_left_is_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    output, dead, alive = tmp_path / "out", ended.pid, os.getppid()
+    stale = [f".out.{dead}.partial", f".out.{dead}.old", f".out.{os.getpid()}.old"]
+    others = [
+        f".out.{alive}.partial", f".out.{alive}.old", f".out.2.{dead}.partial", ".out.x.old",
+        f".other.{dead}.partial", f"out.{dead}.partial", f".out.{dead}.partial.txt",
+    ]  # fmt: skip
+    for name in (*stale, *others, "out"):
+        write(tmp_path / name, name)
+    (tmp_path / f".out.{dead + 1}.partial").touch()  # a file: not what a run leaves
+    with staging(output, force=True) as folder:
+        write(folder, "new")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*others, "out", f".out.{dead + 1}.partial"}
+    assert (output / "plan.json").read_text() == "new"
+
+
+def test_an_empty_output_does_not_hide_the_only_copy(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    write(tmp_path / f".out.{os.getpid()}.old", "old")
+    with staging(output, force=True) as folder:
+        assert (output / "plan.json").read_text() == "old"
+        write(folder, "new")
+    assert (output / "plan.json").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [output]

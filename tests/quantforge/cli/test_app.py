@@ -117,6 +117,16 @@ def test_eval_options_reach_the_pipeline(command, pipeline) -> None:
     assert (options["against"], options["precision"]) == ("b", "bfloat16")
 
 
+@pytest.mark.parametrize("name", ["eval", "plan", "quantize"])
+def test_help_names_every_kind_of_text_that_is_read(command, name: str) -> None:
+    from quantforge.load.documents import LINES_SUFFIXES, PLAIN_SUFFIXES
+
+    shown = " ".join(command(name, "--help").stdout.split())
+    start = shown.index("Text to measure on" if name == "eval" else "Calibration text")
+    for kind in (*PLAIN_SUFFIXES, *LINES_SUFFIXES, ".parquet", "hub data set", "pydoc"):
+        assert kind in shown[start : start + 170], kind
+
+
 def test_generate_streams_text_without_terminal_controls(command, pipeline) -> None:
     outcome = command("generate", "out", "The capital of France is", "--temperature", "0.5")
     assert outcome.stdout == " Paris.\n\ufffd[2J\n"

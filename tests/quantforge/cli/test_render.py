@@ -161,5 +161,3 @@ def test_measurements_show_two_digits_of_their_error(value, error, shown) -> Non
 
 def test_foreign_text_is_one_harmless_line() -> None:
     assert text.one_line(" a\r\n\tb\x1b]0;x\x07 ü\u202e ") == "a b\ufffd]0;x\ufffd ü\ufffd"
-    assert text.file_name("vram:24GB@32k") == "vram-24GB-32k"
-    assert text.file_name("../..") == "model"

@@ -8,8 +8,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from quantforge.hull import lower_hull
 from quantforge.report.figures import Axes, curve_figure, layers_figure
-from quantforge.report.numbers import lower_hull
 
 
 def marks(svg, style):
@@ -53,7 +53,7 @@ def test_points_lie_at_their_bits_and_log_kl(report):
 def test_hull_line_goes_through_the_hull(report):
     root = ElementTree.fromstring(curve_figure(report))
     corners = [p.split(",") for p in root.find("polyline").get("points").split()]
-    uniform = [(p.stored_bits, math.log(p.quality.kl)) for p in report.curve if p.name != "plan"]
+    uniform = [(p.stored_bits, p.quality.kl) for p in report.curve if p.name != "plan"]
     hull = lower_hull(uniform)
     assert len(corners) == len(hull) < len(uniform)
     circles = {
@@ -74,18 +74,50 @@ def test_everything_is_inside_the_figure(report):
 
 
 def test_ticks_are_labelled_with_their_value():
-    axes = Axes.around([(2.03, 6.0), (5.25, 0.02)])
+    axes = Axes.around([2.03, 5.25], [6.0, 0.02])
     assert axes.bits_ticks() == [2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0]
     assert axes.kl_ticks() == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5])
     middle = math.sqrt(0.1 * 1.0)
     assert axes.y(middle) == pytest.approx((axes.y(0.1) + axes.y(1.0)) / 2)
 
 
-def test_points_off_the_logarithm_are_left_out(report, build):
-    zero = dataclasses.replace(report.quality, kl=0.0)
-    only = dataclasses.replace(report.curve[0], quality=zero)
-    assert curve_figure(build(curve=(only,), quality=zero)) == ""
-    assert len(marks(curve_figure(build(curve=(only, *report.curve[1:]))), "uniform")) == 9
+@pytest.mark.parametrize("kl", [0.0, -3e-9, 1e-17])
+def test_a_kl_that_is_only_rounding_lies_on_the_edge_and_stretches_nothing(report, build, kl):
+    def places(svg):
+        return {g.get("data-name"): g.find("circle").get("cy") for g in marks(svg, "uniform")}
+
+    lossless = dataclasses.replace(
+        report.curve[0], name="uniform 8b-pc", stored_bits=5.0,
+        quality=dataclasses.replace(report.quality, kl=kl, kl_stderr=1e-9),
+    )  # fmt: skip
+    without = curve_figure(report)
+    svg = curve_figure(build(curve=(*report.curve, lossless)))
+    found = places(svg)
+    assert float(found.pop("uniform 8b-pc")) == Axes(bits=(2, 5), kl=(1, 2)).bottom
+    assert found == places(without)
+    line = ElementTree.fromstring(svg).find("polyline").get("points")
+    assert line == ElementTree.fromstring(without).find("polyline").get("points")
+
+
+@pytest.mark.parametrize("kl", [0.0, -3e-9, 1e-17, math.inf, math.nan])
+def test_without_a_measurable_kl_there_is_no_figure(report, build, kl):
+    quality = dataclasses.replace(report.quality, kl=kl)
+    only = dataclasses.replace(report.curve[0], quality=quality)
+    assert curve_figure(build(curve=(only,), quality=quality)) == ""
+
+
+def test_the_finished_network_may_be_lossless(report, build):
+    quality = dataclasses.replace(report.quality, kl=-1e-9, kl_stderr=0.0)
+    (mark,) = marks(curve_figure(build(quality=quality)), "final")
+    assert float(mark.find("polygon").get("data-cy")) == Axes(bits=(2, 5), kl=(1, 2)).bottom
+
+
+@pytest.mark.parametrize("kl", [math.inf, math.nan])
+def test_a_kl_that_is_not_finite_is_left_out(report, build, kl):
+    broken = dataclasses.replace(
+        report.curve[0], quality=dataclasses.replace(report.quality, kl=kl)
+    )
+    assert len(marks(curve_figure(build(curve=(broken, *report.curve[1:]))), "uniform")) == 9
 
 
 def test_one_cell_a_layer_with_its_bits(report):

@@ -6,7 +6,6 @@ import pytest
 
 from quantforge.report.numbers import (
     against_uniform,
-    lower_hull,
     percent,
     place,
     significant,
@@ -41,23 +40,6 @@ def test_place():
     assert place("model.layers.12.mlp.experts.3.w1").kind == "mlp.experts.3.w1"
     assert place("layers.0.fc").kind == "fc"
     assert place("lm_head").kind == "lm_head"
-
-
-def test_lower_hull_against_all_pairs():
-    points = [(2.0, 1.8), (2.2, 1.3), (2.5, 1.1), (3.0, -0.3), (3.0, 0.2), (3.5, -0.4), (4.2, -2.0)]
-    hull = lower_hull(points)
-
-    def lowest_chord(x):
-        """The hull's height by brute force: the lowest chord between any two points."""
-        return min(
-            a[1] if a[0] == b[0] else a[1] + (b[1] - a[1]) * (x - a[0]) / (b[0] - a[0])
-            for a in points
-            for b in points
-            if min(a[0], b[0]) <= x <= max(a[0], b[0])
-        )
-
-    assert hull == [p for p in sorted(points) if p[1] <= lowest_chord(p[0]) + 1e-12]
-    assert hull == [(2.0, 1.8), (2.2, 1.3), (3.0, -0.3), (4.2, -2.0)]
 
 
 def test_comparison_with_uniform(report, build):

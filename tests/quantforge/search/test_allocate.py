@@ -10,10 +10,8 @@ import torch
 from quantforge.errors import BudgetError, UsageError
 from quantforge.search.allocate import (
     candidate_bytes,
-    lower_hull,
     make_plan,
     reachable_bits,
-    read_hull,
     search,
     uniform_plans,
 )
@@ -83,6 +81,18 @@ def test_a_budget_below_the_floor_names_the_floor():
     assert set(plan.assignment.values()) == {QuantSpec(2, 64)}
 
 
+def test_the_uniform_solver_names_the_range_of_uniform_plans():
+    sensitivity, config = table(), SearchConfig(solver="uniform")
+    sensitivity.loss[0, 0] = torch.inf  # 2 bits do not fit everywhere: no uniform plan of them
+    low, high = reachable_bits(sensitivity, config)
+    assert (low, high) == (pytest.approx(3 + 16 / 192), 16.0)
+    with pytest.raises(BudgetError, match=r"uniform plans reach 3\.084 to 16\.000 .* 3\.084bit"):
+        search(sensitivity, Budget.parse("3bit"), config)
+    found = search(sensitivity, Budget.parse("3.084bit"), config)
+    assert set(found.assignment.values()) == {QuantSpec(3, -1)}
+    assert reachable_bits(sensitivity, SearchConfig())[0] < 3
+
+
 @pytest.mark.parametrize("text", ["", "3", "bit", "3 bananas", "-3bit", "0bit", "17bit", "nanbit"])
 def test_wrong_budgets_are_refused(text):
     with pytest.raises(UsageError, match="budget"):
@@ -126,21 +136,6 @@ def test_disk_of_all_candidates_is_the_sum_over_those_that_fit():
     assert candidate_bytes(sensitivity) == total / 8
     sensitivity.loss[0, 1] = torch.inf
     assert candidate_bytes(sensitivity) == (total - cost(sensitivity.layers[0], SPECS[1])) / 8
-
-
-def test_hull_drops_points_above_it_and_reads_log_linearly():
-    points = [(2.0, math.exp(1.0)), (3.0, math.exp(0.5)), (4.0, math.exp(-2.0)), (2.5, 50.0)]
-    logs = [(bits, math.log(kl)) for bits, kl in points]
-    assert lower_hull(logs) == [(2.0, pytest.approx(1.0)), (4.0, pytest.approx(-2.0))]
-    assert read_hull(points, 3.0) == pytest.approx(math.exp(-0.5))
-    assert read_hull(points, 1.9) is None
-    assert read_hull(points, 4.1) is None
-
-
-def test_hull_of_points_with_equal_bits_keeps_the_lower_one():
-    points = [(2.0, math.exp(1.0)), (2.0, math.exp(3.0)), (3.0, math.exp(-1.0))]
-    assert read_hull(points, 2.5) == pytest.approx(1.0)
-    assert read_hull(points[:2], 2.0) is None
 
 
 def test_candidates_keep_only_group_sizes_that_divide_some_row():
