@@ -11,7 +11,8 @@ Linears only: embeddings, norms and the head stay float on both sides. A row is
                               refit, stagewise (a layer sees the quantized layers before it in
                               its block) or choose (coefficients chosen for each layer on
                               held-out tokens)
-    tuned:SPEC, plan:BUDGET   all that the recipe does
+    tuned:SPEC, plan:BUDGET   all that the recipe does; an asymmetric SPEC ("3b-g64-asym") adds
+                              asymmetric candidates to all rows that choose among them
     fast:BUDGET               one-pass integers, without tuning
 
 The last columns are the paired difference to the first row, in KL, on each text. Matrix products of
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             effort="balanced",
             seed=options.seed,
             device="cpu",
-            settings=json.loads(options.settings),
+            settings=candidates(options.rows) | json.loads(options.settings),
             trust_remote_code=False,
             tokenizer=None,
             monitor=Monitor(progress=show),
@@ -118,6 +119,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(rows, options.text, rows[0]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory {peak:.2f} GB, load average {os.getloadavg()[0]:.1f}")
+
+
+def candidates(rows: Sequence[str]) -> dict[str, bool]:
+    """Settings without which a row finds no integers in the store."""
+    asymmetric = any(row.startswith(MEASURED) and row.endswith("-asym") for row in rows)
+    return {"search.asymmetric": True} if asymmetric else {}
 
 
 def make(job: Job, name: str, measured: Measurement | None) -> BitPlan:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantforge.methods.rtn import minmax_grid, minmax_scale, round_to_nearest
+from quantforge.methods.rtn import minmax_grid, round_to_nearest
 from quantforge.types import QuantSpec
 
 SMALLEST_MAGNITUDE = 1e-4
@@ -117,9 +117,7 @@ def search_clip(
     for step in range(max(1, math.ceil(steps * deepest - 1e-9))):
         limit = largest * (1.0 - step / steps)
         clipped = clip_groups(weight, limit)
-        scale, zero = minmax_scale(clipped, spec), None
-        if not spec.symmetric:
-            scale, zero = minmax_grid(clipped, spec)
+        scale, zero = minmax_grid(clipped, spec)
         rounded = round_to_nearest(clipped, scale, spec, zero).dequantize()
         difference = (rounded - weight).view(shape)
         seen = torch.bmm(difference.transpose(0, 1), blocks).transpose(0, 1)

@@ -14,7 +14,6 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from quantforge.errors import InputError
 from quantforge.methods.compensation import (
     FEEDBACKS,
     Feedback,
@@ -22,7 +21,7 @@ from quantforge.methods.compensation import (
     compensate,
     shifted_target,
 )
-from quantforge.methods.gptq import fit_scale
+from quantforge.methods.gptq import fit_grid
 from quantforge.methods.refit import refit_scales
 from quantforge.methods.rtn import round_to_nearest
 from quantforge.numerics import Factor, factorize, output_error
@@ -114,18 +113,15 @@ def quantize_layer(
     Args:
         weight: [out, in] float32.
         stage: moments of its input.
-        spec: width and grouping.
+        spec: width, grouping and symmetry.
         config: method, its candidates, grid.
 
     Raises:
-        InputError: the spec is asymmetric, for which this stage has no grid; or weight or moments
-            hold NaN or Inf.
+        InputError: weight or moments hold NaN or Inf.
     """
-    if not spec.symmetric:
-        raise InputError(f"no asymmetric grid in this stage, got {spec}; give a symmetric spec")
     factor = stage.factor(config.damping[0])
-    scale = fit_scale(weight, factor, spec, config.grid)
-    rounded = round_to_nearest(weight, scale, spec)
+    scale, zero = fit_grid(weight, factor, spec, config.grid)
+    rounded = round_to_nearest(weight, scale, spec, zero)
     if config.method == "rtn":
         return Compensated(quantized=rounded, rounded=rounded, factor=factor, choice=None)
     best: Compensated | None = None
@@ -154,13 +150,15 @@ def _apply(
     target, cross = weight, moments.cross
     if feedback.target and cross is not None:
         target = shifted_target(weight, cross, factor, feedback.target)
-    scale = fit_scale(target, factor, spec, config.grid)
-    made = compensate(weight, factor, spec, scale, cross=cross, feedback=feedback)
+    scale, zero = fit_grid(target, factor, spec, config.grid)
+    made = compensate(weight, factor, spec, scale, zero=zero, cross=cross, feedback=feedback)
     if not config.refit:
         return made
     share = feedback.target + feedback.mismatch
     term = share * (weight @ cross) if share and cross is not None else None
-    fitted = refit_scales(made.codes, weight, moments.gram, made.scale, spec, cross_term=term)
+    fitted = refit_scales(
+        made.codes, weight, moments.gram, made.scale, spec, zero=made.zero, cross_term=term
+    )
     return replace(made, scale=fitted.bfloat16())
 
 
