@@ -8,9 +8,9 @@ Linears only: embeddings, norms and the head stay float on both sides. A row is
     METHOD[+OPTION...]:SPEC   sequential compensation without tuning; METHOD is rtn or a member of
                               the family (gptq, gptaq, foem, foem-gptaq, qep, qronos), an OPTION a
                               grid (minmax, mse, diagonal, conditional; rtn alone has minmax),
-                              refit, stagewise (a layer sees the quantized layers before it in
-                              its block) or choose (coefficients chosen for each layer on
-                              held-out tokens)
+                              refit, magr (with the paper's strength), stagewise (a layer
+                              sees the quantized layers before it in its block) or choose
+                              (coefficients chosen for each layer on held-out tokens)
     tuned:SPEC, plan:BUDGET   all that the recipe does; an asymmetric SPEC ("3b-g64-asym") adds
                               asymmetric candidates to all rows that choose among them
     fast:BUDGET               one-pass integers, without tuning
@@ -46,11 +46,13 @@ from quantforge.results import Quality
 from quantforge.search.allocate import search, uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.testing import offgrid
-from quantforge.types import BitPlan, QuantSpec
+from quantforge.types import PER_CHANNEL, BitPlan, QuantSpec
 
 # Rows that need sensitivities and candidates.
 MEASURED = ("plan:", "fast:", "tuned:")
 CHOICES: dict[str, object] = {"mismatch": (0.0, 0.25, 0.5, 0.75, 1.0), "pull": (0.0, 0.1)}
+# What MagR's paper takes.
+MAGR_PER_CHANNEL, MAGR_GROUPS = 1e-3, 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,8 @@ def compensated(job: Job, words: Sequence[str], spec: QuantSpec) -> BitPlan:
             update |= CHOICES if method in CROSS_METHODS else {"pull": CHOICES["pull"]}
         elif extra == "stagewise":
             update["true_sequential"] = True
+        elif extra == "magr":
+            update["magr"] = MAGR_PER_CHANNEL if spec.group_size == PER_CHANNEL else MAGR_GROUPS
         else:
             update |= {"refit": True} if extra == "refit" else {"grid": extra}
     layers = job.model.layers

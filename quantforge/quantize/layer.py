@@ -3,7 +3,8 @@
 Every candidate is a `Feedback` (how much of the earlier layers' errors is repaired, how strongly
 the weights are pulled back) and a damping. All of them are fitted on the fitting tokens; where
 there are several, the one whose output on held-out tokens is nearest to the float network's is
-kept, for the loss on the fitting tokens always prefers the least regularised.
+kept, for the loss on the fitting tokens always prefers the least regularised. Where MagR is asked
+for, all of them start from the weight it makes; what they are judged by is the weight itself.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from quantforge.methods.compensation import (
     shifted_target,
 )
 from quantforge.methods.gptq import fit_grid
+from quantforge.methods.magr import magr
 from quantforge.methods.refit import refit_scales
 from quantforge.methods.rtn import round_to_nearest
 from quantforge.numerics import Factor, factorize, output_error
@@ -114,14 +116,15 @@ def quantize_layer(
         weight: [out, in] float32.
         stage: moments of its input.
         spec: width, grouping and symmetry.
-        config: method, its candidates, grid.
+        config: method, its candidates, grid, MagR's strength.
 
     Raises:
         InputError: weight or moments hold NaN or Inf.
     """
     factor = stage.factor(config.damping[0])
-    scale, zero = fit_grid(weight, factor, spec, config.grid)
-    rounded = round_to_nearest(weight, scale, spec, zero)
+    start = magr(weight, stage.fitting.gram, spec, strength=config.magr) if config.magr else weight
+    scale, zero = fit_grid(start, factor, spec, config.grid)
+    rounded = round_to_nearest(start, scale, spec, zero)
     if config.method == "rtn":
         return Compensated(quantized=rounded, rounded=rounded, factor=factor, choice=None)
     best: Compensated | None = None
@@ -129,7 +132,9 @@ def quantize_layer(
     allowed = choices(config)
     for choice in allowed:
         factor = stage.factor(choice.damping)
-        quantized = _apply(weight, stage.fitting, factor, spec, choice.feedback, config)
+        quantized = _apply(start, stage.fitting, factor, spec, choice.feedback, config)
+        if config.refit:
+            quantized = _refitted(quantized, weight, stage.fitting, choice.feedback)
         made = Compensated(quantized=quantized, rounded=rounded, factor=factor, choice=choice)
         error = _held_out_error(weight, stage, quantized) if len(allowed) > 1 else 0.0
         if best is None or error < least:
@@ -151,13 +156,17 @@ def _apply(
     if feedback.target and cross is not None:
         target = shifted_target(weight, cross, factor, feedback.target)
     scale, zero = fit_grid(target, factor, spec, config.grid)
-    made = compensate(weight, factor, spec, scale, zero=zero, cross=cross, feedback=feedback)
-    if not config.refit:
-        return made
-    share = feedback.target + feedback.mismatch
+    return compensate(weight, factor, spec, scale, zero=zero, cross=cross, feedback=feedback)
+
+
+def _refitted(
+    made: QuantizedWeight, weight: Tensor, moments: StageMoments, feedback: Feedback
+) -> QuantizedWeight:
+    """The scales that are best for the integers, as far as the method answers for x̃ ≠ x."""
+    share, cross = feedback.target + feedback.mismatch, moments.cross
     term = share * (weight @ cross) if share and cross is not None else None
     fitted = refit_scales(
-        made.codes, weight, moments.gram, made.scale, spec, zero=made.zero, cross_term=term
+        made.codes, weight, moments.gram, made.scale, made.spec, zero=made.zero, cross_term=term
     )
     return replace(made, scale=fitted.bfloat16())
 

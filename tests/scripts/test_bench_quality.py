@@ -55,3 +55,13 @@ def test_asymmetric_rows_are_compensated_and_tuned(measure):
     assert all(value > 0 for value in kl.values())
     assert len(set(kl.values())) == len(names)
     assert kl["gptq:3b-g32-asym"] < 0.7 * kl["rtn:3b-g32-asym"] < kl["rtn:3b-g32"]
+
+
+def test_options_change_the_network_and_not_its_size(measure):
+    names = [
+        "gptq:2b-g32", "gptq+magr:2b-g32",  "rtn+magr+diagonal:2b-g32-asym"
+    ]  # fmt: skip
+    kl, bits = measure(*names)
+    assert [bits[name] for name in names] == pytest.approx([2.5, 2.5, 2.5625])
+    assert len(set(kl.values())) == len(names)
+    assert all(0 < value < 2 for value in kl.values())

@@ -10,6 +10,7 @@ from quantforge.errors import InputError
 from quantforge.load.huggingface import from_module
 from quantforge.methods.compensation import FEEDBACKS, compensate, shifted_target
 from quantforge.methods.gptq import fit_grid, gptq
+from quantforge.methods.magr import magr
 from quantforge.numerics import factorize, output_error
 from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig, RoundingConfig
@@ -282,6 +283,46 @@ def test_zero_points_pay_where_weights_have_a_mean(method):
         assert (made.quantized.zero is None) == symmetric
         assert made.quantized.spec == spec
     assert errors[False] < 0.6 * errors[True]
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "qep"])
+def test_magr_is_what_is_compensated_and_errors_are_those_to_the_weight_itself(trained, method):
+    options = {"precision": "float32", "method": method}
+    spec = QuantSpec(2)
+    _, done = run(trained, lambda layer: spec, QuantizeConfig(**options, magr=3e-3))
+    tokens = markov_tokens(16, 32, seed=4)
+    for one in done[:3]:  # the first stage reads the same whatever the method did
+        weight = trained.get_submodule(one.layer.name).weight.detach()
+        inputs = stage_input(trained, one.layer.name, tokens)
+        gram = inputs.T @ inputs / len(inputs)
+        moved = magr(weight, gram, spec, strength=3e-3)
+        moments = StageMoments(gram=gram, cross=torch.zeros_like(gram))
+        expected = quantize_layer(moved, Stage(moments, None), spec, QuantizeConfig(**options))
+        same = (one.weight.codes == expected.quantized.codes).float().mean()
+        assert same > 0.995, float(same)
+        difference = one.weight.dequantize() - weight
+        error = float(difference.square().sum() / weight.square().sum())
+        assert one.report.weight_error == pytest.approx(error)
+        seen = output_error(difference, gram).sum() / output_error(weight, gram).sum()
+        assert one.report.output_error == pytest.approx(float(seen), rel=1e-3)
+        assert not torch.equal(one.weight.codes, quantize_layer(
+            weight, Stage(moments, None), spec, QuantizeConfig(**options)
+        ).quantized.codes)  # fmt: skip
+
+
+def test_magr_takes_outliers_that_correlated_inputs_can_do_without():
+    """Inputs come in equal pairs, so a large weight can be shared with the other of its pair."""
+    generator = torch.Generator().manual_seed(9)
+    gram = torch.eye(32).repeat(2, 2)
+    weight = 0.1 * torch.randn(16, 64, generator=generator)
+    weight[:, 5] = 1.0
+    moments = StageMoments(gram=gram, cross=None)
+    errors = {}
+    for strength in (0.0, 0.2):
+        config = QuantizeConfig(method="rtn", grid="minmax", magr=strength)
+        made = quantize_layer(weight, Stage(moments, None), QuantSpec(3), config)
+        errors[strength] = float(output_error(made.quantized.dequantize() - weight, gram).sum())
+    assert errors[0.2] < 0.5 * errors[0.0]
 
 
 def test_an_asymmetric_rounding_is_learned_and_keeps_its_zero_points(trained):
