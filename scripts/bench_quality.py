@@ -8,7 +8,7 @@ Linears only: embeddings, norms and the head stay float on both sides. A row is
     METHOD[+OPTION...]:SPEC   sequential compensation without tuning; METHOD is rtn or a member of
                               the family (gptq, gptaq, foem, foem-gptaq, qep, qronos), an OPTION a
                               grid (minmax, mse, diagonal, conditional; rtn alone has minmax),
-                              refit, magr (with the paper's strength), stagewise (a layer
+                              refit, magr (with the paper's strength), awq, stagewise (a layer
                               sees the quantized layers before it in its block) or choose
                               (coefficients chosen for each layer on held-out tokens)
     tuned:SPEC, plan:BUDGET   all that the recipe does; an asymmetric SPEC ("3b-g64-asym") adds
@@ -164,7 +164,7 @@ def compensated(job: Job, words: Sequence[str], spec: QuantSpec) -> BitPlan:
         elif extra == "magr":
             update["magr"] = MAGR_PER_CHANNEL if spec.group_size == PER_CHANNEL else MAGR_GROUPS
         else:
-            update |= {"refit": True} if extra == "refit" else {"grid": extra}
+            update |= {extra: True} if extra in ("awq", "refit") else {"grid": extra}
     layers = job.model.layers
     cost = sum(spec.stored_bits(layer.out_features, layer.in_features) for layer in layers)
     plan = BitPlan(

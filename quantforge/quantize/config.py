@@ -75,6 +75,8 @@ class QuantizeConfig(Config):
             they are quantized. Off: it takes half as long again, and lowered the held-out KL of
             SmolLM2-135M at 3 bits by 0.003 ± 0.005.
         grid: what the scales minimise.
+        awq: before a block is quantized, divide input channels of its layers where that folds into
+            the norm or linear before them, by the scale with the least error of plain rounding.
         magr: MagR's strength, in units of the weights: before the grid is fitted a layer's weight
             moves to where the range of its groups is smaller and its output almost the same. The
             paper takes 1e-3 per channel and 1e-4 for groups; 0 switches it off.
@@ -95,6 +97,7 @@ class QuantizeConfig(Config):
     sequential: bool = True
     true_sequential: bool = False
     grid: Literal["minmax", "mse", "diagonal", "conditional"] = "diagonal"
+    awq: bool = False
     magr: float = Field(default=0.0, ge=0)
     refit: bool = False
     damping: Coefficients = Field(default=(0.01,), min_length=1)
@@ -133,7 +136,7 @@ class QuantizeConfig(Config):
             return self
         fields = QuantizeConfig.model_fields
         for name in (
-            "method", "mismatch", "pull", "pull_form", "true_sequential", "grid",
+            "method", "mismatch", "pull", "pull_form", "true_sequential", "grid", "awq",
             "magr", "refit", "damping",
         ):  # fmt: skip
             if getattr(self, name) != fields[name].default:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import quantforge
 from quantforge.errors import CancelledError, InputError, ResourceError, UsageError
-from quantforge.testing import markov_tokens, save_tiny_checkpoint, tiny_llama
+from quantforge.testing import markov_tokens, save_tiny_checkpoint, tiny_llama, train
 
 SETTINGS = {
     "search.group_sizes": [32, -1],
@@ -43,7 +43,8 @@ def batches():
         (quantforge.quantize, "tune scales"),
     ],
 )
-def test_a_cancelled_run_gives_a_network_in_memory_its_weights_back(call, stage):
+@pytest.mark.parametrize("awq", [False, True])
+def test_a_cancelled_run_gives_a_network_in_memory_its_weights_back(call, stage, awq):
     module = tiny_llama(blocks=2)
     module.train(True)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -57,14 +58,34 @@ def test_a_cancelled_run_gives_a_network_in_memory_its_weights_back(call, stage)
 
     with pytest.raises(CancelledError):
         call(
-            module, budget="3bit", calibration=batches(), settings=SETTINGS, progress=progress,
-            cancel=cancel,
+            module, budget="3bit", calibration=batches(), progress=progress, cancel=cancel,
+            settings=SETTINGS | {"quantize.awq": awq},
         )  # fmt: skip
     assert stage in seen
     after = module.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert module.training == (call is quantforge.quantize)
+
+
+def test_what_was_folded_is_what_is_written(tmp_path):
+    module, folder = train(tiny_llama(blocks=2)), tmp_path / "out"
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    settings = SETTINGS | {
+        "quantize.awq": True, "quantize.magr": 1e-4, "quantize.rounding.steps": 2,
+    }  # fmt: skip
+    quantforge.quantize(
+        module, budget="3bit", calibration=batches(), settings=settings, output=folder
+    )
+    norms = [n for n in before if n.endswith("layernorm.weight")]
+    ratios = torch.cat([before[n] / module.get_parameter(n).detach() for n in norms])
+    assert (ratios - 1.0).abs().max() > 0.05  # more than tuning moves them
+    loaded, tokens = quantforge.load(folder), markov_tokens(2, 24, seed=50)
+    with torch.no_grad():
+        found, expected = (m(input_ids=tokens).logits for m in (loaded, module))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for name in norms:
+        assert torch.equal(loaded.get_parameter(name), module.get_parameter(name))
 
 
 @pytest.mark.parametrize("file", ["uniform.json", "traces.safetensors", "candidates"])

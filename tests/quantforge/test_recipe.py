@@ -254,7 +254,7 @@ def test_one_coefficient_stands_for_a_list_of_one():
 
 def test_an_option_that_would_do_nothing_is_refused():
     for key, value in (
-        ("method", "rtn"), ("grid", "mse"), ("damping", 0.1), ("rounding.steps", 9),
+        ("method", "rtn"), ("grid", "mse"), ("damping", 0.1), ("rounding.steps", 9), ("awq", True),
         ("magr", 1e-4), ("refit", True),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=r"does nothing without quantize\.sequential"):

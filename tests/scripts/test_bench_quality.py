@@ -59,9 +59,9 @@ def test_asymmetric_rows_are_compensated_and_tuned(measure):
 
 def test_options_change_the_network_and_not_its_size(measure):
     names = [
-        "gptq:2b-g32", "gptq+magr:2b-g32",  "rtn+magr+diagonal:2b-g32-asym"
+        "gptq:2b-g32", "gptq+magr:2b-g32", "gptq+awq:2b-g32", "rtn+magr+awq+diagonal:2b-g32-asym"
     ]  # fmt: skip
     kl, bits = measure(*names)
-    assert [bits[name] for name in names] == pytest.approx([2.5, 2.5, 2.5625])
+    assert [bits[name] for name in names] == pytest.approx([2.5, 2.5, 2.5, 2.5625])
     assert len(set(kl.values())) == len(names)
     assert all(0 < value < 2 for value in kl.values())
