@@ -22,6 +22,11 @@ from quantforge.numerics import GramAccumulator
 Precision = Literal["float32", "bfloat16"]
 
 
+def product_dtype(precision: Precision) -> torch.dtype:
+    """What matrix products round their operands to."""
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
 def compute_in(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
     """Context in which matrix products run in `precision`; weights and residuals stay float32."""
     if precision == "float32":
@@ -182,9 +187,9 @@ def stage_grams(
         advance: also move the walk to the block's exit.
     """
     readers = stage_readers(block, architecture)
-    device = walk.hidden[0].device
+    device, product = walk.hidden[0].device, product_dtype(walk.precision)
     grams = {name: GramAccumulator(features, device) for name, features in readers.items()}
-    with input_hooks(block, list(readers), lambda name, inputs: grams[name].add(inputs)):
+    with input_hooks(block, list(readers), lambda name, inputs: grams[name].add(inputs, product)):
         for index, output in enumerate(walk.outputs(block)):
             if advance:
                 walk.hidden[index] = output

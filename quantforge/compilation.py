@@ -57,7 +57,7 @@ from quantforge.types import BitPlan, CalibrationSet, QuantSpec, Sensitivity
 from quantforge.workspace import machine_traits, measurement_folder
 
 # Raised with every change of what calibration computes: older measurements are then not used.
-MEASUREMENT_VERSION = 2
+MEASUREMENT_VERSION = 3
 TRACES = "traces.safetensors"
 UNIFORM = "uniform.json"
 

@@ -10,13 +10,11 @@ import itertools
 from dataclasses import dataclass, replace
 
 import torch
+from quantforge_kernels.moment import add_cross, add_gram
 from torch import Tensor
 
 from quantforge.errors import InputError
 
-# A gram is computed in strips of columns: a strip needs only the rows from its own diagonal down,
-# which saves up to half of the products.
-STRIPS = 4
 MAX_DAMPING_STEPS = 8
 # Smallest diagonal entry of a live input, relative to the mean: below it only rounding errors of
 # the sums are left, and with little damping a factor would blow them up.
@@ -27,7 +25,7 @@ class GramAccumulator:
     """Accumulates X Xᵀ over batches of inputs.
 
     Attributes:
-        total: [in, in] float32, lower triangle of strips filled; read through `mean`.
+        total: [in, in] float32, lower triangle; read through `mean`.
         tokens: number of inputs seen.
     """
 
@@ -35,14 +33,10 @@ class GramAccumulator:
         self.total = torch.zeros(features, features, device=device)
         self.tokens = 0
 
-    def add(self, inputs: Tensor) -> None:
-        """Add inputs [..., in] of any float dtype."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        features = rows.shape[1]
-        strip = -(-features // STRIPS)
-        for start in range(0, features, strip):
-            stop = min(start + strip, features)
-            self.total[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
+    def add(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        """Add inputs [..., in] of any float dtype, rounded to `dtype`; sums are float32."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
+        add_gram(self.total, rows)
         self.tokens += rows.shape[0]
 
     def mean(self) -> Tensor:
@@ -72,10 +66,10 @@ class CrossAccumulator:
         self.tokens = 0
 
     def add(self, native: Tensor, quantized: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        """Add pairs [..., in] of any float dtype, multiplied in `dtype`."""
+        """Add pairs [..., in] of any float dtype, rounded to `dtype`; sums are float32."""
         rows = quantized.reshape(-1, quantized.shape[-1])
         difference = native.reshape(rows.shape).float() - rows.float()
-        self.total += difference.to(dtype).T @ rows.to(dtype)
+        add_cross(self.total, difference.to(dtype), rows.to(dtype))
         self.tokens += rows.shape[0]
 
     def mean(self) -> Tensor:

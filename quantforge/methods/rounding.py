@@ -52,11 +52,13 @@ class TrainableWeight:
         latent: [out, in] float32 in codes, requires grad.
         scale: [out, groups] float32, requires grad.
         initial: what it starts from; its grid's width and its zero-points are kept.
+        average: running means of both gradients, once a step has been taken.
     """
 
     latent: Tensor
     scale: Tensor
     initial: QuantizedWeight
+    average: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def start(cls, weight: Tensor, quantized: QuantizedWeight) -> TrainableWeight:
@@ -79,18 +81,27 @@ class TrainableWeight:
         return (1 << self.initial.spec.bits) - 1
 
     @torch.no_grad()
-    def step(self, latent_step: float, scale_step: float) -> None:
+    def step(self, latent_step: float, scale_step: float, momentum: float = 0.0) -> None:
         """Signed descent: latents by `latent_step` codes, scales by `scale_step` of their size.
 
-        Clears the gradients.
+        The sign is that of a running mean of the gradients. Clears the gradients, which must be
+        there.
+
+        Args:
+            latent_step: in codes.
+            scale_step: relative to the scales.
+            momentum: weight of the past in the running mean; 0 takes the last gradient alone.
         """
-        for tensor, size in ((self.latent, latent_step), (self.scale, scale_step)):
-            if tensor.grad is not None:
-                direction = tensor.grad.sign_()
-                if tensor is self.scale:
-                    direction *= tensor.abs()
-                tensor.sub_(direction, alpha=size)
-            tensor.grad = None
+        latent, scale = self.latent.grad, self.scale.grad
+        assert latent is not None and scale is not None
+        if self.average is None:
+            self.average = (latent, scale)
+        else:
+            self.average[0].lerp_(latent, 1.0 - momentum)
+            self.average[1].lerp_(scale, 1.0 - momentum)
+        self.latent.sub_(self.average[0].sign(), alpha=latent_step)
+        self.scale.sub_(self.average[1].sign() * self.scale.abs(), alpha=scale_step)
+        self.latent.grad = self.scale.grad = None
 
     def finish(self) -> QuantizedWeight:
         """The integers and 16-bit scales that were learned."""

@@ -26,6 +26,8 @@ class RoundingConfig(Config):
 
     Attributes:
         steps: training steps a block; 0 switches it off.
+        batch: sequences a step, at most `quantize.batch_size`.
+        momentum: weight of the past in the running mean whose sign a step follows.
         latent_step: first step of the latents, in codes; falls linearly to 0.
         scale_step: first step of the scales, relative to their size; falls linearly to 0.
         check_every: steps between measurements on the held-out sequences.
@@ -33,6 +35,8 @@ class RoundingConfig(Config):
     """
 
     steps: int = Field(default=0, ge=0)
+    batch: int = Field(default=1, ge=1)
+    momentum: float = Field(default=0.8, ge=0, lt=1)
     latent_step: float = Field(default=0.006, gt=0)
     scale_step: float = Field(default=0.0005, ge=0)
     check_every: int = Field(default=20, ge=1)

@@ -17,6 +17,7 @@ included: this never makes a block worse on them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,19 @@ from quantforge.capture import Precision, compute_in
 from quantforge.methods.rounding import TrainableWeight
 from quantforge.quantize.config import RoundingConfig
 from quantforge.types import QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Some sequences of one batch.
+
+    Attributes:
+        batch: index of the batch.
+        rows: which of its sequences.
+    """
+
+    batch: int
+    rows: slice
 
 
 class BlockTask:
@@ -56,22 +70,44 @@ class BlockTask:
         self.inputs, self.targets, self.kwargs = inputs, targets, kwargs
         self.channel_weight = channel_weight / channel_weight.mean()
 
-    def error(self, weights: Mapping[str, Tensor], batch: int) -> Tensor:
-        """Weighted mean squared error of the block's output on one batch, a scalar."""
-        hidden = self.inputs[batch]
+    def error(self, weights: Mapping[str, Tensor], piece: Piece) -> Tensor:
+        """Weighted mean squared error of the block's output on some sequences, a scalar."""
+        hidden = self.inputs[piece.batch][piece.rows]
+        kwargs = _rows(self.kwargs[piece.batch], piece.rows, len(self.inputs[piece.batch]))
         with compute_in(self.precision, hidden.device):
             output = torch.func.functional_call(
-                self.block, dict(weights), args=(hidden,), kwargs=self.kwargs[batch]
+                self.block, dict(weights), args=(hidden,), kwargs=kwargs
             )
         states: Tensor = output[0] if isinstance(output, tuple) else output
-        difference = states.float() - self.targets[batch]
+        difference = states.float() - self.targets[piece.batch][piece.rows]
         return (difference.square() * self.channel_weight).mean()
+
+    def pieces(self, sequences: int) -> list[Piece]:
+        """What is trained on, in parts of at most so many sequences."""
+        batches = range(len(self.inputs) - self.held_out)
+        return [
+            Piece(batch=batch, rows=slice(start, start + sequences))
+            for batch in batches
+            for start in range(0, len(self.inputs[batch]), sequences)
+        ]
 
     @torch.no_grad()
     def held_out_error(self, weights: Mapping[str, Tensor]) -> float:
         """Mean error over the batches that are not trained on."""
         batches = range(len(self.inputs) - self.held_out, len(self.inputs))
-        return sum(float(self.error(weights, batch)) for batch in batches) / self.held_out
+        pieces = [Piece(batch=batch, rows=slice(None)) for batch in batches]
+        return sum(float(self.error(weights, piece)) for piece in pieces) / self.held_out
+
+
+def _rows(value: Any, rows: slice, count: int) -> Any:
+    """The same sequences of a block's other arguments, where they differ from one to another."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim > 0 and len(value) == count > 1 else value
+    if isinstance(value, tuple):
+        return tuple(_rows(one, rows, count) for one in value)
+    if isinstance(value, dict):
+        return {name: _rows(one, rows, count) for name, one in value.items()}
+    return value
 
 
 def refine_block(
@@ -88,7 +124,7 @@ def refine_block(
         floats: layer path inside the block → [out, in] float weight.
         start: layer path → the compensated weight to start from.
         config: steps and step sizes.
-        generator: orders the batches.
+        generator: orders the sequences.
 
     Returns:
         layer path → the weight with the least error on the held-out batches, which may be `start`.
@@ -97,18 +133,18 @@ def refine_block(
     best = dict(start)
     least = task.held_out_error({names[n]: w.dequantize() for n, w in start.items()})
     trained = {name: TrainableWeight.start(floats[name], start[name]) for name in start}
-    batches = len(task.inputs) - task.held_out
+    pieces = task.pieces(config.batch)
     order: list[int] = []
     for step in range(config.steps):
         if not order:
-            order = torch.randperm(batches, generator=generator).tolist()
+            order = torch.randperm(len(pieces), generator=generator).tolist()
         with torch.enable_grad():
             weights = {names[name]: one.weight() for name, one in trained.items()}
-            loss = task.error(weights, order.pop())
+            loss = task.error(weights, pieces[order.pop()])
         torch.autograd.backward(loss)
         remaining = 1.0 - step / config.steps
         for one in trained.values():
-            one.step(config.latent_step * remaining, config.scale_step * remaining)
+            one.step(config.latent_step * remaining, config.scale_step * remaining, config.momentum)
         if (step + 1) % config.check_every == 0 or step + 1 == config.steps:
             reached = {name: one.finish() for name, one in trained.items()}
             error = task.held_out_error({names[n]: w.dequantize() for n, w in reached.items()})

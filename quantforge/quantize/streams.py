@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantforge.capture import BlockWalk, stage_readers
+from quantforge.capture import BlockWalk, product_dtype, stage_readers
 from quantforge.models import Model
 from quantforge.numerics import CrossAccumulator, GramAccumulator
 from quantforge.quantize.config import CROSS_METHODS, QuantizeConfig
@@ -104,12 +104,12 @@ class Streams:
             block: stands at the entrance of the quantized stream.
         """
         sizes = stage_readers(block, self._architecture)
-        device = self.quantized.hidden[0].device
+        device, product = self.quantized.hidden[0].device, product_dtype(self.quantized.precision)
         grams = {name: GramAccumulator(size, device) for name, size in sizes.items()}
         totals = {name: torch.zeros(size, device=device) for name, size in sizes.items()}
         for index in range(self.fitting_batches):
             for name, inputs in self.quantized.inputs(block, index, list(sizes)).items():
-                grams[name].add(inputs)
+                grams[name].add(inputs, product)
                 totals[name] += inputs.flatten(0, -2).float().abs().sum(0)
         return [(gram.mean(), totals[name] / gram.tokens) for name, gram in grams.items()]
 
@@ -122,7 +122,7 @@ class Streams:
     ) -> list[StageMoments]:
         """Moments of what `readers` (path → features) read in some batches."""
         device = self.quantized.hidden[0].device
-        product = torch.bfloat16 if self.quantized.precision == "bfloat16" else torch.float32
+        product = product_dtype(self.quantized.precision)
         grams = {name: GramAccumulator(size, device) for name, size in readers.items()}
         crosses: dict[str, CrossAccumulator] = {}
         if self._compares:
@@ -131,7 +131,7 @@ class Streams:
         for index in batches:
             read = self.quantized.inputs(block, index, names)
             for name, inputs in read.items():
-                grams[name].add(inputs)
+                grams[name].add(inputs, product)
             if self.native is not None and self._compares:
                 meant = self.native.inputs(block, index, names, floats)
                 for name, inputs in read.items():

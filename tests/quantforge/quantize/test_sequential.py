@@ -327,7 +327,7 @@ def test_magr_takes_outliers_that_correlated_inputs_can_do_without():
 
 def test_an_asymmetric_rounding_is_learned_and_keeps_its_zero_points(trained):
     spec = QuantSpec(2, 32, symmetric=False)
-    rounding = RoundingConfig(steps=8, latent_step=0.05, check_every=4)
+    rounding = RoundingConfig(steps=40, latent_step=0.02, check_every=10)
     _, plain = run(trained, lambda layer: spec)
     learned, done = run(
         trained, lambda layer: spec, QuantizeConfig(precision="float32", rounding=rounding)
