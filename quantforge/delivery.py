@@ -90,7 +90,12 @@ def deliver(
         calibration=job.calibration.description,
         settings=job.recipe.model_dump(mode="json"),
         versions=tool_versions(),
-        warnings=(*chosen.warnings, *job.notes, *layer_warnings(rows)),
+        warnings=(
+            *chosen.warnings,
+            *job.notes,
+            *asymmetry_warnings(chosen.plan),
+            *layer_warnings(rows),
+        ),
     )
     if staged is not None:
         write_documents(job, report, chosen.measured.sensitivity, staged)
@@ -116,6 +121,7 @@ def write_checkpoint(
         shard_bytes=job.recipe.export.shard_bytes,
         dtype=KEPT_DTYPE,
         head=job.model.architecture.head,
+        stock_readable=not asymmetric_layers(plan),
     ) as writer:
         for one in layers:
             rows.append(one.report)
@@ -230,6 +236,22 @@ def planned_sizes(job: Job, plan: BitPlan) -> SizeReport:
         checkpoint_bits=8 * size / total,
         reference_bytes=2 * total,
     )
+
+
+def asymmetric_layers(plan: BitPlan) -> list[str]:
+    """Layers whose weights have zero-points, which transformers cannot load."""
+    return [n for n, spec in plan.assignment.items() if spec is not None and not spec.symmetric]
+
+
+def asymmetry_warnings(plan: BitPlan) -> list[str]:
+    """One line where stock tools cannot load what the plan makes."""
+    names = asymmetric_layers(plan)
+    if not names:
+        return []
+    return [
+        f"{len(names)} layers are asymmetric, first {names[0]}: quantforge.load reads the "
+        "checkpoint, stock transformers with compressed-tensors does not"
+    ]
 
 
 def layer_warnings(rows: Iterable[LayerReport]) -> list[str]:

@@ -7,7 +7,7 @@ Hessian has another name here, `curvature`). A gram is factored once and serves 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from quantforge_kernels.moment import add_cross, add_gram
@@ -148,6 +148,18 @@ class Factor:
         importance = torch.empty_like(self.diagonal)
         importance[self.order] = 1.0 / self.upper.diagonal().square()
         return importance
+
+    def rescaled(self, scale: Tensor) -> Factor:
+        """The factor of inputs that were divided by `scale` [in], positive.
+
+        Their gram is D⁻¹ gram D⁻¹, so U D is its factor, with the damping divided along and columns
+        in the old order.
+        """
+        return replace(
+            self,
+            upper=self.upper * scale[self.order],
+            diagonal=self.diagonal / scale.square(),
+        )
 
 
 def factorize(gram: Tensor, *, damping: float = 0.01, act_order: bool = True) -> Factor:

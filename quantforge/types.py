@@ -153,15 +153,17 @@ class QuantizedWeight:
         if (self.zero is None) != self.spec.symmetric:
             raise ValueError("a symmetric weight stores no zero, an asymmetric one must")
 
+    def centre(self) -> Tensor:
+        """The codes that mean 0: int16 [out, groups, 1], or [] the middle one of all groups."""
+        if self.zero is None:
+            return torch.tensor(-self.spec.code_min, dtype=torch.int16, device=self.codes.device)
+        return self.zero.to(torch.int16).unsqueeze(-1)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[out, in] weight in `dtype`: the code difference times the scale, both in `dtype`."""
         out, cols = self.codes.shape
         groups = self.spec.groups(cols)
-        grouped = self.codes.view(out, groups, -1).to(torch.int16)
-        if self.zero is None:
-            offset = grouped - (1 << (self.spec.bits - 1))
-        else:
-            offset = grouped - self.zero.to(torch.int16).unsqueeze(-1)
+        offset = self.codes.view(out, groups, -1).to(torch.int16) - self.centre()
         return (offset.to(dtype) * self.scale.to(dtype).unsqueeze(-1)).view(out, cols)
 
 

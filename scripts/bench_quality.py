@@ -8,10 +8,11 @@ Linears only: embeddings, norms and the head stay float on both sides. A row is
     METHOD[+OPTION...]:SPEC   sequential compensation without tuning; METHOD is rtn or a member of
                               the family (gptq, gptaq, foem, foem-gptaq, qep, qronos), an OPTION a
                               grid (minmax, mse, diagonal, conditional; rtn alone has minmax),
-                              refit, stagewise (a layer sees the quantized layers before it in
-                              its block) or choose (coefficients chosen for each layer on
-                              held-out tokens)
-    tuned:SPEC, plan:BUDGET   all that the recipe does
+                              refit, magr (with the paper's strength), awq, stagewise (a layer
+                              sees the quantized layers before it in its block) or choose
+                              (coefficients chosen for each layer on held-out tokens)
+    tuned:SPEC, plan:BUDGET   all that the recipe does; an asymmetric SPEC ("3b-g64-asym") adds
+                              asymmetric candidates to all rows that choose among them
     fast:BUDGET               one-pass integers, without tuning
 
 The last columns are the paired difference to the first row, in KL, on each text. Matrix products of
@@ -45,11 +46,13 @@ from quantforge.results import Quality
 from quantforge.search.allocate import search, uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.testing import offgrid
-from quantforge.types import BitPlan, QuantSpec
+from quantforge.types import PER_CHANNEL, BitPlan, QuantSpec
 
 # Rows that need sensitivities and candidates.
 MEASURED = ("plan:", "fast:", "tuned:")
 CHOICES: dict[str, object] = {"mismatch": (0.0, 0.25, 0.5, 0.75, 1.0), "pull": (0.0, 0.1)}
+# What MagR's paper takes.
+MAGR_PER_CHANNEL, MAGR_GROUPS = 1e-3, 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             effort="balanced",
             seed=options.seed,
             device="cpu",
-            settings=json.loads(options.settings),
+            settings=candidates(options.rows) | json.loads(options.settings),
             trust_remote_code=False,
             tokenizer=None,
             monitor=Monitor(progress=show),
@@ -132,6 +135,12 @@ def measure_rows(
     return rows
 
 
+def candidates(rows: Sequence[str]) -> dict[str, bool]:
+    """Settings without which a row finds no integers in the store."""
+    asymmetric = any(row.startswith(MEASURED) and row.endswith("-asym") for row in rows)
+    return {"search.asymmetric": True} if asymmetric else {}
+
+
 def make(job: Job, name: str, measured: Measurement | None) -> BitPlan:
     """Put the named network's weights into the job's model; return its plan."""
     kind, _, what = name.partition(":")
@@ -164,8 +173,10 @@ def compensated(job: Job, words: Sequence[str], spec: QuantSpec) -> BitPlan:
             update |= CHOICES if method in CROSS_METHODS else {"pull": CHOICES["pull"]}
         elif extra == "stagewise":
             update["true_sequential"] = True
+        elif extra == "magr":
+            update["magr"] = MAGR_PER_CHANNEL if spec.group_size == PER_CHANNEL else MAGR_GROUPS
         else:
-            update |= {"refit": True} if extra == "refit" else {"grid": extra}
+            update |= {extra: True} if extra in ("awq", "refit") else {"grid": extra}
     layers = job.model.layers
     cost = sum(spec.stored_bits(layer.out_features, layer.in_features) for layer in layers)
     plan = BitPlan(

@@ -1,4 +1,4 @@
-"""A scratch store of candidates: per layer one safetensors file of packed codes and scales."""
+"""A scratch store of candidates: per layer one safetensors file of codes, scales and zeros."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ class CandidateStore:
         return self.folder / f"{layer}.safetensors"
 
     def put(self, layer: str, weights: Mapping[QuantSpec, QuantizedWeight]) -> None:
-        """Write all (symmetric) candidates of one layer, atomically."""
+        """Write all candidates of one layer, atomically."""
         tensors = {}
         for spec, weight in weights.items():
             tensors[f"{spec}.codes"] = pack(weight.codes, spec.bits)
             tensors[f"{spec}.scale"] = weight.scale
+            if weight.zero is not None:  # one byte each: rows of few groups would not pack
+                tensors[f"{spec}.zero"] = weight.zero
         columns = next(iter(weights.values())).codes.shape[1]
         with atomic_path(self._path(layer)) as temporary:
             save_file(tensors, temporary, metadata={"columns": str(columns)})
@@ -50,10 +52,11 @@ class CandidateStore:
             with safe_open(path, framework="pt") as file:
                 words = file.get_tensor(f"{spec}.codes").to(self.device)
                 scale = file.get_tensor(f"{spec}.scale").to(self.device)
+                zero = None if spec.symmetric else file.get_tensor(f"{spec}.zero").to(self.device)
                 columns = int(file.metadata()["columns"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path} is missing or damaged ({error}); run again with --fresh"
             ) from error
         codes = unpack(words, spec.bits, columns)
-        return QuantizedWeight(codes=codes, scale=scale, zero=None, spec=spec)
+        return QuantizedWeight(codes=codes, scale=scale, zero=zero, spec=spec)

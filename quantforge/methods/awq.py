@@ -7,13 +7,17 @@ where the division folds into what produces them (a norm's weight, the rows of t
     s_j = m_j^r / √(max m^r · min m^r),   m_j = max(mean |x_j|, 1e-4)
 
 The exponent r in [0, 1) is the one number that is searched; the caller says what it minimises,
-usually the output error of everything that reads the scaled channels. Weights are then clipped, per
-group, at the share of their range that leaves the least output error.
+usually the output error of everything that reads the scaled channels (`rounding_error`, summed over
+the layers). Weights are then clipped, per group, at the share of their range that leaves the least
+output error.
 
-What differs from the authors' code: the clip's error comes from the diagonal blocks of the gram,
-which hold all calibration tokens, instead of from a sample of tokens. Channels that cross a
-repetition of heads (values into the output projection, under grouped-query attention) cannot be
-scaled one by one; leave those out.
+No stage clips: the grids of `gptq.fit_grid` are searched over the range they cover with the same
+aim, so a clip before them has nothing to add. `search_clip` stays for min-max grids.
+
+What differs from the authors' code: errors come from the gram, which holds all calibration tokens,
+instead of from running a sample of tokens through an attention or MLP; for the clip, from the
+gram's diagonal blocks. Channels that cross a repetition of heads (values into the output
+projection, under grouped-query attention) cannot be scaled one by one; leave those out.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantforge.methods.rtn import minmax_grid, minmax_scale, round_to_nearest
+from quantforge.methods.gptq import Grid, fit_grid
+from quantforge.methods.rtn import minmax_grid, round_to_nearest
+from quantforge.numerics import Factor, output_error
 from quantforge.types import QuantSpec
 
 SMALLEST_MAGNITUDE = 1e-4
@@ -80,6 +86,26 @@ def search_scale(
     )
 
 
+def rounding_error(
+    weight: Tensor, gram: Tensor, factor: Factor, spec: QuantSpec, grid: Grid, scale: Tensor
+) -> float:
+    """Squared output error of a layer rounded to nearest after its inputs were divided by `scale`.
+
+    Args:
+        weight: [out, in] float32 weight for undivided inputs.
+        gram: [in, in] mean of x xᵀ of undivided inputs.
+        factor: of that gram; what the grid is fitted with.
+        spec: width, grouping and symmetry.
+        grid: how the grid is fitted.
+        scale: [in], positive.
+    """
+    scaled = multiply_inputs(weight, scale)
+    steps, zero = fit_grid(scaled, factor.rescaled(scale), spec, grid)
+    rounded = round_to_nearest(scaled, steps, spec, zero).dequantize()
+    difference = rounded / scale - weight
+    return float(output_error(difference, gram).sum(dtype=torch.float64))
+
+
 def multiply_inputs(weight: Tensor, scale: Tensor) -> Tensor:
     """[out, in] weight of a linear whose inputs were divided by `scale` [in]."""
     return weight * scale.to(weight.dtype)
@@ -117,9 +143,7 @@ def search_clip(
     for step in range(max(1, math.ceil(steps * deepest - 1e-9))):
         limit = largest * (1.0 - step / steps)
         clipped = clip_groups(weight, limit)
-        scale, zero = minmax_scale(clipped, spec), None
-        if not spec.symmetric:
-            scale, zero = minmax_grid(clipped, spec)
+        scale, zero = minmax_grid(clipped, spec)
         rounded = round_to_nearest(clipped, scale, spec, zero).dequantize()
         difference = (rounded - weight).view(shape)
         seen = torch.bmm(difference.transpose(0, 1), blocks).transpose(0, 1)

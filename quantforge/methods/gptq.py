@@ -3,13 +3,13 @@
 Columns are quantized one after the other, and the error of each is pushed onto the columns still
 to come so that the layer's output on the calibration inputs changes least. The feedback is
 `compensation.compensate`, which has the methods that grew out of GPTQ as well; here is the fit of
-the scales before it.
+the grid before it.
 
 What differs from the paper's code: scales are fixed before the loop from the original weights
 (static groups), which lets columns go in order of activation without a permuted layout; they
-minimise the rounding error weighted by the gram diagonal, over size and sign, instead of covering
-min and max (KL 0.91 → 0.25 at 3 bits, group 64, on SmolLM2-135M);
-and the factor comes from one Cholesky in float64.
+minimise the rounding error weighted by the gram diagonal, over size and sign (over scale and
+zero-point where the grid has one), instead of covering min and max (KL 0.91 → 0.25 at 3 bits, group
+64, symmetric, on SmolLM2-135M); and the factor comes from one Cholesky in float64.
 """
 
 from __future__ import annotations
@@ -18,26 +18,30 @@ from typing import Literal
 
 import torch
 from quantforge_kernels.compensate import search_scales
+from quantforge_kernels.grid import search_grid
 from torch import Tensor
 
 from quantforge.methods.compensation import compensate, require_usable
-from quantforge.methods.rtn import minmax_scale
+from quantforge.methods.rtn import minmax_grid
 from quantforge.numerics import Factor
 from quantforge.types import QuantizedWeight, QuantSpec
 
 Grid = Literal["minmax", "mse", "diagonal", "conditional"]
 
 
-def fit_scale(weight: Tensor, factor: Factor, spec: QuantSpec, grid: Grid) -> Tensor:
-    """[out, groups] float32 scales of a symmetric grid, bfloat16-representable.
+def fit_grid(
+    weight: Tensor, factor: Factor, spec: QuantSpec, grid: Grid
+) -> tuple[Tensor, Tensor | None]:
+    """[out, groups] float32 scales, bfloat16-representable, and the zero-points of every group.
 
-    Weights of dead inputs do not count: compensation sets them to zero.
+    Zero-points are integers among the codes, float32; None for a symmetric spec. Weights of dead
+    inputs do not count: compensation sets them to zero.
 
     Args:
         weight: [out, in], any float dtype.
         factor: of the layer's gram.
         spec: width and grouping.
-        grid: what the scales minimise: "minmax" covers the range, "mse" the plain rounding error,
+        grid: what the grid minimises: "minmax" covers the range, "mse" the plain rounding error,
             "diagonal" the error weighted by the gram's diagonal, "conditional" the error weighted
             by what error feedback cannot repair (`Factor.conditional_importance`).
 
@@ -47,7 +51,7 @@ def fit_scale(weight: Tensor, factor: Factor, spec: QuantSpec, grid: Grid) -> Te
     require_usable(weight)
     weight = torch.where(factor.dead, 0.0, weight.float())
     if grid == "minmax":
-        return minmax_scale(weight, spec)
+        return minmax_grid(weight, spec)
     if grid == "mse":
         importance = torch.ones_like(factor.diagonal)
     elif grid == "diagonal":
@@ -58,21 +62,24 @@ def fit_scale(weight: Tensor, factor: Factor, spec: QuantSpec, grid: Grid) -> Te
     floor = 1e-6 * importance.mean()
     importance = importance.clamp_min(float(floor)) if floor > 0 else torch.ones_like(importance)
     width = spec.width(weight.shape[1])
-    return search_scales(weight, importance, bits=spec.bits, width=width)
+    if spec.symmetric:
+        return search_scales(weight, importance, bits=spec.bits, width=width), None
+    return search_grid(weight, importance, bits=spec.bits, width=width, zero="integer")
 
 
 def gptq(
     weight: Tensor, factor: Factor, spec: QuantSpec, *, grid: Grid = "diagonal"
 ) -> QuantizedWeight:
-    """Fit the scales of `weight` [out, in] once, and quantize with GPTQ's feedback.
+    """Fit the grid of `weight` [out, in] once, and quantize with GPTQ's feedback.
 
     Args:
         weight: [out, in], any float dtype.
         factor: from `numerics.factorize`; reusable for every spec.
-        spec: width and grouping; symmetric.
-        grid: how the scales are fitted, see `fit_scale`.
+        spec: width, grouping and symmetry.
+        grid: how the grid is fitted, see `fit_grid`.
 
     Raises:
         InputError: the weight holds NaN or Inf.
     """
-    return compensate(weight, factor, spec, fit_scale(weight, factor, spec, grid))
+    scale, zero = fit_grid(weight, factor, spec, grid)
+    return compensate(weight, factor, spec, scale, zero=zero)

@@ -20,12 +20,15 @@ def minmax_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def minmax_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """[out, groups] float32 scales and integer zeros of the grid from least to greatest weight.
+def minmax_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """[out, groups] float32 scales, and integer zeros, of the grid that covers every group.
 
-    The range is made to contain 0, which is then a grid point. Scales are rounded to bfloat16; 1
-    for a group of zeros.
+    A symmetric grid is `minmax_scale`'s, with None for the zeros. An asymmetric one goes from least
+    to greatest weight, and from or to 0 where that is outside: 0 is always a grid point. Its scales
+    are rounded to bfloat16; 1 for a group of zeros.
     """
+    if spec.symmetric:
+        return minmax_scale(weight, spec), None
     groups = weight.float().view(len(weight), spec.groups(weight.shape[1]), -1)
     low, high = groups.amin(-1).clamp_max(0.0), groups.amax(-1).clamp_min(0.0)
     top = float((1 << spec.bits) - 1)

@@ -1,14 +1,16 @@
 """A linear layer whose integers are fixed and whose scales learn.
 
-    y = x Ŵᵀ,  Ŵ = code · scale[group],    ∂L/∂scale = Σ_group code · (∂L/∂y)ᵀ x
+    y = x Ŵᵀ,  Ŵ = (code − zero) · scale,    ∂L/∂scale = Σ_group (code − zero) · (∂L/∂y)ᵀ x
 
-Products run in bfloat16; the weight is formed anew in each pass, so that beside the codes (one byte
-a weight) only the layer's input is kept for the backward pass. Scales enter rounded to bfloat16, as
+with scale and zero of the weight's group; without a stored zero it is the middle code. Products
+run in bfloat16; the weight is formed anew in each pass, so that beside the codes (one byte a
+weight) only the layer's input is kept for the backward pass. Scales enter rounded to bfloat16, as
 they will be stored, with the gradient passed straight through the rounding.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,33 +20,32 @@ from quantforge.types import QuantizedWeight
 
 
 class _ScaledProduct(torch.autograd.Function):
-    """[..., out] bfloat16 product of x [..., in] with code · scale."""
+    """[..., out] bfloat16 product of x [..., in] with (code − centre) · scale."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, codes: Tensor, centre: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, codes: Tensor, centre: Tensor) -> Tensor:
         low = x.bfloat16()
-        ctx.save_for_backward(low, scale, codes)
-        ctx.centre = centre
+        ctx.save_for_backward(low, scale, codes, centre)
         return low @ _weight(codes, scale, centre).T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, scale, codes = ctx.saved_tensors
+        x, scale, codes, centre = ctx.saved_tensors
         gradient = gradients[0].bfloat16()
-        for_input = gradient @ _weight(codes, scale, ctx.centre)
+        for_input = gradient @ _weight(codes, scale, centre)
         for_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
         groups = for_weight.view(*scale.shape, -1).float()
-        groups *= _centred(codes, scale, ctx.centre)
+        groups *= _centred(codes, scale, centre)
         return for_input, groups.sum(-1), None, None
 
 
-def _centred(codes: Tensor, scale: Tensor, centre: int) -> Tensor:
-    """[out, groups, width] bfloat16 signed codes; integers of 8 bits are exact in bfloat16."""
+def _centred(codes: Tensor, scale: Tensor, centre: Tensor) -> Tensor:
+    """[out, groups, width] bfloat16 code − centre; integers up to 255 are exact in bfloat16."""
     return codes.view(*scale.shape, -1).bfloat16().sub_(centre)
 
 
-def _weight(codes: Tensor, scale: Tensor, centre: int) -> Tensor:
-    """[out, in] bfloat16 code · scale from codes [out, in] uint8 and scale [out, groups]."""
+def _weight(codes: Tensor, scale: Tensor, centre: Tensor) -> Tensor:
+    """[out, in] bfloat16 (code − centre) · scale, from codes [out, in] and scale [out, groups]."""
     groups = _centred(codes, scale, centre)
     return groups.mul_(scale.bfloat16().unsqueeze(-1)).view_as(codes)
 
@@ -55,20 +56,21 @@ class ScaledLinear(nn.Module):
     Attributes:
         quantized: the weight at the start; its codes are read in place, not copied.
         base: [out, groups] float32, the scales at the start; a buffer.
+        centre: bfloat16, the codes that mean 0 (`QuantizedWeight.centre`); a buffer.
         change: [out, groups] float32 parameter; the scale is base · (1 + change).
         bias: [out] or None, as in the layer it stands in for.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None) -> None:
         super().__init__()
-        if not weight.spec.symmetric:
-            raise ValueError("scales are tuned for symmetric weights only")
         self.quantized = weight
         self.register_buffer("base", weight.scale.detach().float(), persistent=False)
+        self.register_buffer("centre", weight.centre().bfloat16(), persistent=False)
         self.change = nn.Parameter(torch.zeros_like(self.base))
         self.bias = bias
 
     base: Tensor
+    centre: Tensor
 
     def scale(self) -> Tensor:
         """[out, groups] float32 current scales."""
@@ -76,8 +78,9 @@ class ScaledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] bfloat16."""
-        codes, centre = self.quantized.codes, -self.quantized.spec.code_min
-        made: Tensor = _ScaledProduct.apply(x, self.scale(), codes, centre)  # type: ignore[no-untyped-call]
+        made: Tensor = _ScaledProduct.apply(  # type: ignore[no-untyped-call]
+            x, self.scale(), self.quantized.codes, self.centre
+        )
         return made if self.bias is None else made + self.bias
 
     def finish(self) -> QuantizedWeight:
@@ -85,6 +88,4 @@ class ScaledLinear(nn.Module):
         scale = self.scale().detach().bfloat16()
         if bool((scale == 0).any()):  # 16 bits hold no smaller scale; keep where it came from
             scale = torch.where(scale == 0, self.quantized.scale, scale)
-        return QuantizedWeight(
-            codes=self.quantized.codes, scale=scale, zero=None, spec=self.quantized.spec
-        )
+        return replace(self.quantized, scale=scale)

@@ -27,6 +27,11 @@ class Architecture:
         blocks: path of the list of decoder blocks.
         stages: layers of a block in forward order; members of one stage read the same input.
         fused: layers that servers fuse into one matrix and that must share a spec.
+        folds: (path of a norm or linear, stage): each channel that the layers of the stage read is
+            linear in the same channel of the module's output, and nothing else reads that. So a
+            channel may be divided in the module and multiplied in those layers, and the network
+            stays the same, provided that the module has as many channels as they read (with
+            grouped-query attention values have fewer than the output projection).
         embedding: path of the token embedding.
         final_norm: path of the norm between the last block and the head.
         head: path of the output projection.
@@ -40,6 +45,7 @@ class Architecture:
     embedding: str
     final_norm: str
     head: str
+    folds: tuple[tuple[str, int], ...] = ()
 
     def block_list(self, module: nn.Module) -> nn.ModuleList:
         """The decoder blocks of `module`."""

@@ -20,5 +20,11 @@ LLAMA = ARCHITECTURES.register("llama")(
         embedding="model.embed_tokens",
         final_norm="model.norm",
         head="lm_head",
+        folds=(
+            ("input_layernorm", 0),
+            ("self_attn.v_proj", 1),
+            ("post_attention_layernorm", 2),
+            ("mlp.up_proj", 3),
+        ),
     )
 )

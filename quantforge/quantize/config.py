@@ -79,6 +79,11 @@ class QuantizeConfig(Config):
             they are quantized. Off: it takes half as long again, and lowered the held-out KL of
             SmolLM2-135M at 3 bits by 0.003 ± 0.005.
         grid: what the scales minimise.
+        awq: before a block is quantized, divide input channels of its layers where that folds into
+            the norm or linear before them, by the scale with the least error of plain rounding.
+        magr: MagR's strength, in units of the weights: before the grid is fitted a layer's weight
+            moves to where the range of its groups is smaller and its output almost the same. The
+            paper takes 1e-3 per channel and 1e-4 for groups; 0 switches it off.
         refit: solve for the scales once more when the integers are fixed.
         damping: of the grams, relative to the mean of their diagonals. Where `mismatch`, `pull` or
             `damping` list several values, every layer gets those with the least error on held-out
@@ -96,6 +101,8 @@ class QuantizeConfig(Config):
     sequential: bool = True
     true_sequential: bool = False
     grid: Literal["minmax", "mse", "diagonal", "conditional"] = "diagonal"
+    awq: bool = False
+    magr: float = Field(default=0.0, ge=0)
     refit: bool = False
     damping: Coefficients = Field(default=(0.01,), min_length=1)
     batch_size: int = Field(default=4, ge=1)
@@ -127,12 +134,14 @@ class QuantizeConfig(Config):
             raise ValueError(f"mismatch does nothing with {self.method}; use gptaq or qep")
         if self.method == "rtn" and self.pull:
             raise ValueError("pull does nothing with rtn; use foem")
+        if self.method == "rtn" and self.refit:
+            raise ValueError("refit does nothing with rtn; use gptq")
         if self.sequential:
             return self
         fields = QuantizeConfig.model_fields
         for name in (
-            "method", "mismatch", "pull", "pull_form", "true_sequential", "grid", "refit",
-            "damping",
+            "method", "mismatch", "pull", "pull_form", "true_sequential", "grid", "awq",
+            "magr", "refit", "damping",
         ):  # fmt: skip
             if getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name} does nothing without quantize.sequential=true")

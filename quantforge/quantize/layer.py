@@ -3,7 +3,8 @@
 Every candidate is a `Feedback` (how much of the earlier layers' errors is repaired, how strongly
 the weights are pulled back) and a damping. All of them are fitted on the fitting tokens; where
 there are several, the one whose output on held-out tokens is nearest to the float network's is
-kept, for the loss on the fitting tokens always prefers the least regularised.
+kept, for the loss on the fitting tokens always prefers the least regularised. Where MagR is asked
+for, all of them start from the weight it makes; what they are judged by is the weight itself.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from quantforge.errors import InputError
 from quantforge.methods.compensation import (
     FEEDBACKS,
     Feedback,
@@ -22,7 +22,8 @@ from quantforge.methods.compensation import (
     compensate,
     shifted_target,
 )
-from quantforge.methods.gptq import fit_scale
+from quantforge.methods.gptq import fit_grid
+from quantforge.methods.magr import magr
 from quantforge.methods.refit import refit_scales
 from quantforge.methods.rtn import round_to_nearest
 from quantforge.numerics import Factor, factorize, output_error
@@ -114,18 +115,16 @@ def quantize_layer(
     Args:
         weight: [out, in] float32.
         stage: moments of its input.
-        spec: width and grouping.
-        config: method, its candidates, grid.
+        spec: width, grouping and symmetry.
+        config: method, its candidates, grid, MagR's strength.
 
     Raises:
-        InputError: the spec is asymmetric, for which this stage has no grid; or weight or moments
-            hold NaN or Inf.
+        InputError: weight or moments hold NaN or Inf.
     """
-    if not spec.symmetric:
-        raise InputError(f"no asymmetric grid in this stage, got {spec}; give a symmetric spec")
     factor = stage.factor(config.damping[0])
-    scale = fit_scale(weight, factor, spec, config.grid)
-    rounded = round_to_nearest(weight, scale, spec)
+    start = magr(weight, stage.fitting.gram, spec, strength=config.magr) if config.magr else weight
+    scale, zero = fit_grid(start, factor, spec, config.grid)
+    rounded = round_to_nearest(start, scale, spec, zero)
     if config.method == "rtn":
         return Compensated(quantized=rounded, rounded=rounded, factor=factor, choice=None)
     best: Compensated | None = None
@@ -133,7 +132,9 @@ def quantize_layer(
     allowed = choices(config)
     for choice in allowed:
         factor = stage.factor(choice.damping)
-        quantized = _apply(weight, stage.fitting, factor, spec, choice.feedback, config)
+        quantized = _apply(start, stage.fitting, factor, spec, choice.feedback, config)
+        if config.refit:
+            quantized = _refitted(quantized, weight, stage.fitting, choice.feedback)
         made = Compensated(quantized=quantized, rounded=rounded, factor=factor, choice=choice)
         error = _held_out_error(weight, stage, quantized) if len(allowed) > 1 else 0.0
         if best is None or error < least:
@@ -154,13 +155,19 @@ def _apply(
     target, cross = weight, moments.cross
     if feedback.target and cross is not None:
         target = shifted_target(weight, cross, factor, feedback.target)
-    scale = fit_scale(target, factor, spec, config.grid)
-    made = compensate(weight, factor, spec, scale, cross=cross, feedback=feedback)
-    if not config.refit:
-        return made
-    share = feedback.target + feedback.mismatch
+    scale, zero = fit_grid(target, factor, spec, config.grid)
+    return compensate(weight, factor, spec, scale, zero=zero, cross=cross, feedback=feedback)
+
+
+def _refitted(
+    made: QuantizedWeight, weight: Tensor, moments: StageMoments, feedback: Feedback
+) -> QuantizedWeight:
+    """The scales that are best for the integers, as far as the method answers for x̃ ≠ x."""
+    share, cross = feedback.target + feedback.mismatch, moments.cross
     term = share * (weight @ cross) if share and cross is not None else None
-    fitted = refit_scales(made.codes, weight, moments.gram, made.scale, spec, cross_term=term)
+    fitted = refit_scales(
+        made.codes, weight, moments.gram, made.scale, made.spec, zero=made.zero, cross_term=term
+    )
     return replace(made, scale=fitted.bfloat16())
 
 

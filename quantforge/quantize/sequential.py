@@ -1,9 +1,9 @@
 """The driver: one block at a time, each fed by the quantized blocks before it.
 
 A block's inputs come from the quantized prefix, so that later blocks are fitted to what they will
-really read. For every block: run it once to gather the grams of its stages, factor each gram,
-quantize its layers, put the dequantized weights in, learn the rounding if asked, and run it again
-for the next block's inputs.
+really read. For every block: fold channel scales into it if asked, run it once to gather the grams
+of its stages, factor each gram, quantize its layers, put the dequantized weights in, learn the
+rounding if asked, and run it again for the next block's inputs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig
 from quantforge.quantize.layer import Compensated, Stage, quantize_layer
 from quantforge.quantize.refine import refine_block
+from quantforge.quantize.scale import scale_block
 from quantforge.quantize.streams import Streams
 from quantforge.results import LayerReport
 from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantizedWeight
@@ -111,6 +112,8 @@ def _compensate_block(
     Moves the float stream to the block's exit.
     """
     block = streams.quantized.blocks[index]
+    if config.awq:
+        scale_block(model, index, plan, streams, config)
     prefix = f"{model.architecture.blocks}.{index}."
     count = len(model.architecture.stages)
     steps = [[stage] for stage in range(count)] if config.true_sequential else [list(range(count))]

@@ -97,6 +97,22 @@ class Streams:
             return fitting, []
         return fitting, self._part(block, readers, range(split, count), floats)
 
+    def statistics(self, block: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Of every stage's input x̃ over the fitting batches: [in, in] mean x̃ x̃ᵀ, [in] mean |x̃|.
+
+        Args:
+            block: stands at the entrance of the quantized stream.
+        """
+        sizes = stage_readers(block, self._architecture)
+        device, product = self.quantized.hidden[0].device, product_dtype(self.quantized.precision)
+        grams = {name: GramAccumulator(size, device) for name, size in sizes.items()}
+        totals = {name: torch.zeros(size, device=device) for name, size in sizes.items()}
+        for index in range(self.fitting_batches):
+            for name, inputs in self.quantized.inputs(block, index, list(sizes)).items():
+                grams[name].add(inputs, product)
+                totals[name] += inputs.flatten(0, -2).float().abs().sum(0)
+        return [(gram.mean(), totals[name] / gram.tokens) for name, gram in grams.items()]
+
     def _part(
         self,
         block: nn.Module,

@@ -150,3 +150,25 @@ def test_weighted_error_of_one_row_is_the_first_order_loss_squared():
 def test_weighted_gram_of_nothing_is_refused():
     with pytest.raises(InputError, match="no calibration tokens"):
         WeightedGramAccumulator(3, 2).mean()
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_a_rescaled_factor_is_that_of_divided_inputs(act_order):
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(200, 12, generator=generator) * torch.logspace(0, 1, 12)
+    scale = torch.rand(12, generator=generator) + 0.5
+    gram = inputs.T @ inputs / 200
+    factor = factorize(gram, damping=0.0, act_order=act_order)
+    found = factor.rescaled(scale)
+    divided = gram / torch.outer(scale, scale)
+    inverse = torch.linalg.inv(divided.double())[found.order][:, found.order]
+    assert torch.equal(found.order, factor.order)
+    assert torch.allclose(found.upper.T @ found.upper, inverse.float(), rtol=1e-3, atol=1e-5)
+    assert torch.equal(found.upper, found.upper.triu())
+    assert torch.allclose(found.diagonal, divided.diagonal())
+    if not act_order:
+        again = factorize(divided, damping=0.0, act_order=False)
+        assert torch.allclose(found.upper, again.upper, rtol=1e-3, atol=1e-5)
+        assert torch.allclose(
+            found.conditional_importance(), again.conditional_importance(), rtol=1e-3
+        )

@@ -1,11 +1,13 @@
 """Promises of the Python calls about networks in memory, cancellation and the cache."""
 
 import copy
+import json
 import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import quantforge
 from quantforge.errors import CancelledError, InputError, ResourceError, UsageError
@@ -43,7 +45,8 @@ def batches():
         (quantforge.quantize, "tune scales"),
     ],
 )
-def test_a_cancelled_run_gives_a_network_in_memory_its_weights_back(call, stage, dtype):
+@pytest.mark.parametrize("awq", [False, True])
+def test_a_cancelled_run_gives_a_network_in_memory_its_weights_back(call, stage, dtype, awq):
     module = tiny_llama(blocks=2).to(dtype)
     norm = module.model.norm.weight
     norm.grad = torch.ones_like(norm)
@@ -59,8 +62,8 @@ def test_a_cancelled_run_gives_a_network_in_memory_its_weights_back(call, stage,
 
     with pytest.raises(CancelledError):
         call(
-            module, budget="3bit", calibration=batches(), settings=SETTINGS, progress=progress,
-            cancel=cancel,
+            module, budget="3bit", calibration=batches(), progress=progress, cancel=cancel,
+            settings=SETTINGS | {"quantize.awq": awq},
         )  # fmt: skip
     assert stage in seen
     after = module.state_dict()
@@ -111,6 +114,26 @@ def test_a_source_on_disk_gets_the_output_folder_of_the_command_line(
     assert (tmp_path / "tiny-3.0-bit" / "quantforge.json").is_file()
 
 
+def test_what_was_folded_is_what_is_written(tmp_path):
+    module, folder = train(tiny_llama(blocks=2)), tmp_path / "out"
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    settings = SETTINGS | {
+        "quantize.awq": True, "quantize.magr": 1e-4, "quantize.rounding.steps": 2,
+    }  # fmt: skip
+    quantforge.quantize(
+        module, budget="3bit", calibration=batches(), settings=settings, output=folder
+    )
+    norms = [n for n in before if n.endswith("layernorm.weight")]
+    ratios = torch.cat([before[n] / module.get_parameter(n).detach() for n in norms])
+    assert (ratios - 1.0).abs().max() > 0.05  # more than tuning moves them
+    loaded, tokens = quantforge.load(folder), markov_tokens(2, 24, seed=50)
+    with torch.no_grad():
+        found, expected = (m(input_ids=tokens).logits for m in (loaded, module))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for name in norms:
+        assert torch.equal(loaded.get_parameter(name), module.get_parameter(name))
+
+
 @pytest.mark.parametrize("file", ["uniform.json", "traces.safetensors", "candidates"])
 def test_a_damaged_cache_is_one_line_that_says_what_to_do(cache, file):
     module = tiny_llama(blocks=1)
@@ -133,6 +156,54 @@ def test_layers_that_no_group_size_divides_are_kept(tmp_path):
     quantized = {name for name, spec in report.plan.assignment.items() if spec is not None}
     assert quantized == {"model.layers.0.mlp.down_proj"}
     assert 0 < report.quality.kl < 1
+
+
+def stock_weights(folder):
+    """Every tensor of a checkpoint by name, quantized ones decoded by compressed-tensors alone."""
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        arguments = QuantizationArgs(**{k: v for k, v in group["weights"].items() if v is not None})
+        scheme = QuantizationScheme(targets=["x"], weights=arguments)
+        for layer in group["targets"]:
+            names = [name for name in tensors if name.startswith(f"{layer}.weight_")]
+            state = {name.rpartition(".")[2]: tensors.pop(name) for name in names}
+            state["weight_scale"] = state["weight_scale"].float()
+            tensors[f"{layer}.weight"] = PackedQuantizationCompressor.decompress(state, scheme)[
+                "weight"
+            ]
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def test_asymmetric_layers_are_searched_written_loaded_and_announced(checkpoint, tmp_path):
+    """Groups of 32 at 2 bits cost 2.5 stored bits, 2.5625 with zero-points: the budget has room."""
+    folder = tmp_path / "out"
+    changes = {"search.asymmetric": True, "search.bits": [2], "search.group_sizes": [32]}
+    calibration = {"calibration.sequences": 16, "calibration.sequence_length": 32}
+    report = quantforge.quantize(
+        checkpoint, budget="2.57bit", settings=SETTINGS | changes | calibration, output=folder
+    )
+    asymmetric = [n for n, spec in report.plan.assignment.items() if not spec.symmetric]
+    assert len(asymmetric) >= len(report.plan.assignment) // 2
+    assert report.sizes.stored_bits == pytest.approx(report.plan.stored_bits)
+    assert 2.5 < report.plan.stored_bits <= 2.5625
+    assert [w for w in report.warnings if f"{len(asymmetric)} layers are asymmetric" in w]
+    assert json.loads((folder / "quantforge.json").read_text())["stock_readable"] is False
+    groups = [set(), set()]
+    for name, spec in report.plan.assignment.items():
+        groups[spec.symmetric].add(name.replace("gate_proj", "up_proj"))
+    assert not groups[0] & groups[1]  # fused layers share the kind too
+    # The packed network against a stock one that holds what compressed-tensors decodes.
+    stock = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    stock.load_state_dict(stock_weights(folder), strict=False)
+    tokens = torch.arange(60).view(2, 30)
+    with torch.no_grad():
+        found, expected = (m(input_ids=tokens).logits for m in (quantforge.load(folder), stock))
+    assert expected.std() > 0.1
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_device_and_architecture_are_checked(checkpoint):

@@ -253,10 +253,17 @@ def test_one_coefficient_stands_for_a_list_of_one():
 
 
 def test_an_option_that_would_do_nothing_is_refused():
-    for key, value in (("method", "rtn"), ("grid", "mse"), ("damping", 0.1), ("rounding.steps", 9)):
+    for key, value in (
+        ("method", "rtn"), ("grid", "mse"), ("damping", 0.1), ("rounding.steps", 9), ("awq", True),
+        ("magr", 1e-4), ("refit", True),
+    ):  # fmt: skip
         with pytest.raises(UsageError, match=r"does nothing without quantize\.sequential"):
             compose(Target(name="x", model="y"), effort="fast", settings={f"quantize.{key}": value})
         compose(Target(name="x", model="y"), settings={f"quantize.{key}": value})
+    for key, value in (("pull", 0.1), ("refit", True), ("mismatch", 0.5)):
+        settings = {f"quantize.{key}": value, "quantize.method": "rtn"}
+        with pytest.raises(UsageError, match=f"{key} does nothing with rtn"):
+            compose(Target(name="x", model="y"), settings=settings)
 
 
 def test_an_output_is_named_by_what_a_folder_may_be_called(here: Path) -> None:

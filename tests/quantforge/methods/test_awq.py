@@ -11,11 +11,13 @@ from quantforge.methods.awq import (
     diagonal_blocks,
     divide_outputs,
     multiply_inputs,
+    rounding_error,
     search_clip,
     search_scale,
 )
+from quantforge.methods.gptq import fit_grid
 from quantforge.methods.rtn import minmax_grid, minmax_scale, round_to_nearest
-from quantforge.numerics import output_error
+from quantforge.numerics import factorize, output_error
 from quantforge.testing import markov_tokens, tiny_llama
 from quantforge.types import QuantSpec
 
@@ -72,7 +74,7 @@ def problem(rows=64, columns=64, seed=0):
     return weight, inputs.T @ inputs / len(inputs), inputs.abs().mean(0)
 
 
-def rounding_error(weight, gram, spec):
+def plain_loss(weight, gram, spec):
     """Output error of plain rounding as a function of the channel scale."""
 
     def loss(scale):
@@ -85,7 +87,7 @@ def rounding_error(weight, gram, spec):
 
 def test_search_finds_the_exponent_of_least_loss():
     weight, gram, magnitude = problem()
-    loss = rounding_error(weight, gram, QuantSpec(3, 32))
+    loss = plain_loss(weight, gram, QuantSpec(3, 32))
     found = search_scale(magnitude, loss)
     losses = [loss(channel_scale(magnitude, i / 20)) for i in range(20)]
     assert found.exponent == losses.index(min(losses)) / 20
@@ -93,6 +95,44 @@ def test_search_finds_the_exponent_of_least_loss():
     assert found.unscaled_loss == losses[0]
     assert torch.equal(found.scale, channel_scale(magnitude, found.exponent))
     assert found.loss < 0.7 * found.unscaled_loss
+
+
+@pytest.mark.parametrize("grid", ["minmax", "diagonal", "conditional"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounding_error_is_that_of_the_layer_on_divided_inputs(grid, symmetric):
+    spec = QuantSpec(3, 16, symmetric)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(500, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    weight = torch.randn(12, 32, generator=generator)
+    scale = torch.rand(32, generator=generator) + 0.5
+    gram = inputs.T @ inputs / 500
+    # neither damping nor the order of columns goes along with a scaling: leave both out
+    plain = {"damping": 1e-7, "act_order": False}
+    found = rounding_error(weight, gram, factorize(gram, **plain), spec, grid, scale)
+    divided = inputs / scale
+    factor = factorize(divided.T @ divided / 500, **plain)
+    steps, zero = fit_grid(weight * scale, factor, spec, grid)
+    rounded = round_to_nearest(weight * scale, steps, spec, zero).dequantize()
+    expected = float((divided @ rounded.T - inputs @ weight.T).square().mean(0).sum())
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_scale_that_makes_rounding_exact_is_found():
+    """Weights on the grid, but a quarter where inputs are 16 instead of 1: r = 1/2 undoes that."""
+    weight = torch.randint(-2, 2, (6, 16), generator=torch.Generator().manual_seed(0)).float()
+    weight[:, 1] = -2.0  # every row reaches the end of the grid
+    magnitude = torch.ones(16)
+    weight[:, ::4] /= 4.0
+    magnitude[::4] = 16.0
+    gram, spec = torch.diag(magnitude.square()), QuantSpec(2)
+    factor = factorize(gram)
+    found = search_scale(
+        magnitude, lambda scale: rounding_error(weight, gram, factor, spec, "mse", scale)
+    )
+    assert found.exponent == 0.5
+    assert torch.equal(found.scale, torch.where(magnitude > 1, 2.0, 0.5))
+    assert found.loss < 1e-9
+    assert found.unscaled_loss > 10.0
 
 
 def test_search_keeps_ones_where_scaling_does_not_help():

@@ -5,7 +5,7 @@ import torch
 
 from quantforge.errors import InputError
 from quantforge.methods.compensation import FEEDBACKS, Feedback, compensate
-from quantforge.methods.gptq import fit_scale, gptq
+from quantforge.methods.gptq import fit_grid, gptq
 from quantforge.methods.rtn import round_to_nearest
 from quantforge.numerics import factorize, output_error
 from quantforge.types import QuantSpec
@@ -70,16 +70,40 @@ def test_a_weight_on_a_dead_input_still_counts_in_the_target():
     assert errors[1] < 0.02 * errors[0]
 
 
-def test_dead_weights_do_not_widen_the_grid():
+@pytest.mark.parametrize("spec", [SPEC, ASYMMETRIC], ids=str)
+def test_dead_weights_do_not_widen_the_grid(spec):
     inputs = normal(16, 60)
     inputs[5] = 0
     factor = factorize(inputs @ inputs.T / 60)
     weight = normal(4, 16, seed=1)
     for grid in ("minmax", "mse", "diagonal", "conditional"):
-        expected = fit_scale(weight, factor, SPEC, grid)
+        scale, zero = fit_grid(weight, factor, spec, grid)
         outlier = weight.clone()
         outlier[:, 5] = 1000.0
-        assert torch.equal(fit_scale(outlier, factor, SPEC, grid), expected)
+        again, zero_again = fit_grid(outlier, factor, spec, grid)
+        assert torch.equal(again, scale)
+        assert (zero is None) == spec.symmetric
+        assert zero is None or torch.equal(zero_again, zero)
+
+
+@pytest.mark.parametrize("spec", [SPEC, ASYMMETRIC], ids=str)
+def test_every_grid_is_the_best_for_what_it_says_it_minimises(spec):
+    """Of all four kinds, each has the least weighted rounding error with its own weights."""
+    inputs = normal(16, 16, seed=4) @ (normal(16, 90) * torch.logspace(0, -1, 16).unsqueeze(1))
+    factor = factorize(inputs @ inputs.T / 90)
+    weight = normal(300, 16, seed=1) + 0.5
+    importances = {
+        "mse": torch.ones(16),
+        "diagonal": factor.diagonal,
+        "conditional": factor.conditional_importance(),
+    }
+    differences = {}
+    for grid in ("minmax", *importances):
+        scale, zero = fit_grid(weight, factor, spec, grid)
+        differences[grid] = round_to_nearest(weight, scale, spec, zero).dequantize() - weight
+    for kind, importance in importances.items():
+        errors = {n: float((importance * d.square()).sum()) for n, d in differences.items()}
+        assert min(errors, key=errors.__getitem__) == kind, (kind, errors)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])
@@ -91,7 +115,7 @@ def test_a_gram_of_few_tokens_is_survived_and_used(name, tokens):
     factor = factorize(gram)
     assert not factor.fallback
     weight = normal(50, 32, seed=2)
-    scale = fit_scale(weight, factor, SPEC, "mse")
+    scale, _ = fit_grid(weight, factor, SPEC, "mse")
     found = compensate(weight, factor, SPEC, scale, cross=cross, feedback=EVERY[name])
     rounded = round_to_nearest(weight, scale, SPEC)
     error = [(q.dequantize() @ noisy - weight @ x).square().sum() for q in (found, rounded)]
@@ -114,7 +138,7 @@ def test_a_gram_that_cannot_be_factored_means_rounding(name):
     factor = factorize(gram)
     assert factor.fallback
     weight = normal(6, 24, seed=1)
-    scale = fit_scale(weight, factor, SPEC, "conditional")
+    scale, _ = fit_grid(weight, factor, SPEC, "conditional")
     found = compensate(weight, factor, SPEC, scale, cross=gram, feedback=EVERY[name])
     assert torch.equal(found.codes, round_to_nearest(weight, scale, SPEC).codes)
 
@@ -125,21 +149,21 @@ def test_a_layer_that_saw_only_zeros_is_rounded_not_erased():
     assert not factor.dead.any()
     weight = normal(4, 16)
     found = gptq(weight, factor, SPEC)
-    scale = fit_scale(weight, factor, SPEC, "mse")
+    scale, _ = fit_grid(weight, factor, SPEC, "mse")
     assert torch.equal(found.codes, round_to_nearest(weight, scale, SPEC).codes)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_weights_and_moments_that_are_not_finite_are_refused_in_one_line(value):
     factor, weight, cross = factorize(torch.eye(16)), normal(4, 16), torch.zeros(16, 16)
-    scale = fit_scale(weight, factor, SPEC, "mse")
+    scale, _ = fit_grid(weight, factor, SPEC, "mse")
     cross[2, 3] = value
     with pytest.raises(InputError, match=r"cross moment.* 1 of 256 values .*NaN or Inf"):
         compensate(weight, factor, SPEC, scale, cross=cross, feedback=FEEDBACKS["qep"])
     weight[1, 2:4] = value
     for call in (
         lambda: compensate(weight, factor, SPEC, scale),
-        lambda: fit_scale(weight, factor, SPEC, "diagonal"),
+        lambda: fit_grid(weight, factor, SPEC, "diagonal"),
         lambda: gptq(weight.half(), factor, SPEC),
     ):
         with pytest.raises(InputError, match="weight: 2 of 64 values are NaN or Inf; ") as caught:

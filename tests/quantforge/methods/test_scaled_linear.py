@@ -9,7 +9,7 @@ from quantforge.evaluate.quality import ReferenceOutputs, measure
 from quantforge.load.huggingface import from_module
 from quantforge.methods.gptq import gptq
 from quantforge.methods.rounding import TrainableWeight
-from quantforge.methods.rtn import minmax_scale, round_to_nearest
+from quantforge.methods.rtn import minmax_grid, minmax_scale, round_to_nearest
 from quantforge.methods.scaled_linear import ScaledLinear
 from quantforge.numerics import factorize
 from quantforge.progress import Monitor
@@ -20,15 +20,26 @@ from quantforge.testing import markov_tokens, tiny_llama, train
 from quantforge.types import QuantSpec
 
 SPEC = QuantSpec(3, 32)
+ASYMMETRIC = QuantSpec(3, 32, symmetric=False)
+either = pytest.mark.parametrize("spec", [SPEC, ASYMMETRIC], ids=str)
 
 
-def quantized(out=24, columns=64, seed=0):
+def quantized(spec=SPEC, out=24, columns=64, seed=0):
     weight = torch.randn(out, columns, generator=torch.Generator().manual_seed(seed))
-    return weight, round_to_nearest(weight, minmax_scale(weight, SPEC), SPEC)
+    weight += 0.0 if spec.symmetric else 0.7  # so that zero-points are not the middle
+    scale, zero = minmax_grid(weight, spec)
+    return weight, round_to_nearest(weight, scale, spec, zero)
 
 
-def test_forward_and_gradients_equal_autograd_through_the_dequantized_weight():
-    _, weight = quantized()
+def integers(weight):
+    """[out, groups, width] float codes less the zero-point, by the format's definition."""
+    groups = weight.codes.float().view(*weight.scale.shape, -1)
+    return groups - (4.0 if weight.zero is None else weight.zero.float().unsqueeze(-1))
+
+
+@either
+def test_forward_and_gradients_equal_autograd_through_the_dequantized_weight(spec):
+    _, weight = quantized(spec)
     layer = ScaledLinear(weight, None)
     x = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
     toward = torch.randn(5, 7, 24, generator=torch.Generator().manual_seed(2))
@@ -36,8 +47,7 @@ def test_forward_and_gradients_equal_autograd_through_the_dequantized_weight():
 
     scale = weight.scale.float().requires_grad_()
     other = x.detach().clone().requires_grad_()
-    codes = (weight.codes.float() - 4).view(24, 2, 32)
-    dense = (codes * scale.unsqueeze(-1)).view(24, 64)
+    dense = (integers(weight) * scale.unsqueeze(-1)).view(24, 64)
     expected = other @ dense.T
     (expected * toward).sum().backward()
     assert torch.allclose(layer(x).float(), expected, rtol=0.02, atol=0.05)
@@ -47,11 +57,13 @@ def test_forward_and_gradients_equal_autograd_through_the_dequantized_weight():
     assert torch.nn.functional.cosine_similarity(x.grad.flatten(), other.grad.flatten(), 0) > 0.999
 
 
-def test_no_change_gives_back_the_same_weight():
-    _, weight = quantized()
+@either
+def test_no_change_gives_back_the_same_weight(spec):
+    _, weight = quantized(spec)
     finished = ScaledLinear(weight, None).finish()
     assert torch.equal(finished.codes, weight.codes)
     assert torch.equal(finished.scale, weight.scale)
+    assert torch.equal(finished.dequantize(), weight.dequantize())
 
 
 def test_distillation_gradient_is_the_gradient_of_the_kl():
@@ -70,7 +82,8 @@ def trained():
     return train(tiny_llama(blocks=2))
 
 
-def test_tuning_lowers_the_kl_on_unseen_tokens_and_changes_no_integer(trained):
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tuning_lowers_the_kl_on_unseen_tokens_and_changes_no_integer(trained, symmetric):
     tokens, unseen = markov_tokens(32, 48, seed=1), markov_tokens(16, 48, seed=2)
     reference = ReferenceOutputs.collect(trained, from_module(trained).architecture, unseen)
     model = from_module(copy.deepcopy(trained))
@@ -79,10 +92,9 @@ def test_tuning_lowers_the_kl_on_unseen_tokens_and_changes_no_integer(trained):
     weights = {}
     for layer in model.layers:
         module = model.module.get_submodule(layer.name).requires_grad_(False)
-        spec = QuantSpec(2, 32)
-        weights[layer.name] = round_to_nearest(
-            module.weight, minmax_scale(module.weight, spec), spec
-        )
+        spec = QuantSpec(2, 32, symmetric)
+        scale, zero = minmax_grid(module.weight, spec)
+        weights[layer.name] = round_to_nearest(module.weight, scale, spec, zero)
         module.weight.data.copy_(weights[layer.name].dequantize())
 
     def kl():
@@ -105,6 +117,8 @@ def test_tuning_lowers_the_kl_on_unseen_tokens_and_changes_no_integer(trained):
     assert all(torch.equal(p, weights[name].dequantize()) for name, p in parameters.items())
     for name, weight in tuned.items():
         assert torch.equal(weight.codes, weights[name].codes)
+        assert (weight.zero is None) == symmetric
+        assert symmetric or torch.equal(weight.zero, weights[name].zero)
         model.module.get_submodule(name).weight.data.copy_(weight.dequantize())
     assert kl() < 0.8 * before
     assert {name: type(m) for name, m in model.module.named_modules()} == types
@@ -133,8 +147,9 @@ def test_recomputing_blocks_changes_no_bit_and_leaves_the_network_as_it_was(trai
     assert all(torch.equal(a, b) for a, b in zip(scales[0], scales[1], strict=True))
 
 
-def test_rounding_gradients_pass_straight_through_inside_the_grid():
-    weight, start = quantized()
+@either
+def test_rounding_gradients_pass_straight_through_inside_the_grid(spec):
+    weight, start = quantized(spec)
     one = TrainableWeight.start(weight, start)
     assert torch.equal(one.finish().codes, start.codes)
     assert torch.equal(one.weight(), start.dequantize())
@@ -144,11 +159,24 @@ def test_rounding_gradients_pass_straight_through_inside_the_grid():
     expected = toward * start.scale.float().repeat_interleave(32, 1)
     expected[0, 0] = 0.0
     assert torch.allclose(one.latent.grad, expected)
-    codes = one.latent.detach().round().clamp(-4, 3)
-    assert torch.allclose(one.scale.grad, (toward * codes).view(24, 2, 32).sum(-1), atol=1e-4)
+    finished = one.finish()
+    assert finished.codes[0, 0] == 7
+    for_scale = (toward.view(24, 2, 32) * integers(finished)).sum(-1)
+    assert torch.allclose(one.scale.grad, for_scale, atol=1e-4)
+    assert spec.symmetric or torch.equal(finished.zero, start.zero)
 
 
-def test_refining_a_block_lowers_its_held_out_error_and_never_raises_it(trained):
+@either
+def test_latents_start_on_the_float_weights_side_of_their_codes(spec):
+    weight, start = quantized(spec)
+    one = TrainableWeight.start(weight, start)
+    error = (weight - start.dequantize()).view(24, 2, 32) / start.scale.float().unsqueeze(-1)
+    found = one.latent.detach() - start.codes.float()
+    assert torch.allclose(found, error.view(24, 64).clamp(-0.45, 0.45), atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_refining_a_block_lowers_its_held_out_error_and_never_raises_it(trained, symmetric):
     block = trained.model.layers[0]
     hidden = torch.randn(64, 16, 64, generator=torch.Generator().manual_seed(0))
     kwargs = {"position_embeddings": trained.model.rotary_emb(hidden, torch.arange(16)[None])}
@@ -159,7 +187,7 @@ def test_refining_a_block_lowers_its_held_out_error_and_never_raises_it(trained)
     start = {}
     for name, weight in floats.items():
         gram = factorize(torch.eye(weight.shape[1]))
-        start[name] = gptq(weight, gram, QuantSpec(2, 32))
+        start[name] = gptq(weight, gram, QuantSpec(2, 32, symmetric))
     task = BlockTask(
         block, batches, targets, [kwargs] * 8,
         channel_weight=torch.ones(64), held_out=2, precision="float32",

@@ -9,8 +9,9 @@ from quantforge.capture import BlockWalk, stage_grams
 from quantforge.errors import InputError
 from quantforge.load.huggingface import from_module
 from quantforge.methods.compensation import FEEDBACKS, compensate, shifted_target
-from quantforge.methods.gptq import fit_scale, gptq
-from quantforge.numerics import factorize
+from quantforge.methods.gptq import fit_grid, gptq
+from quantforge.methods.magr import magr
+from quantforge.numerics import factorize, output_error
 from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig, RoundingConfig
 from quantforge.quantize.layer import Stage, choices, quantize_layer
@@ -83,10 +84,13 @@ def stage_input(module, name, tokens):
     return seen[0]
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("method", ["gptq", "gptaq", "qep", "qronos", "foem-gptaq"])
-def test_a_stage_sees_all_that_was_quantized_before_it_beside_the_float_network(trained, method):
+def test_a_stage_sees_all_that_was_quantized_before_it_beside_the_float_network(
+    trained, method, symmetric
+):
     config = QuantizeConfig(precision="float32", method=method, true_sequential=True)
-    _, done = run(trained, lambda layer: QuantSpec(3, 32), config)
+    _, done = run(trained, lambda layer: QuantSpec(3, 32, symmetric), config)
     tokens = markov_tokens(16, 32, seed=4)
     # Redo every layer by hand, on whole networks: one float, one quantized as far as the stage.
     by_hand = from_module(copy.deepcopy(trained))
@@ -104,9 +108,10 @@ def test_a_stage_sees_all_that_was_quantized_before_it_beside_the_float_network(
             target = weight
             if feedback.target:
                 target = shifted_target(weight, cross, factor, feedback.target)
-            scale = fit_scale(target, factor, one.weight.spec, "diagonal")
+            spec = one.weight.spec
+            scale, zero = fit_grid(target, factor, spec, "diagonal")
             expected = compensate(
-                weight, factor, one.weight.spec, scale, cross=cross, feedback=feedback
+                weight, factor, spec, scale, zero=zero, cross=cross, feedback=feedback
             )
             # float32 sums in another order move a code that sits between two
             same = (one.weight.codes == expected.codes).float().mean()
@@ -187,7 +192,8 @@ def test_choice_is_the_candidate_with_the_least_error_on_the_held_out_inputs():
     assert str(made.choice) == min(errors, key=errors.__getitem__)
 
 
-def test_refit_keeps_the_integers_and_lowers_the_error_to_the_float_network():
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_refit_keeps_the_integers_and_lowers_the_error_to_the_float_network(symmetric):
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(6, 32, generator=generator)
     quantized = torch.randn(80, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
@@ -198,9 +204,11 @@ def test_refit_keeps_the_integers_and_lowers_the_error_to_the_float_network():
     found = {}
     for refit in (False, True):
         config = QuantizeConfig(method="qronos", refit=refit)
-        found[refit] = quantize_layer(weight, Stage(moments, None), QuantSpec(2, 16), config)
+        spec = QuantSpec(2, 16, symmetric)
+        found[refit] = quantize_layer(weight, Stage(moments, None), spec, config)
     before, after = found[False].quantized, found[True].quantized
     assert torch.equal(before.codes, after.codes)
+    assert symmetric or torch.equal(before.zero, after.zero)
 
     def error(one):
         output = quantized @ one.dequantize().T - native @ weight.T
@@ -256,9 +264,80 @@ def test_kept_layers_and_identity_width(trained):
         assert float((p.exp() * (p - q)).sum(-1).mean()) < 1e-3
 
 
-def test_an_asymmetric_spec_is_refused_by_name(trained):
-    with pytest.raises(InputError, match=r"q_proj: no asymmetric grid"):
-        run(trained, lambda layer: QuantSpec(3, 32, symmetric=False))
+@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq", "foem", "foem-gptaq", "qep", "qronos"])
+def test_zero_points_pay_where_weights_have_a_mean(method):
+    """Weights around 2 with a spread of 1: a symmetric grid spends half its codes on nothing."""
+    generator = torch.Generator().manual_seed(6)
+    weight = 2.0 + torch.randn(24, 32, generator=generator)
+    quantized = torch.randn(200, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    native = quantized + 0.02 * torch.randn(200, 32, generator=generator)
+    moments = StageMoments(
+        gram=quantized.T @ quantized / 200, cross=(native - quantized).T @ quantized / 200
+    )
+    errors = {}
+    for symmetric in (True, False):
+        spec, config = QuantSpec(3, 16, symmetric), QuantizeConfig(method=method)
+        made = quantize_layer(weight, Stage(moments, None), spec, config)
+        difference = made.quantized.dequantize() - weight
+        errors[symmetric] = float(output_error(difference, moments.gram).sum())
+        assert (made.quantized.zero is None) == symmetric
+        assert made.quantized.spec == spec
+    assert errors[False] < 0.6 * errors[True]
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "qep"])
+def test_magr_is_what_is_compensated_and_errors_are_those_to_the_weight_itself(trained, method):
+    options = {"precision": "float32", "method": method}
+    spec = QuantSpec(2)
+    _, done = run(trained, lambda layer: spec, QuantizeConfig(**options, magr=3e-3))
+    tokens = markov_tokens(16, 32, seed=4)
+    for one in done[:3]:  # the first stage reads the same whatever the method did
+        weight = trained.get_submodule(one.layer.name).weight.detach()
+        inputs = stage_input(trained, one.layer.name, tokens)
+        gram = inputs.T @ inputs / len(inputs)
+        moved = magr(weight, gram, spec, strength=3e-3)
+        moments = StageMoments(gram=gram, cross=torch.zeros_like(gram))
+        expected = quantize_layer(moved, Stage(moments, None), spec, QuantizeConfig(**options))
+        same = (one.weight.codes == expected.quantized.codes).float().mean()
+        assert same > 0.995, float(same)
+        difference = one.weight.dequantize() - weight
+        error = float(difference.square().sum() / weight.square().sum())
+        assert one.report.weight_error == pytest.approx(error)
+        seen = output_error(difference, gram).sum() / output_error(weight, gram).sum()
+        assert one.report.output_error == pytest.approx(float(seen), rel=1e-3)
+        assert not torch.equal(one.weight.codes, quantize_layer(
+            weight, Stage(moments, None), spec, QuantizeConfig(**options)
+        ).quantized.codes)  # fmt: skip
+
+
+def test_magr_takes_outliers_that_correlated_inputs_can_do_without():
+    """Inputs come in equal pairs, so a large weight can be shared with the other of its pair."""
+    generator = torch.Generator().manual_seed(9)
+    gram = torch.eye(32).repeat(2, 2)
+    weight = 0.1 * torch.randn(16, 64, generator=generator)
+    weight[:, 5] = 1.0
+    moments = StageMoments(gram=gram, cross=None)
+    errors = {}
+    for strength in (0.0, 0.2):
+        config = QuantizeConfig(method="rtn", grid="minmax", magr=strength)
+        made = quantize_layer(weight, Stage(moments, None), QuantSpec(3), config)
+        errors[strength] = float(output_error(made.quantized.dequantize() - weight, gram).sum())
+    assert errors[0.2] < 0.5 * errors[0.0]
+
+
+def test_an_asymmetric_rounding_is_learned_and_keeps_its_zero_points(trained):
+    spec = QuantSpec(2, 32, symmetric=False)
+    rounding = RoundingConfig(steps=40, latent_step=0.02, check_every=10)
+    _, plain = run(trained, lambda layer: spec)
+    learned, done = run(
+        trained, lambda layer: spec, QuantizeConfig(precision="float32", rounding=rounding)
+    )
+    first, moved = plain[0].weight, done[0].weight
+    assert torch.equal(first.zero, moved.zero)  # the first block starts from the same weights
+    assert not torch.equal(first.codes, moved.codes)
+    for one in done:
+        held = learned.module.get_submodule(one.layer.name).weight
+        assert torch.equal(held, one.weight.dequantize())
 
 
 def test_rtn_method_is_rounding(trained):

@@ -13,6 +13,7 @@ from quantforge.search.allocate import (
     make_plan,
     reachable_bits,
     search,
+    stored_cost,
     uniform_plans,
 )
 from quantforge.search.budget import Budget
@@ -143,6 +144,19 @@ def test_candidates_keep_only_group_sizes_that_divide_some_row():
     specs = config.candidates({576, 1536})
     assert {s.group_size for s in specs} == {64, 128, 192, -1}
     assert {s.group_size for s in config.candidates({576})} == {64, 192, -1}
+
+
+def test_asymmetric_candidates_come_beside_the_symmetric_ones_when_asked_for():
+    config = SearchConfig(bits=(2, 3), group_sizes=(64, -1))
+    plain = config.candidates({192})
+    assert all(spec.symmetric for spec in plain)
+    both = config.model_copy(update={"asymmetric": True}).candidates({192})
+    assert set(both) == {QuantSpec(s.bits, s.group_size, k) for s in plain for k in (True, False)}
+    assert both == tuple(sorted(both))
+    layer = table(blocks=1).layers[0]
+    zero_points = 3 * 3 * layer.out_features  # bits · groups · rows
+    plain_cost, asym_cost = (stored_cost(layer, QuantSpec(3, 64, k)) for k in (True, False))
+    assert asym_cost - plain_cost == zero_points
 
 
 def test_plan_accounts_for_kept_layers():

@@ -38,6 +38,15 @@ def test_nothing_measured_changes_nothing():
     assert set(correction_factors(table(), {}).values()) == {1.0}
 
 
+def test_zero_points_count_less_than_twice_the_group():
+    sym, asym = QuantSpec(3, 64), QuantSpec(3, 64, symmetric=False)
+    assert 0 < distance(sym, asym) < distance(sym, QuantSpec(3, 128))
+    measured = {QuantSpec(3, 128): 0.5, QuantSpec(3, 128, symmetric=False): 0.7}
+    nearest = {s: min(measured, key=lambda other, s=s: distance(s, other)) for s in (sym, asym)}
+    assert measured[nearest[sym]] == 0.5
+    assert measured[nearest[asym]] == 0.7
+
+
 def test_bits_count_more_than_groups():
     assert distance(QuantSpec(3, 64), QuantSpec(3, 128)) < distance(
         QuantSpec(3, 64), QuantSpec(2, 64)
