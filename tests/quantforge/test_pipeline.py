@@ -123,6 +123,7 @@ def test_what_was_folded_is_what_is_written(tmp_path):
     quantforge.quantize(
         module, budget="3bit", calibration=batches(), settings=settings, output=folder
     )
+    assert json.loads((folder / "quantforge.json").read_text())["stock_readable"] is True
     norms = [n for n in before if n.endswith("layernorm.weight")]
     ratios = torch.cat([before[n] / module.get_parameter(n).detach() for n in norms])
     assert (ratios - 1.0).abs().max() > 0.05  # more than tuning moves them

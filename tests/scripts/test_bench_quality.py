@@ -15,7 +15,7 @@ SMALL = {
     "search.group_sizes": [32],
     "evaluate.curve_windows": 2,
     "evaluate.tokens": 2,
-    "quantize.tuning.steps": 2,
+    "quantize.tuning.steps": 8,
 }
 
 
@@ -53,8 +53,9 @@ def test_asymmetric_rows_are_compensated_and_tuned(measure):
     kl, bits = measure(*names)
     assert [bits[name] for name in names] == pytest.approx([3.5, 3.59375, 3.59375, 3.59375])
     assert all(value > 0 for value in kl.values())
-    assert len(set(kl.values())) == len(names)
-    assert kl["gptq:3b-g32-asym"] < 0.7 * kl["rtn:3b-g32-asym"] < kl["rtn:3b-g32"]
+    assert kl["gptq:3b-g32-asym"] < 0.7 * kl["rtn:3b-g32-asym"] < 0.7 * kl["rtn:3b-g32"]
+    # tuning is undone where held-out tokens do not gain: then it is the row before it
+    assert kl["tuned:3b-g32-asym"] < 0.7 * kl["rtn:3b-g32-asym"]
 
 
 def test_options_change_the_network_and_not_its_size(measure):

@@ -11,6 +11,7 @@ from quantforge.load.huggingface import from_module
 from quantforge.methods.compensation import FEEDBACKS, compensate, shifted_target
 from quantforge.methods.gptq import fit_grid, gptq
 from quantforge.methods.magr import magr
+from quantforge.methods.refit import refit_scales
 from quantforge.numerics import factorize, output_error
 from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig, RoundingConfig
@@ -323,6 +324,22 @@ def test_magr_takes_outliers_that_correlated_inputs_can_do_without():
         made = quantize_layer(weight, Stage(moments, None), QuantSpec(3), config)
         errors[strength] = float(output_error(made.quantized.dequantize() - weight, gram).sum())
     assert errors[0.2] < 0.5 * errors[0.0]
+
+
+def test_refit_after_magr_fits_the_weight_itself():
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(200, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    moments = StageMoments(gram=inputs.T @ inputs / 200, cross=None)
+    weight = torch.randn(6, 32, generator=generator)
+    found = {}
+    for refit in (False, True):
+        config = QuantizeConfig(magr=0.1, refit=refit)
+        made = quantize_layer(weight, Stage(moments, None), QuantSpec(3, 16), config).quantized
+        found[refit] = made
+    start = found[False]
+    expected = refit_scales(start.codes, weight, moments.gram, start.scale, start.spec)
+    assert torch.equal(found[True].scale, expected.bfloat16())
+    assert not torch.equal(found[True].scale, start.scale)
 
 
 def test_an_asymmetric_rounding_is_learned_and_keeps_its_zero_points(trained):
