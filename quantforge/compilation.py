@@ -5,7 +5,6 @@ The order of the calls is in `pipeline.py`; what each of them needs from the oth
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,14 +17,16 @@ from torch import Tensor, nn
 
 from quantforge.calibrate.artefact import (
     load_curve,
+    load_output_gram,
     load_sensitivity,
     load_traces,
     save_curve,
+    save_output_grams,
     save_sensitivity,
     save_traces,
 )
 from quantforge.calibrate.candidates import measure
-from quantforge.calibrate.fisher import output_gradient_moments
+from quantforge.calibrate.fisher import OutputGram, output_gradient_moments
 from quantforge.decision import Chosen, Measurement, choose
 from quantforge.errors import InputError
 from quantforge.evaluate.generate import greedy
@@ -38,7 +39,7 @@ from quantforge.load.huggingface import from_module
 from quantforge.load.text import calibration_set, from_batches
 from quantforge.loading import load_source
 from quantforge.measurements import measurement
-from quantforge.memory import release_freed
+from quantforge.memory import StageTimer, release_freed
 from quantforge.models import Model
 from quantforge.progress import Monitor
 from quantforge.quantize.sequential import (
@@ -57,9 +58,10 @@ from quantforge.types import BitPlan, CalibrationSet, QuantSpec, Sensitivity
 from quantforge.workspace import machine_traits
 
 # Raised with every change of what calibration computes: older measurements are then not used.
-MEASUREMENT_VERSION = 4
+MEASUREMENT_VERSION = 5
 CANDIDATES = "candidates"
 TRACES = "traces.safetensors"
+OUTPUT_GRAMS = "output_grams.safetensors"
 UNIFORM = "uniform.json"
 SENSITIVITY = "sensitivity.json"
 
@@ -103,6 +105,7 @@ class Job:
             self.recipe.calibrate.model_dump(mode="json"),
             [str(spec) for spec in specs],
             self.recipe.evaluate.model_dump(mode="json", exclude={"prompts", "tokens"}),
+            self.recipe.quantize.needs_output_grams,
             MEASUREMENT_VERSION,
             self.seed,
             self.model.device.type,
@@ -119,7 +122,8 @@ class Job:
         """Fill a measurement's folder."""
         store = CandidateStore(folder / CANDIDATES, self.model.device)
         with self._timed("calibrate"):
-            moments = self._gradient_moments()
+            moments, grams = self.gradient_moments()
+            save_output_grams(grams, folder / OUTPUT_GRAMS)
             release_freed()
             sensitivity, final = measure(
                 self.model,
@@ -148,6 +152,7 @@ class Job:
             channel_weights=tuple(weight.to(self.model.device) for weight in channels),
             final_hidden=final,
             uniform=uniform,
+            output_grams=partial(load_output_gram, folder / OUTPUT_GRAMS),
         )
 
     def _measure_uniform(
@@ -169,10 +174,11 @@ class Job:
     def _block_names(self) -> list[str]:
         return self.model.architecture.block_names(self.model.module)
 
-    def _gradient_moments(self) -> dict[str, Tensor]:
-        """E[g²] at the outputs of all planned layers and of all blocks."""
+    def gradient_moments(self) -> tuple[dict[str, Tensor], dict[str, OutputGram]]:
+        """E[g²] at the outputs of all layers and blocks, and output grams where they are used."""
         options = self.recipe.calibrate
         features = {layer.name: layer.out_features for layer in self.model.layers}
+        coupled = set(features) if self.recipe.quantize.needs_output_grams else set()
         embedding: Any = self.model.module.get_submodule(self.model.architecture.embedding)
         features.update(dict.fromkeys(self._block_names(), int(embedding.embedding_dim)))
         return output_gradient_moments(
@@ -183,6 +189,7 @@ class Job:
             precision=options.precision,
             generator=torch.Generator(self.model.device).manual_seed(self.seed),
             monitor=self.monitor,
+            coupled=coupled,
         )
 
     def search(self, measured: Measurement, budget: Budget) -> Chosen:
@@ -222,6 +229,7 @@ class Job:
                 channel_weights=measured.channel_weights,
                 generator=torch.Generator().manual_seed(self.seed),
                 monitor=self.monitor,
+                output_grams=measured.output_grams,
             )
         errors = measured.row(measured.sensitivity.error, plan)
         return quantize_from_store(
@@ -335,25 +343,8 @@ class Job:
                 put_weight(self.model, name, weight)
         return qualities
 
-    def _timed(self, stage: str) -> _Timer:
-        return _Timer(self.timings, stage)
-
-
-@dataclass(slots=True)
-class _Timer:
-    """Adds the wall time of its body to a table, and gives freed memory back after it."""
-
-    table: dict[str, float]
-    stage: str
-    began: float = 0.0
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        release_freed()
-        spent = time.perf_counter() - self.began
-        self.table[self.stage] = self.table.get(self.stage, 0.0) + spent
+    def _timed(self, stage: str) -> StageTimer:
+        return StageTimer(self.timings, stage)
 
 
 def open_job(

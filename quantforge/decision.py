@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -25,6 +26,7 @@ class Measurement:
         final_hidden: [sequences, length, hidden] bfloat16, the float network's head input on the
             fitting tokens; on the CPU until it is used.
         uniform: measured uniform networks, by stored bits.
+        output_grams: gives a layer's output gram, in blocks.
     """
 
     sensitivity: Sensitivity
@@ -32,6 +34,7 @@ class Measurement:
     channel_weights: tuple[Tensor, ...]
     final_hidden: Tensor
     uniform: tuple[CurvePoint, ...]
+    output_grams: Callable[[str], Sequence[Tensor]]
 
     def row(self, table: Tensor, plan: BitPlan) -> dict[str, float]:
         """Layer name → the entry of `table` [layers, specs] for the plan's spec; 0 where kept."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import time
+from dataclasses import dataclass
 
 
 def release_freed() -> None:
@@ -30,3 +32,25 @@ def peak_bytes() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@dataclass(slots=True)
+class StageTimer:
+    """Adds the wall time of its body to a table, and gives freed memory back after it.
+
+    Attributes:
+        table: stage → seconds.
+        stage: which.
+    """
+
+    table: dict[str, float]
+    stage: str
+    _began: float = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        release_freed()
+        spent = time.perf_counter() - self._began
+        self.table[self.stage] = self.table.get(self.stage, 0.0) + spent

@@ -1,4 +1,4 @@
-"""What calibration leaves on disk: a readable table, and per-channel gradients beside it."""
+"""What calibration leaves on disk: a readable table, and moments of gradients beside it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quantforge.calibrate.fisher import OutputGram
 from quantforge.errors import InputError
 from quantforge.files import atomic_path, write_json
 from quantforge.results import CurvePoint, Quality
@@ -84,6 +85,33 @@ def load_traces(path: Path) -> tuple[tuple[Tensor, ...], Tensor]:
     except (OSError, SafetensorError, KeyError) as error:
         raise _damaged(path, error) from error
     return tuple(weight for _, weight in sorted(tensors.items())), final
+
+
+def save_output_grams(grams: dict[str, OutputGram], path: Path) -> None:
+    """Write output grams in bfloat16, atomically; `grams` is emptied on the way, to free memory.
+
+    That is digits enough: whoever uses them adds a good part of their mean to the diagonal.
+    """
+    tensors = {}
+    for name in list(grams):
+        for index, block in enumerate(grams.pop(name).mean()):
+            tensors[f"{name}.{index}"] = block.bfloat16()
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_output_gram(path: Path, layer: str) -> list[Tensor]:
+    """Blocks of one layer's output gram, [rows, rows] float32 each.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            count = sum(name.rpartition(".")[0] == layer for name in set(file.keys()))
+            return [file.get_tensor(f"{layer}.{index}").float() for index in range(count)]
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
 
 
 def save_curve(points: Sequence[CurvePoint], path: Path) -> None:

@@ -9,22 +9,28 @@ the curvature of the KL divergence). Taking outputs as uncorrelated and g as ind
 
 so one first-order pass a batch serves every layer and every candidate. Units are nats a token.
 Gradients are of the sum over tokens, so an error's effect on later tokens counts in full.
+
+Where outputs are not taken as uncorrelated, all of G = E[g gᵀ] is wanted, the output gram, whose
+diagonal these are: error feedback between rows rests on it (`methods.output_feedback`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantforge.capture import Precision, compute_in
+from quantforge.capture import Precision, compute_in, product_dtype
 from quantforge.models import Model
+from quantforge.numerics import GramAccumulator
 from quantforge.progress import Monitor
 
 HEAD_CHUNK = 512
+# Rows beyond this do not answer for each other: an output gram has that many squared entries.
+LARGEST_OUTPUT_BLOCK = 4096
 
 
 def sampled_label_gradient(hidden: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,15 +54,53 @@ def sampled_label_gradient(hidden: Tensor, head: Tensor, generator: torch.Genera
     return torch.cat(pieces).to(hidden.dtype)
 
 
-def _accumulate_into(total: Tensor) -> Any:
+class _Squares:
+    """Accumulates g² of gradients [..., out]."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.total = torch.zeros(features, device=device)
+
+    def add(self, gradient: Tensor, _: torch.dtype) -> None:
+        """Add a batch of gradients."""
+        self.total.add_(gradient.float().flatten(0, -2).square().sum(0))
+
+
+def _accumulate_into(total: _Squares | OutputGram, dtype: torch.dtype) -> Any:
     def on_gradient(gradient: Tensor) -> None:
-        total.add_(gradient.detach().float().flatten(0, -2).square().sum(0))
+        total.add(gradient.detach(), dtype)
 
     def on_output(_: nn.Module, __: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
         states.register_hook(on_gradient)
 
     return on_output
+
+
+class OutputGram:
+    """Accumulates G of one layer, or its diagonal blocks where the layer has very many rows.
+
+    Attributes:
+        blocks: accumulators of consecutive rows, each of at most `LARGEST_OUTPUT_BLOCK`.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        count = -(-features // LARGEST_OUTPUT_BLOCK)
+        sizes = [len(part) for part in torch.arange(features).tensor_split(count)]
+        self.blocks = [GramAccumulator(size, device) for size in sizes]
+
+    def add(self, gradient: Tensor, dtype: torch.dtype) -> None:
+        """Add gradients [..., out], rounded to `dtype`."""
+        sizes = [len(block.total) for block in self.blocks]
+        for block, part in zip(self.blocks, torch.split(gradient, sizes, -1), strict=True):
+            block.add(part, dtype)
+
+    def squares(self) -> Tensor:
+        """[out] E[g²] a token."""
+        return torch.cat([block.total.diagonal() / block.tokens for block in self.blocks])
+
+    def mean(self) -> list[Tensor]:
+        """The blocks of G, [rows, rows] float32 each."""
+        return [block.mean() for block in self.blocks]
 
 
 def output_gradient_moments(
@@ -68,8 +112,9 @@ def output_gradient_moments(
     precision: Precision,
     generator: torch.Generator,
     monitor: Monitor,
-) -> dict[str, Tensor]:
-    """E[g_o²] of the named modules' outputs, over all tokens, with labels drawn from the model.
+    coupled: Collection[str] = (),
+) -> tuple[dict[str, Tensor], dict[str, OutputGram]]:
+    """Moments of the gradients at the named modules' outputs, with labels drawn from the model.
 
     Args:
         model: the float network; its parameters are frozen while this runs.
@@ -79,12 +124,17 @@ def output_gradient_moments(
         precision: of the matrix products.
         generator: draws the labels; of the network's device.
         monitor: progress and cancellation.
+        coupled: the modules whose whole output gram is wanted.
 
     Returns:
-        module path → [features] float32 on the network's device, in (nats / output unit)² a token.
+        module path → [features] float32 E[g²] over all tokens, on the network's device, in
+        (nats / output unit)² a token; and module path → output gram of the coupled ones.
     """
     module, architecture = model.module, model.architecture
-    moments = {name: torch.zeros(size, device=model.device) for name, size in features.items()}
+    sums: dict[str, _Squares | OutputGram] = {
+        name: (OutputGram if name in coupled else _Squares)(size, model.device)
+        for name, size in features.items()
+    }
     projection: Any = module.get_submodule(architecture.head)
     head: Tensor = projection.weight.detach()
     if precision == "bfloat16":
@@ -98,8 +148,8 @@ def output_gradient_moments(
         def watch(name: str, hook: Any) -> None:
             stack.callback(module.get_submodule(name).register_forward_hook(hook).remove)
 
-        for name, total in moments.items():
-            watch(name, _accumulate_into(total))
+        for name, total in sums.items():
+            watch(name, _accumulate_into(total, product_dtype(precision)))
         watch(architecture.embedding, lambda _, __, output: output.requires_grad_())
         watch(architecture.final_norm, lambda _, __, output: seen.update(hidden=output))
         for index, batch in enumerate(batches):
@@ -111,7 +161,12 @@ def output_gradient_moments(
                 gradient = sampled_label_gradient(flat, head, generator)
             torch.autograd.backward(hidden, gradient.view_as(hidden).to(hidden.dtype))
             monitor.step("gradients", index + 1, len(batches))
-    return {name: total / tokens.numel() for name, total in moments.items()}
+    grams = {name: total for name, total in sums.items() if isinstance(total, OutputGram)}
+    squares = {
+        name: total.squares() if isinstance(total, OutputGram) else total.total / tokens.numel()
+        for name, total in sums.items()
+    }
+    return squares, grams
 
 
 @contextmanager

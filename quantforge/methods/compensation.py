@@ -37,7 +37,7 @@ import torch
 from quantforge_kernels.compensate import PullForm, column_loop
 from torch import Tensor
 
-from quantforge.numerics import Factor, output_error, require_finite
+from quantforge.numerics import Factor, require_finite
 from quantforge.types import QuantizedWeight, QuantSpec
 
 
@@ -134,7 +134,13 @@ def mismatch_matrix(cross: Tensor, factor: Factor, coefficient: float) -> Tensor
     return coefficient * torch.triu(ordered @ factor.upper.T, 1) @ factor.upper
 
 
-def asymmetric_error(difference: Tensor, weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+def asymmetric_error(
+    difference: Tensor,
+    weight: Tensor,
+    gram: Tensor,
+    cross: Tensor | None,
+    coupled: Tensor | None = None,
+) -> Tensor:
     """[out] mean squared error of (W + D) x̃ against W x, without the part that D cannot change.
 
     That part is E|W (x − x̃)|², the error of D = 0; the result is negative where D is better.
@@ -143,9 +149,14 @@ def asymmetric_error(difference: Tensor, weight: Tensor, gram: Tensor, cross: Te
         difference: [out, in] D.
         weight: [out, in] W.
         gram: [in, in] mean of x̃ x̃ᵀ.
-        cross: [in, in] C, mean of (x − x̃) x̃ᵀ.
+        cross: [in, in] C, mean of (x − x̃) x̃ᵀ; None where x̃ is x.
+        coupled: [out, in] G D, if outputs are weighed by a matrix G and not alike; the sum over
+            rows is then the weighted error.
     """
-    return output_error(difference, gram) - 2.0 * ((weight @ cross) * difference).sum(1)
+    felt = difference @ gram
+    if cross is not None:
+        felt -= 2.0 * (weight @ cross)
+    return (felt * (difference if coupled is None else coupled)).sum(1)
 
 
 def _first_values(weight: Tensor, cross: Tensor, factor: Factor, coefficient: float) -> Tensor:

@@ -9,7 +9,9 @@ for, all of them start from the weight it makes; what they are judged by is the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import torch
@@ -20,13 +22,15 @@ from quantforge.methods.compensation import (
     Feedback,
     asymmetric_error,
     compensate,
+    require_usable,
     shifted_target,
 )
 from quantforge.methods.gptq import fit_grid
 from quantforge.methods.magr import magr
+from quantforge.methods.output_feedback import compensate_rows
 from quantforge.methods.refit import refit_scales
 from quantforge.methods.rtn import round_to_nearest
-from quantforge.numerics import Factor, factorize, output_error
+from quantforge.numerics import Factor, factorize
 from quantforge.quantize.config import QuantizeConfig
 from quantforge.quantize.streams import StageMoments
 from quantforge.types import QuantizedWeight, QuantSpec
@@ -107,8 +111,37 @@ class Compensated:
     choice: Choice | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """How the loss couples a layer's outputs; nothing of it where rows are taken alone.
+
+    Attributes:
+        grams: diagonal blocks of the output gram, which cover the rows in order.
+        factors: of these, damped.
+    """
+
+    grams: Sequence[Tensor] = ()
+    factors: Sequence[Factor] = ()
+
+    @classmethod
+    def of(cls, grams: Sequence[Tensor], damping: float) -> Outputs:
+        """Factor the blocks of an output gram."""
+        return cls(grams=grams, factors=[factorize(gram, damping=damping) for gram in grams])
+
+    def couple(self, rows: Tensor) -> Tensor:
+        """The output gram times [out, in]; the same where rows are taken alone."""
+        if not self.grams:
+            return rows
+        parts = torch.split(rows, [len(gram) for gram in self.grams])
+        return torch.cat([gram @ part for gram, part in zip(self.grams, parts, strict=True)])
+
+
 def quantize_layer(
-    weight: Tensor, stage: Stage, spec: QuantSpec, config: QuantizeConfig
+    weight: Tensor,
+    stage: Stage,
+    spec: QuantSpec,
+    config: QuantizeConfig,
+    outputs: Outputs = Outputs(),
 ) -> Compensated:
     """Quantize one layer by the configured method.
 
@@ -117,12 +150,14 @@ def quantize_layer(
         stage: moments of its input.
         spec: width, grouping and symmetry.
         config: method, its candidates, grid, MagR's strength.
+        outputs: lets rows answer for each other.
 
     Raises:
         InputError: weight or moments hold NaN or Inf.
     """
+    require_usable(weight)
     factor = stage.factor(config.damping[0])
-    start = magr(weight, stage.fitting.gram, spec, strength=config.magr) if config.magr else weight
+    start = _shrunk(weight, stage, spec, config)
     scale, zero = fit_grid(start, factor, spec, config.grid)
     rounded = round_to_nearest(start, scale, spec, zero)
     if config.method == "rtn":
@@ -131,16 +166,33 @@ def quantize_layer(
     least = torch.inf
     allowed = choices(config)
     for choice in allowed:
+        one = partial(_quantize_rows, stage=stage, spec=spec, choice=choice, config=config)
+        quantized = (
+            compensate_rows(weight, outputs.factors, one) if outputs.factors else one(weight)
+        )
         factor = stage.factor(choice.damping)
-        quantized = _apply(start, stage.fitting, factor, spec, choice.feedback, config)
-        if config.refit:
-            quantized = _refitted(quantized, weight, stage.fitting, choice.feedback)
         made = Compensated(quantized=quantized, rounded=rounded, factor=factor, choice=choice)
-        error = _held_out_error(weight, stage, quantized) if len(allowed) > 1 else 0.0
+        error = _held_out_error(weight, stage, quantized, outputs) if len(allowed) > 1 else 0.0
         if best is None or error < least:
             best, least = made, error
     assert best is not None
     return best
+
+
+def _shrunk(weight: Tensor, stage: Stage, spec: QuantSpec, config: QuantizeConfig) -> Tensor:
+    """The weight after MagR, if that is asked for."""
+    if not config.magr:
+        return weight
+    return magr(weight, stage.fitting.gram, spec, strength=config.magr)
+
+
+def _quantize_rows(
+    weight: Tensor, *, stage: Stage, spec: QuantSpec, choice: Choice, config: QuantizeConfig
+) -> QuantizedWeight:
+    """Quantize rows [rows, in] by one member of the family."""
+    start, factor = _shrunk(weight, stage, spec, config), stage.factor(choice.damping)
+    made = _apply(start, stage.fitting, factor, spec, choice.feedback, config)
+    return _refitted(made, weight, stage.fitting, choice.feedback) if config.refit else made
 
 
 def _apply(
@@ -171,12 +223,16 @@ def _refitted(
     return replace(made, scale=fitted.bfloat16())
 
 
-def _held_out_error(weight: Tensor, stage: Stage, quantized: QuantizedWeight) -> float:
-    """Squared distance to the float output on held-out tokens, up to a constant."""
+def _held_out_error(
+    weight: Tensor, stage: Stage, quantized: QuantizedWeight, outputs: Outputs
+) -> float:
+    """Squared distance to the float output on held-out tokens, up to a constant.
+
+    Where rows answer for each other it is the distance that the output gram measures.
+    """
     if stage.held_out is None:
         raise ValueError("several candidates need held-out tokens")
     difference = quantized.dequantize() - weight
     gram, cross = stage.held_out.gram, stage.held_out.cross
-    if cross is None:
-        return float(output_error(difference, gram).sum(dtype=torch.float64))
-    return float(asymmetric_error(difference, weight, gram, cross).sum(dtype=torch.float64))
+    error = asymmetric_error(difference, weight, gram, cross, outputs.couple(difference))
+    return float(error.sum(dtype=torch.float64))

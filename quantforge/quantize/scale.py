@@ -123,3 +123,14 @@ def fold(source: Any, readers: Sequence[Any], scale: Tensor) -> None:
         bias.copy_(divide_outputs(bias, scale))
     for reader in readers:
         reader.weight.copy_(multiply_inputs(reader.weight, scale))
+
+
+def rescale_outputs(grams: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
+    """Output gram of a module whose outputs were divided by `scale` [out]: gradients grow by it.
+
+    Args:
+        grams: diagonal blocks, which cover the outputs in order.
+        scale: [out], positive.
+    """
+    parts = torch.split(scale, [len(gram) for gram in grams])
+    return [gram * part * part.unsqueeze(1) for gram, part in zip(grams, parts, strict=True)]

@@ -8,7 +8,7 @@ rounding if asked, and run it again for the next block's inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -22,12 +22,15 @@ from quantforge.models import Model
 from quantforge.numerics import output_error, relative
 from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig
-from quantforge.quantize.layer import Compensated, Stage, quantize_layer
+from quantforge.quantize.layer import Compensated, Outputs, Stage, quantize_layer
 from quantforge.quantize.refine import refine_block
-from quantforge.quantize.scale import scale_block
+from quantforge.quantize.scale import rescale_outputs, scale_block
 from quantforge.quantize.streams import Streams
 from quantforge.results import LayerReport
 from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantizedWeight
+
+# Layer name → diagonal blocks of its output gram, which cover its rows in order.
+OutputGrams = Callable[[str], Sequence[Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,15 +108,19 @@ class _Pending:
 
 
 def _compensate_block(
-    model: Model, index: int, plan: BitPlan, streams: Streams, config: QuantizeConfig
+    model: Model,
+    index: int,
+    plan: BitPlan,
+    streams: Streams,
+    config: QuantizeConfig,
+    output_grams: OutputGrams | None,
 ) -> list[_Pending]:
     """Quantize a block's layers stage by stage and put the results into the network.
 
     Moves the float stream to the block's exit.
     """
     block = streams.quantized.blocks[index]
-    if config.awq:
-        scale_block(model, index, plan, streams, config)
+    scaled = scale_block(model, index, plan, streams, config) if config.awq else {}
     prefix = f"{model.architecture.blocks}.{index}."
     count = len(model.architecture.stages)
     steps = [[stage] for stage in range(count)] if config.true_sequential else [list(range(count))]
@@ -133,13 +140,20 @@ def _compensate_block(
         for layer, spec in layers:
             parameter: Any = model.module.get_submodule(layer.name).weight
             weight = parameter.detach().float().clone()
+            path = layer.name.removeprefix(prefix)
+            outputs = Outputs()
+            if output_grams is not None and config.needs_output_grams:
+                grams = [gram.to(weight.device) for gram in output_grams(layer.name)]
+                if path in scaled:
+                    grams = rescale_outputs(grams, scaled[path].scale)
+                outputs = Outputs.of(grams, config.output_damping)
             try:
-                made = quantize_layer(weight, stages[layer.stage], spec, config)
+                made = quantize_layer(weight, stages[layer.stage], spec, config, outputs)
             except InputError as error:
                 raise InputError(f"{layer.name}: {error}") from error
             gram = stages[layer.stage].fitting.gram
             done.append(_Pending(layer=layer, weight=weight, made=made, gram=gram))
-            floats[f"{layer.name.removeprefix(prefix)}.weight"] = weight
+            floats[f"{path}.weight"] = weight
             put_weight(model, layer.name, made.quantized.dequantize())
     streams.advance_native(block, floats)
     return done
@@ -155,6 +169,7 @@ def quantize_sequentially(
     channel_weights: Sequence[Tensor],
     generator: torch.Generator,
     monitor: Monitor,
+    output_grams: OutputGrams | None = None,
 ) -> Iterator[QuantizedLayer]:
     """Quantize the network in place, block by block, yielding layers as they are finished.
 
@@ -167,12 +182,13 @@ def quantize_sequentially(
         channel_weights: per block [hidden], importance of its output's channels.
         generator: for the order of batches in learned rounding.
         monitor: progress and cancellation.
+        output_grams: gives a layer's output gram, for `output_feedback`; None goes without.
     """
     streams = Streams(model, calibration, config)
     blocks = streams.quantized.blocks
     for index, block in enumerate(blocks):
         layers = [layer for layer in model.layers if layer.block == index]
-        pending = _compensate_block(model, index, plan, streams, config)
+        pending = _compensate_block(model, index, plan, streams, config, output_grams)
         final = {one.layer.name: one.made.quantized for one in pending}
         if config.rounding.steps > 0 and pending:
             prefix = f"{model.architecture.blocks}.{index}."

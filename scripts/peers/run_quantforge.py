@@ -111,7 +111,7 @@ def channel_weights(model: Model, calibration: CalibrationSet, recipe: Recipe) -
     features = dict.fromkeys(blocks, int(embedding.embedding_dim))
     if recipe.quantize.rounding.steps == 0:
         return [torch.ones(size) for size in features.values()]
-    moments = output_gradient_moments(
+    moments, _ = output_gradient_moments(
         model,
         features,
         calibration.fitting[: recipe.calibrate.gradient_sequences],

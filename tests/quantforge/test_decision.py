@@ -38,8 +38,9 @@ def measured():
         for p in uniform_plans(sensitivity)
     )
     return Measurement(
-        sensitivity=sensitivity, store=None, channel_weights=(), final_hidden=loss, uniform=uniform
-    )
+        sensitivity=sensitivity, store=None, channel_weights=(), final_hidden=loss, uniform=uniform,
+        output_grams=lambda layer: [],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("kl", "taken"), [(0.1, False), (0.3, True)])

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from quantforge.calibrate import fisher
+from quantforge.calibrate.artefact import load_output_gram, save_output_grams
 from quantforge.calibrate.candidates import measure, predicted_loss
 from quantforge.calibrate.config import CalibrateConfig
 from quantforge.calibrate.fisher import output_gradient_moments, sampled_label_gradient
 from quantforge.capture import BlockWalk, stage_grams
+from quantforge.errors import InputError
 from quantforge.evaluate.quality import ReferenceOutputs
 from quantforge.evaluate.quality import measure as measure_quality
 from quantforge.format.store import CandidateStore
@@ -38,12 +41,15 @@ def test_sampled_label_gradient_is_the_gradient_of_the_sampled_likelihood():
     assert torch.allclose(found, hidden.grad, atol=1e-5)
 
 
-def test_moments_equal_a_plain_loop(model):
+@pytest.mark.parametrize("whole", [True, False])
+def test_moments_equal_a_plain_loop(model, whole):
     tokens = markov_tokens(4, 12)
-    found = output_gradient_moments(
+    coupled = set(features(model)) if whole else ()
+    found, grams = output_gradient_moments(
         model, features(model), tokens, batch_size=2, precision="float32",
-        generator=torch.Generator().manual_seed(7), monitor=Monitor(),
+        generator=torch.Generator().manual_seed(7), monitor=Monitor(), coupled=coupled,
     )  # fmt: skip
+    assert grams.keys() == set(coupled)
     generator = torch.Generator().manual_seed(7)
     totals = {layer.name: 0.0 for layer in model.layers}
     for batch in tokens.split(2):
@@ -64,18 +70,46 @@ def test_moments_equal_a_plain_loop(model):
             logits.flatten(0, 1), labels.squeeze(1), reduction="sum"
         ).backward()
         for name, output in outputs.items():
-            totals[name] = totals[name] + output.grad.flatten(0, 1).square().sum(0)
+            gradient = output.grad.flatten(0, 1)
+            totals[name] = totals[name] + gradient.T @ gradient
         for hook in hooks:
             hook.remove()
     for name, total in totals.items():
-        assert torch.allclose(found[name], total / tokens.numel(), rtol=1e-3, atol=1e-8)
+        mean = total / tokens.numel()
+        assert torch.allclose(found[name], mean.diagonal(), rtol=1e-3, atol=1e-8)
+        if whole:
+            (gram,) = grams[name].mean()
+            assert torch.allclose(gram, mean, rtol=1e-3, atol=1e-4 * float(mean.diagonal().max()))
     assert all(p.requires_grad for p in model.module.parameters())
+
+
+def test_output_grams_of_many_rows_are_cut_stored_and_found_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(fisher, "LARGEST_OUTPUT_BLOCK", 4)
+    gradients = torch.randn(2, 15, 10, generator=torch.Generator().manual_seed(0))
+    total = fisher.OutputGram(10, torch.device("cpu"))
+    for part in gradients:
+        total.add(part, torch.float32)
+    rows = gradients.flatten(0, 1)
+    whole = rows.T @ rows / 30
+    expected = [whole[:4, :4], whole[4:7, 4:7], whole[7:, 7:]]
+    torch.testing.assert_close(total.mean(), expected)
+    torch.testing.assert_close(total.squares(), whole.diagonal())
+    grams, path = {"a.b": total, "a.bc": fisher.OutputGram(2, torch.device("cpu"))}, tmp_path / "x"
+    grams["a.bc"].add(torch.ones(1, 2), torch.float32)
+    save_output_grams(grams, path)
+    assert not grams
+    found = load_output_gram(path, "a.b")
+    assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(load_output_gram(path, "a.bc")[0], torch.ones(2, 2))
+    path.write_bytes(b"short")
+    with pytest.raises(InputError, match="missing or damaged"):
+        load_output_gram(path, "a.b")
 
 
 def test_prediction_is_near_the_kl_that_small_errors_cause(model):
     """The factored form drops correlations, so it is near, not equal: within a factor of three."""
     tokens = markov_tokens(64, 48, seed=1)
-    moments = output_gradient_moments(
+    moments, _ = output_gradient_moments(
         model, features(model), tokens, batch_size=16, precision="float32",
         generator=torch.Generator().manual_seed(0), monitor=Monitor(),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from quantforge.methods.rtn import minmax_grid, round_to_nearest
 from quantforge.numerics import output_error
 from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig, RoundingConfig
-from quantforge.quantize.scale import fold, scale_block
+from quantforge.quantize.scale import fold, rescale_outputs, scale_block
 from quantforge.quantize.sequential import quantize_sequentially
 from quantforge.quantize.streams import Streams
 from quantforge.testing import markov_tokens, plan_of, tiny_llama, train
@@ -241,3 +241,15 @@ def test_statistics_are_means_over_the_fitting_tokens(trained):
     assert torch.allclose(gram, seen[0].T @ seen[0] / len(seen[0]), rtol=1e-3, atol=1e-5)
     rows = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(output_error(rows, gram), (seen[0] @ rows.T).square().mean(0), rtol=1e-3)
+
+
+def test_output_grams_follow_the_scale_of_the_outputs():
+    """y / s has gradients s g: by definition of the gram, in two blocks."""
+    gradients = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.1])
+
+    def blocks(rows):
+        return [rows[:, :2].T @ rows[:, :2], rows[:, 2:].T @ rows[:, 2:]]
+
+    found = rescale_outputs(blocks(gradients), scale)
+    torch.testing.assert_close(found, blocks(gradients * scale))

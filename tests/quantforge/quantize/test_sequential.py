@@ -11,11 +11,12 @@ from quantforge.load.huggingface import from_module
 from quantforge.methods.compensation import FEEDBACKS, compensate, shifted_target
 from quantforge.methods.gptq import fit_grid, gptq
 from quantforge.methods.magr import magr
+from quantforge.methods.output_feedback import compensate_rows
 from quantforge.methods.refit import refit_scales
 from quantforge.numerics import factorize, output_error
 from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig, RoundingConfig
-from quantforge.quantize.layer import Stage, choices, quantize_layer
+from quantforge.quantize.layer import Outputs, Stage, choices, quantize_layer
 from quantforge.quantize.sequential import quantize_sequentially
 from quantforge.quantize.streams import StageMoments
 from quantforge.testing import markov_tokens, tiny_llama, train
@@ -29,7 +30,7 @@ def trained():
     return train(tiny_llama(blocks=2))
 
 
-def run(module, spec_of, config=CONFIG, channels=None):
+def run(module, spec_of, config=CONFIG, channels=None, output_grams=None):
     model = from_module(copy.deepcopy(module))
     assignment = {layer.name: spec_of(layer) for layer in model.layers}
     plan = BitPlan(
@@ -46,6 +47,7 @@ def run(module, spec_of, config=CONFIG, channels=None):
             channel_weights=[torch.ones(64) if channels is None else channels] * 2,
             generator=torch.Generator().manual_seed(0),
             monitor=Monitor(),
+            output_grams=output_grams,
         )
     )  # fmt: skip
     return model, done
@@ -122,6 +124,47 @@ def test_a_stage_sees_all_that_was_quantized_before_it_beside_the_float_network(
             weight.data.copy_(one.weight.dequantize())
 
 
+def output_gram(name, rows):
+    """A well coupled output gram that depends on the layer's name."""
+    seed = sum(map(ord, name))
+    gradients = torch.randn(40, rows, generator=torch.Generator().manual_seed(seed))
+    gradients += 2.0 * gradients[:, :1]
+    return gradients.T @ gradients / 40
+
+
+def test_rows_answer_for_each_other_by_the_output_gram(trained):
+    features = {layer.name: layer.out_features for layer in from_module(trained).layers}
+
+    def grams(name):
+        whole, cut = output_gram(name, features[name]), 3 * features[name] // 4
+        return [whole[:cut, :cut], whole[cut:, cut:]]
+
+    config = CONFIG.model_copy(update={"output_damping": 0.2})
+    _, done = run(trained, lambda layer: QuantSpec(3, 32), config, output_grams=grams)
+    _, alone = run(trained, lambda layer: QuantSpec(3, 32))
+    walk = BlockWalk(
+        trained, from_module(trained).architecture, markov_tokens(16, 32, seed=4),
+        precision="float32",
+    )  # fmt: skip
+    inputs = stage_grams(walk, walk.blocks[0], from_module(trained).architecture)
+    for one, other in zip(done, alone, strict=True):
+        if one.layer.block > 0:
+            continue
+        factor = factorize(inputs[one.layer.stage])
+        rows = [factorize(gram, damping=0.2) for gram in grams(one.layer.name)]
+        weight = trained.get_submodule(one.layer.name).weight.detach()
+        expected = compensate_rows(weight, rows, lambda w, f=factor: gptq(w, f, QuantSpec(3, 32)))
+        assert torch.equal(one.weight.codes, expected.codes)
+        assert torch.equal(one.weight.scale, expected.scale)
+        changed = (one.weight.codes != other.weight.codes).float().mean()
+        assert changed > 0.01 or len(weight) <= 32  # a single panel of rows is quantized as one
+    off = CONFIG.model_copy(update={"output_feedback": False})
+    _, without = run(trained, lambda layer: QuantSpec(3, 32), off, output_grams=grams)
+    assert all(
+        torch.equal(a.weight.codes, b.weight.codes) for a, b in zip(without, alone, strict=True)
+    )
+
+
 def test_layers_choose_on_held_out_tokens_and_say_what(trained):
     def held_out_error(done):
         """Σ|Ŵx̃ − Wx|² over stage inputs of a network quantized as in `done`, last block."""
@@ -161,7 +204,10 @@ def test_unweighted_learned_rounding_does_not_look_at_the_channels(trained):
     assert not torch.equal(codes(True, even), codes(True, uneven))
 
 
-def test_choice_is_the_candidate_with_the_least_error_on_the_held_out_inputs():
+@pytest.mark.parametrize("coupled", [False, True])
+def test_choice_is_the_candidate_with_the_least_error_on_the_held_out_inputs(coupled):
+    gram = output_gram("six", 6) if coupled else torch.eye(6)
+    outputs = Outputs.of([gram], 0.5) if coupled else Outputs()
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 32, generator=generator)
 
@@ -176,7 +222,7 @@ def test_choice_is_the_candidate_with_the_least_error_on_the_held_out_inputs():
     native, quantized, held_out = moments(64)
     grid = {"mismatch": (0.0, 0.5, 1.0), "pull": (0.0, 0.2), "damping": (0.01, 0.3)}
     config = QuantizeConfig(method="qep", **grid)
-    made = quantize_layer(weight, Stage(fitting, held_out), QuantSpec(3, 16), config)
+    made = quantize_layer(weight, Stage(fitting, held_out), QuantSpec(3, 16), config, outputs)
     errors = {}
     for choice in choices(config):
         alone = config.model_copy(
@@ -186,9 +232,9 @@ def test_choice_is_the_candidate_with_the_least_error_on_the_held_out_inputs():
                 "damping": (choice.damping,),
             }
         )
-        other = quantize_layer(weight, Stage(fitting, None), QuantSpec(3, 16), alone)
+        other = quantize_layer(weight, Stage(fitting, None), QuantSpec(3, 16), alone, outputs)
         output = quantized @ other.quantized.dequantize().T - native @ weight.T
-        errors[str(choice)] = float(output.square().sum())
+        errors[str(choice)] = float(((output @ gram) * output).sum())
     assert len(errors) == 12
     assert str(made.choice) == min(errors, key=errors.__getitem__)
 
