@@ -138,6 +138,19 @@ class BlockWalk:
             self.output(block, index, weights)
         return seen
 
+    def inputs_and_output(
+        self,
+        block: nn.Module,
+        index: int,
+        readers: Sequence[str],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """`inputs` and `output` of one batch in one pass."""
+        seen: dict[str, Tensor] = {}
+        with input_hooks(block, readers, seen.__setitem__):
+            output = self.output(block, index, weights)
+        return seen, output
+
     def advance(self, block: nn.Module) -> None:
         """Replace the inputs by the block's outputs."""
         for index, output in enumerate(self.outputs(block)):

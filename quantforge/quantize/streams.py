@@ -74,6 +74,7 @@ class Streams:
 
         self.quantized = walk()
         self.native = walk() if config.needs_float_stream else None
+        self._moved: set[int] = set()  # batches of the float stream that stand at the exit already
 
     def moments(
         self, block: nn.Module, stages: Sequence[int], floats: Mapping[str, Tensor]
@@ -120,7 +121,10 @@ class Streams:
         batches: range,
         floats: Mapping[str, Tensor],
     ) -> list[StageMoments]:
-        """Moments of what `readers` (path → features) read in some batches."""
+        """Moments of what `readers` (path → features) read in some batches.
+
+        Where these are all stages, the float stream moves on in the same pass.
+        """
         device = self.quantized.hidden[0].device
         product = product_dtype(self.quantized.precision)
         grams = {name: GramAccumulator(size, device) for name, size in readers.items()}
@@ -133,7 +137,12 @@ class Streams:
             for name, inputs in read.items():
                 grams[name].add(inputs, product)
             if self.native is not None and self._compares:
-                meant = self.native.inputs(block, index, names, floats)
+                if len(names) == len(self._architecture.stages):  # nothing else looks at this block
+                    meant, exit_ = self.native.inputs_and_output(block, index, names, floats)
+                    self.native.hidden[index] = exit_
+                    self._moved.add(index)
+                else:
+                    meant = self.native.inputs(block, index, names, floats)
                 for name, inputs in read.items():
                     crosses[name].add(meant[name], inputs, product)
         return [
@@ -152,8 +161,9 @@ class Streams:
             floats: parameter path inside the block → float weight of what is quantized.
         """
         if self.native is not None:
-            for index in range(len(self.native.hidden)):
+            for index in set(range(len(self.native.hidden))) - self._moved:
                 self.native.hidden[index] = self.native.output(block, index, floats)
+            self._moved.clear()
 
     def task(self, block: nn.Module, channel_weight: Tensor) -> BlockTask:
         """The block's inputs and its outputs in the float network, for learned rounding.
