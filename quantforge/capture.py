@@ -8,12 +8,14 @@ is ever needed at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from quantforge.models import Architecture
@@ -207,3 +209,21 @@ def stage_grams(
             if advance:
                 walk.hidden[index] = output
     return [accumulator.mean() for accumulator in grams.values()]
+
+
+@contextmanager
+def recomputed(blocks: Iterable[nn.Module], every: int) -> Iterator[None]:
+    """Run every so many-th block again in a backward pass instead of keeping its activations.
+
+    Args:
+        blocks: all of them.
+        every: 1 means all, 2 the first, third, ..; 0 none.
+    """
+    changed: list[Any] = list(blocks)[::every] if every else []
+    for block in changed:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in changed:
+            del block.forward  # the class's own shows again

@@ -190,6 +190,7 @@ class Job:
             generator=torch.Generator(self.model.device).manual_seed(self.seed),
             monitor=self.monitor,
             coupled=coupled,
+            recompute=options.recompute,
         )
 
     def search(self, measured: Measurement, budget: Budget) -> Chosen:

@@ -156,7 +156,7 @@ class QuantizedWeight:
     def centre(self) -> Tensor:
         """The codes that mean 0: int16 [out, groups, 1], or [] the middle one of all groups."""
         if self.zero is None:
-            return torch.tensor(-self.spec.code_min, dtype=torch.int16, device=self.codes.device)
+            return torch.full((), -self.spec.code_min, dtype=torch.int16, device=self.codes.device)
         return self.zero.to(torch.int16).unsqueeze(-1)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

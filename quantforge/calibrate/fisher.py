@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantforge.capture import Precision, compute_in, product_dtype
+from quantforge.capture import Precision, compute_in, product_dtype, recomputed
 from quantforge.models import Model
 from quantforge.numerics import GramAccumulator
 from quantforge.progress import Monitor
@@ -113,6 +113,7 @@ def output_gradient_moments(
     generator: torch.Generator,
     monitor: Monitor,
     coupled: Collection[str] = (),
+    recompute: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, OutputGram]]:
     """Moments of the gradients at the named modules' outputs, with labels drawn from the model.
 
@@ -125,6 +126,7 @@ def output_gradient_moments(
         generator: draws the labels; of the network's device.
         monitor: progress and cancellation.
         coupled: the modules whose whole output gram is wanted.
+        recompute: every so many-th block runs again in the backward pass; 0 keeps all activations.
 
     Returns:
         module path → [features] float32 E[g²] over all tokens, on the network's device, in
@@ -144,6 +146,7 @@ def output_gradient_moments(
     batches = torch.split(tokens, batch_size)
     with ExitStack() as stack:
         stack.enter_context(_frozen(module))
+        stack.enter_context(recomputed(architecture.block_list(module), recompute))
 
         def watch(name: str, hook: Any) -> None:
             stack.callback(module.get_submodule(name).register_forward_hook(hook).remove)

@@ -56,7 +56,7 @@ class TuningConfig(Config):
             pass instead of being kept; 0 keeps all. Saves memory, changes nothing else.
     """
 
-    steps: int = Field(default=32, ge=0)
+    steps: int = Field(default=24, ge=0)
     batch: int = Field(default=4, ge=1)
     scale_step: float = Field(default=0.002, gt=0)
     norm_step: float = Field(default=0.0005, ge=0)
@@ -69,6 +69,9 @@ class QuantizeConfig(Config):
 
     Attributes:
         method: "rtn" rounds on the grid; the others feed errors back, see `methods.compensation`.
+            Those that look at the float network's inputs beside the quantized ones take about half
+            as long again and are much better: held-out KL of SmolLM2-135M at 3 bits in groups of
+            64, untuned: gptq 0.250, gptaq 0.205, qep 0.201 (paired standard error 0.004).
         mismatch: how much of the earlier layers' errors a layer repairs (GPTAQ's, QEP's
             coefficient); the method's published value where empty.
         pull: FOEM's pull towards the float weights; the method's published value where empty.
@@ -97,7 +100,7 @@ class QuantizeConfig(Config):
         tuning: of scales and norms, after all blocks.
     """
 
-    method: Literal["rtn", "gptq", "gptaq", "foem", "foem-gptaq", "qep", "qronos"] = "gptq"
+    method: Literal["rtn", "gptq", "gptaq", "foem", "foem-gptaq", "qep", "qronos"] = "qep"
     mismatch: Coefficients = ()
     pull: Coefficients = ()
     pull_form: Literal["A", "B", "C"] = "C"

@@ -15,16 +15,14 @@ graph exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from quantforge.capture import compute_in
+from quantforge.capture import compute_in, recomputed
 from quantforge.memory import release_freed
 from quantforge.methods.scaled_linear import ScaledLinear
 from quantforge.models import Model
@@ -65,12 +63,10 @@ def tune_scales(
     projection: Any = module.get_submodule(architecture.head)
     head = projection.weight.detach().bfloat16()
     body = module.get_submodule(architecture.blocks.rpartition(".")[0])
-    every = config.recompute
-    blocks: list[nn.Module] = list(architecture.block_list(module)[::every]) if every else []
     with (
         _stand_ins(module, weights) as layers,
         _trainable_norms(module, layers) as norms,
-        _recomputed(blocks),
+        recomputed(architecture.block_list(module), config.recompute),
     ):
         optimizer = torch.optim.Adam(
             [
@@ -140,19 +136,6 @@ def _stand_ins(
         for name, original in originals.items():
             original.weight.data = weights[name].dequantize(original.weight.dtype)
             module.set_submodule(name, original)
-
-
-@contextmanager
-def _recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Run these blocks again in the backward pass instead of keeping their activations."""
-    changed: list[Any] = list(blocks)
-    for block in changed:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block in changed:
-            del block.forward  # the class's own shows again
 
 
 @contextmanager

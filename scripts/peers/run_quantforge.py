@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 SEED = 0
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"quantize.method": "rtn"},
-    "gptq": {},
+    "gptq": {"quantize.method": "gptq"},
     "gptaq": {"quantize.method": "gptaq"},
     "foem": {"quantize.method": "foem"},
-    "learned": {"quantize.rounding.steps": 50},
+    "learned": {"quantize.method": "gptq", "quantize.rounding.steps": 50},
 }
 
 
@@ -67,7 +67,8 @@ def configuration(task: Task) -> Recipe:
     """The recipe of the method."""
     from quantforge.recipe import compose, resolve_target
 
-    settings = {"quantize.batch_size": task.batch, **METHODS[task.method], **task.settings}
+    alone = {"quantize.output_feedback": False}  # as published
+    settings = {"quantize.batch_size": task.batch, **alone, **METHODS[task.method], **task.settings}
     return compose(resolve_target(task.model), settings=settings)
 
 

@@ -249,7 +249,7 @@ def test_one_coefficient_stands_for_a_list_of_one():
     with pytest.raises(UsageError, match=r"quantize\.mismatch\[1\]: input should be less than"):
         compose(target, settings={"quantize.method": "qep", "quantize.mismatch": [0, 1.5]})
     with pytest.raises(UsageError, match="mismatch does nothing with gptq; use gptaq or qep"):
-        compose(target, settings={"quantize.mismatch": 0.5})
+        compose(target, settings={"quantize.method": "gptq", "quantize.mismatch": 0.5})
 
 
 def test_an_option_that_would_do_nothing_is_refused():

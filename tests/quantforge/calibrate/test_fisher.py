@@ -41,13 +41,14 @@ def test_sampled_label_gradient_is_the_gradient_of_the_sampled_likelihood():
     assert torch.allclose(found, hidden.grad, atol=1e-5)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_moments_equal_a_plain_loop(model, whole):
+@pytest.mark.parametrize(("whole", "recompute"), [(True, 0), (True, 1), (False, 0), (False, 2)])
+def test_moments_equal_a_plain_loop(model, whole, recompute):
     tokens = markov_tokens(4, 12)
     coupled = set(features(model)) if whole else ()
     found, grams = output_gradient_moments(
         model, features(model), tokens, batch_size=2, precision="float32",
         generator=torch.Generator().manual_seed(7), monitor=Monitor(), coupled=coupled,
+        recompute=recompute,
     )  # fmt: skip
     assert grams.keys() == set(coupled)
     generator = torch.Generator().manual_seed(7)

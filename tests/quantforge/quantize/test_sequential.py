@@ -22,7 +22,7 @@ from quantforge.quantize.streams import StageMoments
 from quantforge.testing import markov_tokens, tiny_llama, train
 from quantforge.types import BitPlan, CalibrationSet, QuantSpec
 
-CONFIG = QuantizeConfig(precision="float32")
+CONFIG = QuantizeConfig(precision="float32", method="gptq")
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_layers_choose_on_held_out_tokens_and_say_what(trained):
 def test_unweighted_learned_rounding_does_not_look_at_the_channels(trained):
     def codes(weighted, channels):
         rounding = RoundingConfig(steps=8, latent_step=0.05, check_every=8, weighted=weighted)
-        config = QuantizeConfig(precision="float32", rounding=rounding)
+        config = QuantizeConfig(precision="float32", method="gptq", rounding=rounding)
         _, done = run(trained, lambda layer: QuantSpec(2, 32), config, channels)
         return torch.cat([one.weight.codes.flatten() for one in done])
 
@@ -379,7 +379,7 @@ def test_refit_after_magr_fits_the_weight_itself():
     weight = torch.randn(6, 32, generator=generator)
     found = {}
     for refit in (False, True):
-        config = QuantizeConfig(magr=0.1, refit=refit)
+        config = QuantizeConfig(method="gptq", magr=0.1, refit=refit)
         made = quantize_layer(weight, Stage(moments, None), QuantSpec(3, 16), config).quantized
         found[refit] = made
     start = found[False]
@@ -393,7 +393,9 @@ def test_an_asymmetric_rounding_is_learned_and_keeps_its_zero_points(trained):
     rounding = RoundingConfig(steps=40, latent_step=0.02, check_every=10)
     _, plain = run(trained, lambda layer: spec)
     learned, done = run(
-        trained, lambda layer: spec, QuantizeConfig(precision="float32", rounding=rounding)
+        trained,
+        lambda layer: spec,
+        QuantizeConfig(precision="float32", method="gptq", rounding=rounding),
     )
     first, moved = plain[0].weight, done[0].weight
     assert torch.equal(first.zero, moved.zero)  # the first block starts from the same weights
