@@ -5,40 +5,20 @@ The order of the calls is in `pipeline.py`; what each of them needs from the oth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from quantforge.calibrate.artefact import (
-    load_curve,
-    load_output_gram,
-    load_sensitivity,
-    load_traces,
-    save_curve,
-    save_output_grams,
-    save_sensitivity,
-    save_traces,
-)
-from quantforge.calibrate.candidates import measure
-from quantforge.calibrate.fisher import OutputGram, output_gradient_moments
+from quantforge.calibration import Calibrator
 from quantforge.decision import Chosen, Measurement, choose
-from quantforge.errors import InputError
 from quantforge.evaluate.generate import greedy
 from quantforge.evaluate.quality import ReferenceOutputs
 from quantforge.evaluate.quality import measure as measure_quality
-from quantforge.files import fingerprint
-from quantforge.format.manifest import tool_versions
 from quantforge.format.store import CandidateStore
-from quantforge.load.huggingface import from_module
-from quantforge.load.text import calibration_set, from_batches
-from quantforge.loading import load_source
-from quantforge.measurements import measurement
 from quantforge.memory import StageTimer, release_freed
 from quantforge.models import Model
 from quantforge.progress import Monitor
@@ -49,21 +29,12 @@ from quantforge.quantize.sequential import (
     quantize_sequentially,
 )
 from quantforge.quantize.tune import tune_scales
-from quantforge.recipe import Recipe, Target, compose, resolve_target
-from quantforge.results import CurvePoint, Generation, Quality
-from quantforge.search.allocate import search, uniform_plans
+from quantforge.recipe import Recipe
+from quantforge.results import Generation, Quality
+from quantforge.search.allocate import search, table_row
 from quantforge.search.budget import Budget
-from quantforge.search.correction import corrected, correction_factors
-from quantforge.types import BitPlan, CalibrationSet, QuantSpec, Sensitivity
-from quantforge.workspace import machine_traits
-
-# Raised with every change of what calibration computes: older measurements are then not used.
-MEASUREMENT_VERSION = 5
-CANDIDATES = "candidates"
-TRACES = "traces.safetensors"
-OUTPUT_GRAMS = "output_grams.safetensors"
-UNIFORM = "uniform.json"
-SENSITIVITY = "sensitivity.json"
+from quantforge.search.settled import settled_plan
+from quantforge.types import BitPlan, CalibrationSet, Sensitivity
 
 
 @dataclass(kw_only=True)
@@ -90,123 +61,66 @@ class Job:
     timings: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    @contextmanager
-    def measure(self, *, fresh: bool) -> Iterator[Measurement]:
-        """Sensitivities and candidates, from the cache where everything that made them is equal.
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing to search, nor integers of the search to take."""
+        return self.recipe.search.settled is not None and self.recipe.quantize.sequential
 
-        The candidates are on disk and can be read while the body runs.
+    def measure(self, *, fresh: bool) -> AbstractContextManager[Measurement]:
+        """What the later stages read, from the cache where everything that made it is equal.
+
+        Sensitivities and candidates are part of it unless the plan is `settled`. What is on disk
+        can be read while the body runs.
         """
-        specs = self.recipe.search.candidates({layer.in_features for layer in self.model.layers})
-        if not specs:
-            raise InputError("none of the candidates' group sizes divides any layer; add -1")
-        key = fingerprint(
-            self.model.source.fingerprint,
-            self.calibration.fingerprint,
-            self.recipe.calibrate.model_dump(mode="json"),
-            [str(spec) for spec in specs],
-            self.recipe.evaluate.model_dump(mode="json", exclude={"prompts", "tokens"}),
-            self.recipe.quantize.needs_output_grams,
-            MEASUREMENT_VERSION,
-            self.seed,
-            self.model.device.type,
-            tool_versions(),
-            machine_traits(),
-        )
-        make = partial(self._calibrate, specs, key)
-        with measurement(
-            key, make, complete=SENSITIVITY, fresh=fresh, monitor=self.monitor
-        ) as folder:
-            yield self._measurement(folder)
-
-    def _calibrate(self, specs: Sequence[QuantSpec], key: str, folder: Path) -> None:
-        """Fill a measurement's folder."""
-        store = CandidateStore(folder / CANDIDATES, self.model.device)
-        with self._timed("calibrate"):
-            moments, grams = self.gradient_moments()
-            save_output_grams(grams, folder / OUTPUT_GRAMS)
-            release_freed()
-            sensitivity, final = measure(
-                self.model,
-                self.calibration.fitting,
-                moments,
-                specs,
-                self.recipe.calibrate,
-                store=store,
-                fingerprint=key,
-                monitor=self.monitor,
-            )
-            weights = [moments[name] for name in self._block_names()]
-            save_traces(weights, final, folder / TRACES)
-            save_curve(self._measure_uniform(sensitivity, store), folder / UNIFORM)
-        save_sensitivity(sensitivity, folder / SENSITIVITY)  # last: says that all is there
-
-    def _measurement(self, folder: Path) -> Measurement:
-        """What a filled folder holds, with predictions corrected by the uniform networks."""
-        raw, uniform = load_sensitivity(folder / SENSITIVITY), load_curve(folder / UNIFORM)
-        known = {QuantSpec.parse(p.name.removeprefix("uniform ")): p.quality.kl for p in uniform}
-        factors = correction_factors(raw, known if self.recipe.search.correct else {})
-        channels, final = load_traces(folder / TRACES)
-        return Measurement(
-            sensitivity=corrected(raw, factors),
-            store=CandidateStore(folder / CANDIDATES, self.model.device),
-            channel_weights=tuple(weight.to(self.model.device) for weight in channels),
-            final_hidden=final,
-            uniform=uniform,
-            output_grams=partial(load_output_gram, folder / OUTPUT_GRAMS),
-        )
-
-    def _measure_uniform(
-        self, sensitivity: Sensitivity, store: CandidateStore
-    ) -> tuple[CurvePoint, ...]:
-        """Uniform networks of the widths that budgets are likely to be near."""
-        widths = self.recipe.evaluate.curve_bits
-        plans = [
-            plan
-            for plan in uniform_plans(sensitivity)
-            if QuantSpec.parse(plan.budget.removeprefix("uniform ")).bits in widths
-        ]
-        qualities = self._measure_plans(plans, store, "measure uniform networks")
-        return tuple(
-            CurvePoint(name=plan.budget, stored_bits=plan.stored_bits, quality=quality)
-            for plan, quality in zip(plans, qualities, strict=True)
-        )
-
-    def _block_names(self) -> list[str]:
-        return self.model.architecture.block_names(self.model.module)
-
-    def gradient_moments(self) -> tuple[dict[str, Tensor], dict[str, OutputGram]]:
-        """E[g²] at the outputs of all layers and blocks, and output grams where they are used."""
-        options = self.recipe.calibrate
-        features = {layer.name: layer.out_features for layer in self.model.layers}
-        coupled = set(features) if self.recipe.quantize.needs_output_grams else set()
-        embedding: Any = self.model.module.get_submodule(self.model.architecture.embedding)
-        features.update(dict.fromkeys(self._block_names(), int(embedding.embedding_dim)))
-        return output_gradient_moments(
-            self.model,
-            features,
-            self.calibration.fitting[: options.gradient_sequences],
-            batch_size=options.gradient_batch,
-            precision=options.precision,
-            generator=torch.Generator(self.model.device).manual_seed(self.seed),
+        if self.settled:
+            self.find(None, None)  # a plan that fits no network is refused before the work
+        calibrator = Calibrator(
+            model=self.model,
+            calibration=self.calibration,
+            recipe=self.recipe,
+            seed=self.seed,
             monitor=self.monitor,
-            coupled=coupled,
-            recompute=options.recompute,
+            timings=self.timings,
+            measure_plans=self._measure_plans,
         )
+        make = calibrator.settled if self.settled else calibrator.searched
+        return make(fresh=fresh)
 
-    def search(self, measured: Measurement, budget: Budget) -> Chosen:
+    def find(self, sensitivity: Sensitivity | None, budget: Budget | None) -> BitPlan:
+        """The plan within a budget.
+
+        Args:
+            sensitivity: of all candidates; None where the recipe leaves nothing to search.
+            budget: None where the recipe leaves nothing to search: then what the plan costs.
+
+        Raises:
+            BudgetError: no plan is within the budget.
+            InputError: the only plan there is does not fit every layer.
+        """
+        if sensitivity is None:
+            return settled_plan(self.model.layers, self.recipe.search, budget)
+        if budget is None:
+            only = settled_plan(self.model.layers, self.recipe.search, None)
+            budget = Budget.parse(only.budget)
+        return search(sensitivity, budget, self.recipe.search)
+
+    def search(self, measured: Measurement, budget: Budget | None) -> Chosen:
         """The plan for a budget, measured beside the uniform networks.
 
         Never worse than uniform: where a uniform plan that fits is better on held-out tokens, it is
-        taken instead and the report says so.
+        taken instead and the report says so. A plan that is not searched is not measured either.
         """
         with self._timed("search"):
-            plan = search(measured.sensitivity, budget, self.recipe.search)
-            (quality,) = self._measure_plans([plan], measured.store, "measure the plan")
-        return choose(plan, quality, measured, budget)
+            plan = self.find(measured.sensitivity, budget)
+            if measured.sensitivity is None:
+                return Chosen(plan=plan, measured=measured)
+            _, store = measured.needed_for_search()
+            (quality,) = self._measure_plans([plan], store, "measure the plan")
+        return choose(plan, quality, measured, Budget.parse(plan.budget))
 
     def quantize(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
         """Quantized layers in forward order; the network holds the dequantized weights after."""
-        _ = self.reference  # of the float network: nothing may have changed it yet
+        _ = self.float_continuations  # and the reference: nothing may have changed the network yet
         with self._timed("quantize"):
             layers = self._compensate(plan, measured)
             if self.recipe.quantize.tuning.steps == 0 or not any(plan.assignment.values()):
@@ -218,7 +132,7 @@ class Job:
 
     def _compensate(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
         """Layers as they are compensated, block by block or from the store."""
-        predicted = measured.row(measured.sensitivity.loss, plan)
+        predicted = measured.predicted_losses(plan)
         options = self.recipe.quantize
         if options.sequential:
             return quantize_sequentially(
@@ -232,15 +146,16 @@ class Job:
                 monitor=self.monitor,
                 output_grams=measured.output_grams,
             )
-        errors = measured.row(measured.sensitivity.error, plan)
-        return quantize_from_store(
-            self.model, plan, measured.store, predicted, errors, monitor=self.monitor
-        )
+        sensitivity, store = measured.needed_for_search()
+        errors = table_row(sensitivity, sensitivity.error, plan.assignment)
+        return quantize_from_store(self.model, plan, store, predicted, errors, monitor=self.monitor)
 
     def _tune(
         self, layers: list[QuantizedLayer], measured: Measurement
     ) -> Iterator[QuantizedLayer]:
         """The same layers with tuned scales, if that lowers the KL on held-out tokens."""
+        if measured.final_hidden is None:
+            raise ValueError("the measurement was made without tuning in mind")
         weights = {one.layer.name: one.weight for one in layers if one.weight is not None}
         named = list(self.model.module.named_parameters())
         norms = {name: p.detach().clone() for name, p in named if p.ndim == 1}
@@ -346,47 +261,3 @@ class Job:
 
     def _timed(self, stage: str) -> StageTimer:
         return StageTimer(self.timings, stage)
-
-
-def open_job(
-    model: str | Path | nn.Module,
-    *,
-    calibration: str | Path | Iterable[Any] | None,
-    effort: str,
-    seed: int,
-    device: str,
-    settings: Mapping[str, Any] | None,
-    trust_remote_code: bool,
-    tokenizer: Any,
-    monitor: Monitor,
-) -> Job:
-    """Resolve the recipe, load the model and read the calibration text."""
-    changes = dict(settings or {})
-    if isinstance(calibration, str | Path):
-        changes["calibration.source"] = str(calibration)
-        calibration = None
-    target = Target(name="in-memory") if isinstance(model, nn.Module) else resolve_target(model)
-    recipe = compose(target, effort=effort, settings=changes)
-    if isinstance(model, nn.Module):
-        loaded = from_module(model, tokenizer=tokenizer)
-    else:
-        loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
-    if calibration is None:
-        if loaded.tokenizer is None:
-            raise InputError("a network in memory needs a tokenizer, or batches as calibration")
-        data = calibration_set(recipe.calibration, loaded, seed=seed, monitor=monitor)
-    else:
-        embedding: Any = loaded.module.get_submodule(loaded.architecture.embedding)
-        data = from_batches(
-            calibration,
-            held_out_share=recipe.calibration.held_out_share,
-            vocabulary=int(embedding.num_embeddings),
-        )
-    return Job(
-        model=loaded,
-        calibration=data,
-        recipe=recipe,
-        effort=effort,
-        seed=seed,
-        monitor=monitor,
-    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from quantforge.format.store import CandidateStore
 from quantforge.hull import read_hull
 from quantforge.results import CurvePoint, Quality
-from quantforge.search.allocate import uniform_plans
+from quantforge.search.allocate import table_row, uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.types import BitPlan, Sensitivity
 
@@ -19,36 +19,47 @@ from quantforge.types import BitPlan, Sensitivity
 class Measurement:
     """What calibration leaves behind; serves every budget.
 
+    Where there is nothing to search it holds what the configured stages read, and no more.
+
     Attributes:
-        sensitivity: predicted loss of every candidate, corrected by the uniform networks.
-        store: integers of every candidate, read to the network's device.
-        channel_weights: per block [hidden], mean squared gradient at its output; on that device.
+        channel_weights: per block [hidden], mean squared gradient at its output, or ones; on the
+            network's device.
         final_hidden: [sequences, length, hidden] bfloat16, the float network's head input on the
-            fitting tokens; on the CPU until it is used.
+            fitting tokens; on the CPU until it is used. None where nothing is tuned.
+        output_grams: gives a layer's output gram, in blocks; None where rows are taken alone.
+        sensitivity: predicted loss of every candidate, corrected by the uniform networks; None
+            where nothing is searched.
+        store: integers of every candidate, read to the network's device; None likewise.
         uniform: measured uniform networks, by stored bits.
-        output_grams: gives a layer's output gram, in blocks.
     """
 
-    sensitivity: Sensitivity
-    store: CandidateStore
     channel_weights: tuple[Tensor, ...]
-    final_hidden: Tensor
-    uniform: tuple[CurvePoint, ...]
-    output_grams: Callable[[str], Sequence[Tensor]]
+    final_hidden: Tensor | None
+    output_grams: Callable[[str], Sequence[Tensor]] | None
+    sensitivity: Sensitivity | None = None
+    store: CandidateStore | None = None
+    uniform: tuple[CurvePoint, ...] = ()
 
-    def row(self, table: Tensor, plan: BitPlan) -> dict[str, float]:
-        """Layer name → the entry of `table` [layers, specs] for the plan's spec; 0 where kept."""
-        column = {spec: index for index, spec in enumerate(self.sensitivity.specs)}
-        found = {}
-        for index, layer in enumerate(self.sensitivity.layers):
-            spec = plan.assignment[layer.name]
-            found[layer.name] = 0.0 if spec is None else float(table[index, column[spec]])
-        return found
+    def needed_for_search(self) -> tuple[Sensitivity, CandidateStore]:
+        """Both, where they were made.
+
+        Raises:
+            ValueError: they were not.
+        """
+        if self.sensitivity is None or self.store is None:
+            raise ValueError("the measurement was made without a search in mind")
+        return self.sensitivity, self.store
+
+    def predicted_losses(self, plan: BitPlan) -> dict[str, float | None]:
+        """Layer name → predicted loss in nats a token, 0 where kept; None where not estimated."""
+        if self.sensitivity is None:
+            return dict.fromkeys(plan.assignment)
+        return {**table_row(self.sensitivity, self.sensitivity.loss, plan.assignment)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """A plan and what it was compared with.
+    """A plan and what it was compared with; nothing where there was no other.
 
     Attributes:
         plan: the plan to execute.
@@ -61,10 +72,10 @@ class Chosen:
 
     plan: BitPlan
     measured: Measurement
-    curve: tuple[CurvePoint, ...]
-    hull_kl: float | None
-    cheapest_uniform: tuple[str, float] | None
-    warnings: tuple[str, ...]
+    curve: tuple[CurvePoint, ...] = ()
+    hull_kl: float | None = None
+    cheapest_uniform: tuple[str, float] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def choose(plan: BitPlan, quality: Quality, measured: Measurement, budget: Budget) -> Chosen:
@@ -87,7 +98,8 @@ def choose(plan: BitPlan, quality: Quality, measured: Measurement, budget: Budge
             f"{best.name} has a held-out KL of {best.quality.kl:.4f}, the plan that was found "
             f"{quality.kl:.4f} at {plan.stored_bits:.2f} bits: the uniform network is used"
         )
-        taken = next(p for p in uniform_plans(measured.sensitivity) if p.budget == best.name)
+        sensitivity, _ = measured.needed_for_search()
+        taken = next(p for p in uniform_plans(sensitivity) if p.budget == best.name)
         plan, quality = replace(taken, budget=budget.text), best.quality
     hull = read_hull([(p.stored_bits, p.quality.kl) for p in uniform], plan.stored_bits)
     if hull is None and uniform:

@@ -41,8 +41,8 @@ from quantforge.results import (
 from quantforge.search.allocate import (
     candidate_bytes,
     reachable_bits,
-    search,
     stored_cost,
+    table_row,
     uniform_plans,
 )
 from quantforge.search.budget import Budget
@@ -146,15 +146,18 @@ def round_kept_tensors(job: Job) -> None:
                 parameter.copy_(parameter.to(KEPT_DTYPE))
 
 
-def write_documents(job: Job, report: Report, sensitivity: Sensitivity, folder: Path) -> None:
-    """Tokenizer, plan, sensitivities, effective recipe, report, card; and `run.json`.
+def write_documents(
+    job: Job, report: Report, sensitivity: Sensitivity | None, folder: Path
+) -> None:
+    """Tokenizer, plan, sensitivities if any, effective recipe, report, card; and `run.json`.
 
     Only `run.json` holds times, the date and the machine; the rest is the same for the same seed.
     """
     if job.model.tokenizer is not None:
         save_tokenizer(job.model.source, folder, tokenizer=job.model.tokenizer)
     write_json(folder / "plan.json", plan_to_dict(report.plan))
-    save_sensitivity(sensitivity, folder / "sensitivity.json")
+    if sensitivity is not None:
+        save_sensitivity(sensitivity, folder / "sensitivity.json")
     recipe = yaml.safe_dump(dict(report.settings), sort_keys=False, allow_unicode=True)
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     (folder / "report.html").write_text(render(report), encoding="utf-8")
@@ -174,37 +177,48 @@ def write_documents(job: Job, report: Report, sensitivity: Sensitivity, folder: 
     write_json(folder / "run.json", run)
 
 
-def dry_run(job: Job, sensitivity: Sensitivity, budget: Budget, output: Path | None) -> PlanReport:
-    """What `quantize` would do within `budget`, with `plan.json` written to `output` if given."""
-    plan = search(sensitivity, budget, job.recipe.search)
-    column = {spec: index for index, spec in enumerate(sensitivity.specs)}
-    rows = []
-    for row, layer in enumerate(sensitivity.layers):
-        spec = plan.assignment[layer.name]
-        loss = 0.0 if spec is None else float(sensitivity.loss[row, column[spec]])
-        rows.append(planned_layer(layer, spec, loss))
-    uniform = tuple(
-        UniformPlan(
-            name=one.budget,
-            stored_bits=one.stored_bits,
-            predicted_loss=one.predicted_loss,
-            fits=one.stored_bits <= budget.bits,
-        )
-        for one in uniform_plans(sensitivity)
-    )
+def dry_run(
+    job: Job, sensitivity: Sensitivity | None, budget: Budget | None, output: Path | None
+) -> PlanReport:
+    """What `quantize` would do, with `plan.json` written to `output` if given.
+
+    Args:
+        job: the compilation.
+        sensitivity: None where the recipe leaves nothing to search.
+        budget: likewise.
+        output: folder for the plan.
+    """
+    plan = job.find(sensitivity, budget)
+    losses: dict[str, float | None] = dict.fromkeys(plan.assignment)
+    reachable, uniform = (plan.stored_bits, plan.stored_bits), []
+    if sensitivity is not None:
+        losses = {**table_row(sensitivity, sensitivity.loss, plan.assignment)}
+        reachable = reachable_bits(sensitivity, job.recipe.search)
+        uniform = uniform_plans(sensitivity)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "plan.json", plan_to_dict(plan))
-        save_sensitivity(sensitivity, output / "sensitivity.json")
+        if sensitivity is not None:
+            save_sensitivity(sensitivity, output / "sensitivity.json")
+    limit = Budget.parse(plan.budget).bits
+    layers = job.model.layers
     return PlanReport(
         model=job.model.source.name,
         source=job.model.source.description,
         plan=plan,
-        layers=tuple(rows),
-        reachable=reachable_bits(sensitivity, job.recipe.search),
+        layers=tuple(planned_layer(x, plan.assignment[x.name], losses[x.name]) for x in layers),
+        reachable=reachable,
         sizes=planned_sizes(job, plan),
-        uniform=uniform,
-        scratch_bytes=candidate_bytes(sensitivity),
+        uniform=tuple(
+            UniformPlan(
+                name=one.budget,
+                stored_bits=one.stored_bits,
+                predicted_loss=one.predicted_loss,
+                fits=one.stored_bits <= limit,
+            )
+            for one in uniform
+        ),
+        scratch_bytes=0 if sensitivity is None else candidate_bytes(sensitivity),
         calibration=job.calibration.description,
         settings=job.recipe.model_dump(mode="json"),
     )

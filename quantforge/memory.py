@@ -12,7 +12,12 @@ import ctypes
 import gc
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def release_freed() -> None:
@@ -24,10 +29,23 @@ def release_freed() -> None:
             trim(ctypes.c_size_t(0))
 
 
+def reset_peak() -> bool:
+    """Let `peak_bytes` start from what is held now; False where the system cannot forget."""
+    try:
+        _CLEAR_REFS.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
 def peak_bytes() -> int | None:
     """Largest resident size of this process so far; None where the system does not tell."""
     if sys.platform == "win32":
         return None
+    with suppress(OSError):
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -17,26 +17,24 @@ from typing import Any
 from torch import nn
 
 from quantforge.borrowing import in_float32, restored_on_error
-from quantforge.compilation import open_job
 from quantforge.delivery import deliver, dry_run
 from quantforge.errors import UsageError
 from quantforge.evaluation import evaluate, generate, inspect, load
+from quantforge.opening import Source, configure, open_job, target_of
 from quantforge.progress import Monitor, ProgressEvent
-from quantforge.recipe import resolve_target
 from quantforge.results import PlanReport, Report
-from quantforge.search.budget import Budget
+from quantforge.search.settled import needed_budget
 from quantforge.workspace import check_output, staging
 
 __all__ = ["evaluate", "generate", "inspect", "load", "plan", "quantize"]
 
-Source = str | Path | nn.Module
 Progress = Callable[[ProgressEvent], None]
 
 
 def quantize(
     model: Source,
     *,
-    budget: str,
+    budget: str | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
     output: str | Path | None = None,
     effort: str = "balanced",
@@ -56,11 +54,12 @@ def quantize(
         model: recipe name, recipe file, Hugging Face folder, .gguf file, hub id, or a network in
             memory, whose linears then hold the dequantized weights afterwards, in its own dtype;
             one in half precision takes the memory of float32 meanwhile.
-        budget: "3bit", "3.25bpw", ...: stored bits a weight over the planned weights.
+        budget: "3bit", "3.25bpw", ...: stored bits a weight over the planned weights; None takes
+            the recipe's, and needs none where the recipe leaves nothing to search.
         calibration: text file (.txt, .jsonl, .parquet), hub id, "pydoc", "self", or an iterable of
             token batches; None takes the recipe's.
-        output: folder to write; `./<name>-<budget>` for a source on disk, nothing for a network in
-            memory.
+        output: folder to write; `./<name>-<budget>` for a source on disk (`./<name>-quantized`
+            without a budget), nothing for a network in memory.
         effort: "fast", "balanced" or "best".
         seed: of everything random.
         device: where the network runs.
@@ -77,22 +76,27 @@ def quantize(
         What was decided, written and measured; the same as `report.html` shows.
 
     Raises:
-        UsageError: a wrong budget, recipe, setting or output.
+        UsageError: a wrong or missing budget, a wrong recipe, setting or output.
         InputError: a model or text that is missing, broken or empty.
         BudgetError: the budget is below what the candidates can reach.
         CancelledError: `cancel` was set.
     """
-    limit = Budget.parse(budget)
-    folder = _output_folder(model, output, budget)
+    recipe = configure(
+        model, budget=budget, calibration=calibration, effort=effort, settings=settings
+    )
+    limit = needed_budget(recipe.budget, recipe.search)
+    folder = None if output is None else Path(output)
+    if folder is None and not isinstance(model, nn.Module):
+        folder = target_of(model).output(recipe.budget)
     stage = staging(folder, force=force) if folder else nullcontext()
     with stage as staged, _borrowed(model):
         job = open_job(
             model,
+            recipe,
             calibration=calibration,
             effort=effort,
             seed=seed,
             device=device,
-            settings=settings,
             trust_remote_code=trust_remote_code,
             tokenizer=tokenizer,
             monitor=Monitor(progress=progress, cancel=cancel),
@@ -106,7 +110,7 @@ def quantize(
 def plan(
     model: Source,
     *,
-    budget: str,
+    budget: str | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
     output: str | Path | None = None,
     effort: str = "balanced",
@@ -123,10 +127,14 @@ def plan(
     """Find the plan for a budget and what it costs; quantize nothing.
 
     What is measured for it is kept in the cache, so a plan for another budget, or `quantize` after
-    it, starts from there. Arguments and errors are those of `quantize`; `output` receives
-    `plan.json` and `sensitivity.json`.
+    it, starts from there; where there is nothing to search, nothing is measured. Arguments and
+    errors are those of `quantize`; `output` receives `plan.json` and, if there was a search,
+    `sensitivity.json`.
     """
-    limit = Budget.parse(budget)
+    recipe = configure(
+        model, budget=budget, calibration=calibration, effort=effort, settings=settings
+    )
+    limit = needed_budget(recipe.budget, recipe.search)
     folder = None if output is None else Path(output)
     if folder:
         check_output(folder, force=force)
@@ -135,15 +143,17 @@ def plan(
     with _borrowed(model):
         job = open_job(
             model,
+            recipe,
             calibration=calibration,
             effort=effort,
             seed=seed,
             device=device,
-            settings=settings,
             trust_remote_code=trust_remote_code,
             tokenizer=tokenizer,
             monitor=Monitor(progress=progress, cancel=cancel),
         )
+        if job.settled:
+            return dry_run(job, None, limit, folder)
         with job.measure(fresh=fresh) as measured:
             return dry_run(job, measured.sensitivity, limit, folder)
 
@@ -156,11 +166,3 @@ def _borrowed(model: Source) -> Iterator[None]:
         return
     with restored_on_error(model), in_float32(model):
         yield
-
-
-def _output_folder(model: Source, output: str | Path | None, budget: str) -> Path | None:
-    if output is not None:
-        return Path(output)
-    if isinstance(model, nn.Module):
-        return None
-    return resolve_target(model).output(budget)

@@ -60,6 +60,8 @@ class Recipe(Config):
         description: one line for people.
         architecture: registered architecture; None takes it from the model's class.
         model: a checkpoint that a package carries, or a folder, .gguf file or hub id.
+        budget: most stored bits a weight on average ("3bit"); not needed where `search` leaves
+            nothing to choose.
         calibration: which text is read.
         calibrate: how sensitivities are estimated.
         search: which plans are considered.
@@ -72,6 +74,7 @@ class Recipe(Config):
     description: str = ""
     architecture: str | None = None
     model: PackagedModel | str | None = None
+    budget: str | None = None
     calibration: CalibrationConfig = CalibrationConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
     search: SearchConfig = SearchConfig()
@@ -94,9 +97,13 @@ class Target:
     recipe: Path | None = None
     model: str | None = None
 
-    def output(self, budget: str) -> Path:
-        """Where a checkpoint of this budget goes unless the user says: "./llama-3bit"."""
-        return Path(f"{_file_name(self.name)}-{_file_name(budget)}")
+    def output(self, budget: str | None = None) -> Path:
+        """Where a checkpoint of this budget goes unless the user says: "./llama-3bit".
+
+        Without a budget: "./gptq-w4g128-quantized".
+        """
+        suffix = "quantized" if budget is None else _file_name(budget)
+        return Path(f"{_file_name(self.name)}-{suffix}")
 
 
 def _file_name(text: str) -> str:

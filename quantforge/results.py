@@ -85,7 +85,7 @@ class LayerReport:
     Attributes:
         name: module path.
         spec: chosen spec as text, "kept" where left alone.
-        predicted_loss: predicted loss increase in nats a token.
+        predicted_loss: predicted loss increase in nats a token; None where it was not estimated.
         weight_error: ‖Ŵ − W‖² / ‖W‖².
         output_error: relative squared error of the layer's output on calibration inputs.
         rtn_output_error: the same for round-to-nearest on the same grid.
@@ -96,7 +96,7 @@ class LayerReport:
 
     name: str
     spec: str
-    predicted_loss: float
+    predicted_loss: float | None
     weight_error: float
     output_error: float
     rtn_output_error: float
@@ -155,7 +155,8 @@ class Report:
         layers: one row a layer, in forward order.
         sizes: sizes counted from the written files.
         quality: held-out quality of the final network.
-        curve: measured uniform networks and the plan, one-pass compensation for all.
+        curve: measured uniform networks and the plan, one-pass compensation for all; empty where
+            nothing was searched.
         hull_kl: KL of the uniform lower hull read at the plan's stored bits; None if out of range.
         cheapest_uniform: name and held-out KL of the cheapest uniform ceil(budget)-bit plan.
         generations: short continuations before and after.
@@ -209,13 +210,13 @@ class UniformPlan:
     Attributes:
         name: e.g. "uniform 3b-g64".
         stored_bits: average stored bits a weight.
-        predicted_loss: predicted loss increase in nats a token.
+        predicted_loss: predicted loss increase in nats a token; None where it was not estimated.
         fits: whether it is within the budget.
     """
 
     name: str
     stored_bits: float
-    predicted_loss: float
+    predicted_loss: float | None
     fits: bool
 
 
@@ -230,7 +231,7 @@ class PlanReport:
         layers: one row a layer, in forward order.
         reachable: lowest and highest stored bits a weight that the candidates can give.
         sizes: sizes computed from the plan.
-        uniform: uniform plans, by stored bits.
+        uniform: uniform plans, by stored bits; empty where nothing is searched.
         scratch_bytes: disk in the cache that the integers of all candidates take.
         calibration: description of the calibration text.
         settings: the effective recipe.

@@ -173,18 +173,20 @@ class BitPlan:
 
     Attributes:
         assignment: layer name → spec; None keeps the layer in 16 bits. Covers every layer once.
-        budget: the budget as the user wrote it.
+        budget: the budget as the user wrote it; what the plan costs where none was needed.
         stored_bits: average stored bits a weight over all planned weights.
         code_bits: average code bits a weight.
-        predicted_loss: predicted increase of the loss, in nats a token.
-        solver: what found it ("dynamic-program", "uniform", "file").
+        predicted_loss: predicted increase of the loss, in nats a token; None where it was not
+            estimated, because nothing was searched.
+        solver: what found it ("dynamic-program", "uniform", "file"; "given" where there was nothing
+            to search).
     """
 
     assignment: Mapping[str, QuantSpec | None]
     budget: str
     stored_bits: float
     code_bits: float
-    predicted_loss: float
+    predicted_loss: float | None
     solver: str
 
 

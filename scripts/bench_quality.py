@@ -1,23 +1,37 @@
 """Measures uniform networks and plans on evaluation texts, under the protocol of the peers' table.
 
     python scripts/bench_quality.py llama --calibration wiki2_valid.txt --text wiki2_test.txt \
-        --text lambada.jsonl --rows rtn:3b-pc gptq:3b-pc gptq:3b-g64 plan:3bit --json rows.json
+        --text lambada.jsonl --rows rtn:3b-pc gptq:3b-pc gptq+outputs+tuned:3b-g64 plan:3bit \
+        --seeds 0 1 2 --json rows.json
 
 Linears only: embeddings, norms and the head stay float on both sides. A row is
 
-    METHOD[+OPTION...]:SPEC   sequential compensation without tuning; METHOD is rtn or a member of
-                              the family (gptq, gptaq, foem, foem-gptaq, qep, qronos), an OPTION a
-                              grid (minmax, mse, diagonal, conditional; rtn alone has minmax),
-                              refit, magr (with the paper's strength), awq, stagewise (a layer
-                              sees the quantized layers before it in its block) or choose
-                              (coefficients chosen for each layer on held-out tokens)
+    METHOD[+OPTION...]:SPEC   a plan that is not searched: one grid, one method, nothing else of the
+                              recipe; METHOD is rtn or a member of the family (gptq, gptaq, foem,
+                              foem-gptaq, qep, qronos), an OPTION a grid (minmax, mse, diagonal,
+                              conditional; rtn alone has minmax), refit, magr (with the paper's
+                              strength), awq, stagewise (a layer sees the quantized layers before
+                              it in its block), choose (coefficients chosen for each layer on
+                              held-out tokens), outputs (rows answer for each other through output
+                              grams), learned (rounding learned for 50 steps a block) or tuned
+                              (scales and norms tuned for as many steps as the recipe has)
     tuned:SPEC, plan:BUDGET   all that the recipe does; an asymmetric SPEC ("3b-g64-asym") adds
                               asymmetric candidates to all rows that choose among them
     fast:BUDGET               one-pass integers, without tuning
 
-The last columns are the paired difference to the first row, in KL, on each text. Matrix products of
-networks and reference run in `--precision`. CPU seconds are process time of all threads; the load
-average is printed beside them because the machine may be shared.
+A row's columns: stored bits; CPU seconds to make it; peak memory meanwhile in GB; per text KL with
+its standard error over windows, perplexity and agreement in the first token; per text the paired
+difference in KL to the first row. The gradients that outputs and learned read, and the float
+network's hidden states that tuned reads, are shared by all rows of a seed: their CPU seconds are
+printed apart from the rows'. CPU seconds are process time of all threads.
+
+With several `--seeds` every row is made once a seed, on 7/8 of the fitting sequences in an order of
+that seed, which also draws the gradients' labels and the batches of what is trained. The table at
+the end has means over seeds, and errors that are standard errors over seeds, not over windows: on a
+small network the last bits of the arithmetic alone move the KL at 3 bits by several per cent.
+
+Matrix products of networks and reference run in `--precision`. The load average is printed because
+the machine may be shared.
 """
 
 from __future__ import annotations
@@ -25,34 +39,42 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from quantforge.compilation import Job, Measurement, open_job
+from quantforge.calibration import Needs
+from quantforge.compilation import Job, Measurement
 from quantforge.evaluate.quality import ReferenceOutputs, measure, paired
 from quantforge.files import fingerprint
+from quantforge.load.batches import make_set
 from quantforge.load.text import describe_windows, evaluation_windows
+from quantforge.memory import peak_bytes, reset_peak
+from quantforge.opening import configure, open_job
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.quantize.config import CROSS_METHODS, QuantizeConfig, TuningConfig
-from quantforge.quantize.sequential import quantize_sequentially
+from quantforge.recipe import Recipe
 from quantforge.results import Quality
-from quantforge.search.allocate import search, uniform_plans
+from quantforge.search.allocate import uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.testing import offgrid
-from quantforge.types import PER_CHANNEL, BitPlan, QuantSpec
+from quantforge.types import PER_CHANNEL, BitPlan, CalibrationSet, QuantSpec
 
 # Rows that need sensitivities and candidates.
-MEASURED = ("plan:", "fast:", "tuned:")
+SEARCHED = ("plan:", "fast:", "tuned:")
 CHOICES: dict[str, object] = {"mismatch": (0.0, 0.25, 0.5, 0.75, 1.0), "pull": (0.0, 0.1)}
 # What MagR's paper takes.
 MAGR_PER_CHANNEL, MAGR_GROUPS = 1e-3, 1e-4
+LEARNED_STEPS = 50
+# Of the fitting sequences, what a seed's rows are made on where there are several seeds.
+SUBSET = 7 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,111 +83,166 @@ class Row:
 
     Attributes:
         name: as given on the command line.
+        seed: it was made with.
         stored_bits: average stored bits a weight.
-        cpu_seconds: to make it, process time of all threads, without the shared calibration.
+        cpu_seconds: to make it, process time of all threads, without what rows share.
+        peak_bytes: largest resident memory while it was made; of the process so far where the
+            system cannot tell.
         qualities: text → measurement.
     """
 
     name: str
+    seed: int
     stored_bits: float
     cpu_seconds: float
+    peak_bytes: int
     qualities: dict[str, Quality]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark and print a table; `--json` also writes every number."""
     options = parse(argv)
+    settings = candidates(options.rows) | {"evaluate.prompts": []} | json.loads(options.settings)
     with cpu_timer() as shared:
-        job = open_job(
-            options.model,
-            calibration=options.calibration,
-            effort="balanced",
-            seed=options.seed,
-            device="cpu",
-            settings=candidates(options.rows) | json.loads(options.settings),
-            trust_remote_code=False,
-            tokenizer=None,
-            monitor=Monitor(progress=show),
-        )
+        recipe = configure(options.model, calibration=options.calibration, settings=settings)
+        job = open_job(options.model, recipe, monitor=Monitor(progress=show))
         if options.offgrid is not None:
             offgrid(job.model.module, seed=options.offgrid)
             changed = fingerprint(job.model.source.fingerprint, "offgrid", options.offgrid)
             job.model.source = replace(job.model.source, fingerprint=changed)
+        _ = job.reference
     texts = {text: reference(job, text, options) for text in options.text}
     print(f"load and text {shared[0]:.0f} CPU s")
-    with ExitStack() as held:
-        measured = None
-        if any(name.startswith(MEASURED) for name in options.rows):
-            with cpu_timer() as calibrated:
-                measured = held.enter_context(job.measure(fresh=options.fresh))
-            print(f"calibration {calibrated[0]:.0f} CPU s")
-        rows = measure_rows(job, texts, measured, options)
-    print(table(rows, options.text, rows[0]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory {peak:.2f} GB, load average {os.getloadavg()[0]:.1f}")
+    whole, rows = job.calibration, []
+    for seed in options.seeds:
+        job.seed = seed
+        if len(options.seeds) > 1:
+            job.calibration = subset(whole, seed)
+            print(f"seed {seed}: {len(job.calibration.fitting)} fitting sequences")
+        rows += measure_rows(job, texts, options, rows)
+    made = len(options.rows)
+    if len(options.seeds) == 1:
+        print(table(rows, options.text, rows[0]))
+    else:
+        print(f"means over {len(options.seeds)} seeds ± their standard errors")
+        print(summary([rows[i::made] for i in range(made)], options.text))
+    print(f"load average {os.getloadavg()[0]:.1f}")
 
 
 def measure_rows(
     job: Job,
     texts: Mapping[str, ReferenceOutputs],
-    measured: Measurement | None,
     options: argparse.Namespace,
+    before: Sequence[Row],
 ) -> list[Row]:
-    """Make every network that was asked for and measure it on every text; prints as it goes."""
+    """Make every network of one seed and measure it on every text; prints as it goes."""
     parameters = dict(job.model.module.named_parameters())
     floats = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    rows = []
-    for name in options.rows:
-        for parameter, original in zip(parameters.values(), floats.values(), strict=True):
-            parameter.copy_(original)
-        with cpu_timer() as spent:
-            plan = make(job, name, measured)
-        qualities = {}
-        for text, outputs in texts.items():
-            qualities[text] = measure(
-                job.model.module, job.model.architecture, outputs.windows, outputs,
-                text=text, precision=options.precision,
+    recipe, rows = job.recipe, []
+    with ExitStack() as held:
+        searched, shared = measurements(job, options, held)
+        for name in options.rows:
+            with cpu_timer() as spent:
+                known = reset_peak()
+                plan = make(job, name, searched, shared)
+                peak = peak_bytes() or 0
+            job.recipe = recipe
+            qualities = {}
+            for text, outputs in texts.items():
+                qualities[text] = measure(
+                    job.model.module, job.model.architecture, outputs.windows, outputs,
+                    text=text, precision=options.precision,
+                )  # fmt: skip
+            for parameter, original in zip(parameters.values(), floats.values(), strict=True):
+                parameter.copy_(original)
+            rows.append(
+                Row(
+                    name=name, seed=job.seed, stored_bits=plan.stored_bits, cpu_seconds=spent[0],
+                    peak_bytes=peak, qualities=qualities,
+                )
             )  # fmt: skip
-        rows.append(
-            Row(name=name, stored_bits=plan.stored_bits, cpu_seconds=spent[0], qualities=qualities)
-        )
-        print(table(rows[-1:], options.text, rows[0]), flush=True)
-        if options.json:
-            Path(options.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
+            print(table(rows[-1:], options.text, rows[0]), flush=True)
+            notes = [*job.notes, *([] if known else ["the peak is that of the whole process"])]
+            print("".join(f"  {note}\n" for note in notes), end="")
+            job.notes.clear()
+            if options.json:
+                everything = [asdict(row) for row in (*before, *rows)]
+                Path(options.json).write_text(json.dumps(everything, indent=1))
     return rows
 
 
-def candidates(rows: Sequence[str]) -> dict[str, bool]:
+def measurements(
+    job: Job, options: argparse.Namespace, held: ExitStack
+) -> tuple[Measurement | None, Measurement | None]:
+    """What rows with a search share, and what those without share; prints their CPU seconds."""
+    recipe, searched, shared = job.recipe, None, None
+    if any(name.startswith(SEARCHED) for name in options.rows):
+        with cpu_timer() as spent:
+            searched = held.enter_context(job.measure(fresh=options.fresh))
+        print(f"calibration {spent[0]:.0f} CPU s")
+    plain = [settled(recipe, name) for name in options.rows if not name.startswith(SEARCHED)]
+    if plain:
+        job.recipe = together(plain)
+        known = job.timings.get("calibrate")
+        with cpu_timer() as spent:
+            shared = held.enter_context(job.measure(fresh=options.fresh))
+        if Needs.of(job.recipe.quantize).anything:
+            origin = " (from the cache)" if known == job.timings.get("calibrate") else ""
+            print(
+                f"gradients and hidden states for rows that read them {spent[0]:.0f} CPU s{origin}"
+            )
+        job.recipe = recipe
+    return searched, shared
+
+
+def candidates(rows: Sequence[str]) -> dict[str, Any]:
     """Settings without which a row finds no integers in the store."""
-    asymmetric = any(row.startswith(MEASURED) and row.endswith("-asym") for row in rows)
+    asymmetric = any(row.startswith(SEARCHED) and row.endswith("-asym") for row in rows)
     return {"search.asymmetric": True} if asymmetric else {}
 
 
-def make(job: Job, name: str, measured: Measurement | None) -> BitPlan:
-    """Put the named network's weights into the job's model; return its plan."""
+def subset(calibration: CalibrationSet, seed: int) -> CalibrationSet:
+    """Part of the fitting sequences in an order of the seed's; held-out ones stay."""
+    count = len(calibration.fitting)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    chosen = calibration.fitting[order[: max(1, round(SUBSET * count))]]
+    return make_set(chosen, calibration.held_out, f"{calibration.description}, subset {seed}")
+
+
+def make(job: Job, name: str, searched: Measurement | None, shared: Measurement | None) -> BitPlan:
+    """Put the named network's weights into the job's model; return its plan.
+
+    Leaves the recipe it was made with in the job.
+    """
     kind, _, what = name.partition(":")
-    if kind not in ("plan", "fast", "tuned") or measured is None:
-        return compensated(job, kind.split("+"), QuantSpec.parse(what))
-    if kind == "tuned":
+    measured = searched if name.startswith(SEARCHED) else shared
+    if measured is None:
+        raise ValueError(f"nothing was measured for {name}")
+    if not name.startswith(SEARCHED):
+        job.recipe = settled(job.recipe, name)
+        plan = job.find(None, None)
+    elif kind == "tuned":
         wanted = f"uniform {QuantSpec.parse(what)}"
-        plan = next(p for p in uniform_plans(measured.sensitivity) if p.budget == wanted)
+        sensitivity, _ = measured.needed_for_search()
+        plan = next(p for p in uniform_plans(sensitivity) if p.budget == wanted)
     else:
-        plan = search(measured.sensitivity, Budget.parse(what), job.recipe.search)
-    recipe = job.recipe
+        plan = job.find(measured.sensitivity, Budget.parse(what))
     if kind == "fast":
         update = {"tuning": TuningConfig(steps=0), "sequential": False}
-        changed = recipe.quantize.model_copy(update=update)
-        job.recipe = recipe.model_copy(update={"quantize": changed})
+        changed = job.recipe.quantize.model_copy(update=update)
+        job.recipe = job.recipe.model_copy(update={"quantize": changed})
     for _ in job.quantize(plan, measured):
         pass
-    job.recipe = recipe
     return plan
 
 
-def compensated(job: Job, words: Sequence[str], spec: QuantSpec) -> BitPlan:
-    """One spec for all layers, by one member of the family; needs no sensitivities."""
-    method, *extras = words
-    update: dict[str, object] = {"method": method}
+def settled(recipe: Recipe, name: str) -> Recipe:
+    """The recipe of a row that is not searched: its grid and method, and only what it asks for."""
+    method, *extras = name.partition(":")[0].split("+")
+    spec = QuantSpec.parse(name.partition(":")[2])
+    base = recipe.quantize
+    update: dict[str, Any] = {"method": method, "sequential": True, "output_feedback": False}
+    rounding, tuning = {"steps": 0}, {"steps": 0}
     if method == "rtn":
         update["grid"] = "minmax"
     for extra in extras:
@@ -175,32 +252,49 @@ def compensated(job: Job, words: Sequence[str], spec: QuantSpec) -> BitPlan:
             update["true_sequential"] = True
         elif extra == "magr":
             update["magr"] = MAGR_PER_CHANNEL if spec.group_size == PER_CHANNEL else MAGR_GROUPS
+        elif extra == "outputs":
+            if method == "rtn":
+                raise ValueError("outputs does nothing with rtn")
+            update["output_feedback"] = True
+        elif extra == "learned":
+            rounding["steps"] = base.rounding.steps or LEARNED_STEPS
+        elif extra == "tuned":
+            tuning["steps"] = base.tuning.steps
         else:
             update |= {extra: True} if extra in ("awq", "refit") else {"grid": extra}
-    layers = job.model.layers
-    cost = sum(spec.stored_bits(layer.out_features, layer.in_features) for layer in layers)
-    plan = BitPlan(
-        assignment=dict.fromkeys((layer.name for layer in layers), spec),
-        budget=f"uniform {spec}",
-        stored_bits=cost / sum(layer.numel for layer in layers),
-        code_bits=spec.bits,
-        predicted_loss=0.0,
-        solver="uniform",
+    update["rounding"] = base.rounding.model_dump() | rounding
+    update["tuning"] = base.tuning.model_dump() | tuning
+    one = {
+        "solver": "uniform",
+        "bits": (spec.bits,),
+        "group_sizes": (spec.group_size,),
+        "asymmetric": False if spec.symmetric else "only",
+    }
+    return recipe.model_copy(
+        update={
+            "quantize": QuantizeConfig.model_validate(base.model_dump() | update),
+            "search": recipe.search.model_copy(update=one),
+        }
     )
-    hidden = job.model.module.get_input_embeddings().embedding_dim
-    blocks = job.model.architecture.block_names(job.model.module)
-    for _ in quantize_sequentially(
-        job.model,
-        plan,
-        job.calibration,
-        dict.fromkeys(plan.assignment, 0.0),
-        QuantizeConfig.model_validate(job.recipe.quantize.model_dump() | update),
-        channel_weights=[torch.ones(hidden)] * len(blocks),
-        generator=torch.Generator().manual_seed(job.seed),
-        monitor=job.monitor,
-    ):
-        pass
-    return plan
+
+
+def together(recipes: Sequence[Recipe]) -> Recipe:
+    """A recipe of settled plans that reads what any of these reads."""
+    needs = [Needs.of(recipe.quantize) for recipe in recipes]
+    base = recipes[0].quantize
+    changed = base.model_copy(
+        update={
+            "method": "gptq",
+            "output_feedback": any(need.output_grams for need in needs),
+            "rounding": base.rounding.model_copy(
+                update={"steps": int(any(need.channel_weights for need in needs))}
+            ),
+            "tuning": base.tuning.model_copy(
+                update={"steps": int(any(need.final_hidden for need in needs))}
+            ),
+        }
+    )
+    return recipes[0].model_copy(update={"quantize": changed})
 
 
 def reference(job: Job, text: str, options: argparse.Namespace) -> ReferenceOutputs:
@@ -220,13 +314,11 @@ def reference(job: Job, text: str, options: argparse.Namespace) -> ReferenceOutp
 
 
 def table(rows: Sequence[Row], texts: Sequence[str], first: Row) -> str:
-    """Markdown rows: bits, CPU seconds and per text KL ± standard error, perplexity, top-1.
-
-    Behind them, per text, the paired difference in KL to `first`.
-    """
+    """Markdown rows, with the columns of the module's header; errors are over windows."""
     lines = []
     for row in rows:
         cells = [row.name, f"{row.stored_bits:.3f}", f"{row.cpu_seconds:.0f}"]
+        cells.append(f"{row.peak_bytes / 2**30:.2f}")
         for text in texts:
             q = row.qualities[text]
             cells += [f"{q.kl:.4f} ± {q.kl_stderr:.4f}", f"{q.perplexity:.2f}", f"{q.top1:.3f}"]
@@ -235,6 +327,36 @@ def table(rows: Sequence[Row], texts: Sequence[str], first: Row) -> str:
             cells.append(f"{found.kl:+.4f} ± {found.kl_stderr:.4f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def summary(rows: Sequence[Sequence[Row]], texts: Sequence[str]) -> str:
+    """The same columns as means over seeds; errors are over seeds, the peak is the largest.
+
+    Args:
+        rows: every network's rows, in the order of the seeds; the first one is compared with.
+        texts: names of the texts.
+    """
+    lines = []
+    for made in rows:
+        cells = [made[0].name, f"{made[0].stored_bits:.3f}"]
+        cells.append(f"{statistics.fmean(row.cpu_seconds for row in made):.0f}")
+        cells.append(f"{max(row.peak_bytes for row in made) / 2**30:.2f}")
+        for text in texts:
+            found = [row.qualities[text] for row in made]
+            cells.append("{:.4f} ± {:.4f}".format(*over_seeds([q.kl for q in found])))
+            cells.append(f"{statistics.fmean(q.perplexity for q in found):.2f}")
+            cells.append(f"{statistics.fmean(q.top1 for q in found):.3f}")
+        for text in texts if made is not rows[0] else ():
+            pairs = zip(made, rows[0], strict=True)
+            gaps = [one.qualities[text].kl - other.qualities[text].kl for one, other in pairs]
+            cells.append("{:+.4f} ± {:.4f}".format(*over_seeds(gaps)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of at least two values, and its standard error."""
+    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
 @contextmanager
@@ -264,7 +386,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--offgrid", type=int, metavar="SEED", help="rescale channels first")
     parser.add_argument("--settings", default="{}", help="recipe keys as JSON")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--json", help="file for all numbers")
     return parser.parse_args(argv)

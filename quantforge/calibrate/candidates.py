@@ -116,6 +116,30 @@ def measure(
     return _table(rows, specs, config, fingerprint), _head_inputs(model, walk)
 
 
+def final_hidden(model: Model, tokens: Tensor, config: CalibrateConfig, monitor: Monitor) -> Tensor:
+    """[sequences, length, hidden] bfloat16: what enters the float network's head, and no more.
+
+    Equal to what `measure` returns beside its table.
+
+    Args:
+        model: the float network.
+        tokens: [sequences, length] fitting tokens.
+        config: batch size and precision.
+        monitor: progress and cancellation.
+    """
+    walk = BlockWalk(
+        model.module,
+        model.architecture,
+        tokens,
+        batch_size=config.batch_size,
+        precision=config.precision,
+    )
+    for index, block in enumerate(walk.blocks):
+        walk.advance(block)
+        monitor.step("float network", index + 1, len(walk.blocks))
+    return _head_inputs(model, walk)
+
+
 def _table(
     rows: Sequence[tuple[LayerInfo, list[float], list[float]]],
     specs: Sequence[QuantSpec],

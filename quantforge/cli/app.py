@@ -27,6 +27,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
             "quantforge quantize llama --budget 3bit -o out",
             "quantforge quantize ./my-model --budget 4bit --effort fast",
             "quantforge quantize llama --model org/name --budget 4bit --calibration text.txt",
+            "quantforge quantize gptq-w4g128 --model ./my-model -o out",
         ),
     ),
     (

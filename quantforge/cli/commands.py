@@ -68,7 +68,7 @@ def _settings(pairs: list[str] | None, model: str | None) -> dict[str, Any]:
 def plan(
     model: Model,
     *,
-    budget: Budget,
+    budget: Budget = None,
     effort: EffortOption = Effort.balanced,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder for plan.json.")
@@ -109,7 +109,7 @@ def plan(
 def quantize(
     model: Model,
     *,
-    budget: Budget,
+    budget: Budget = None,
     effort: EffortOption = Effort.balanced,
     output: Annotated[
         Path | None,
@@ -117,7 +117,7 @@ def quantize(
             "-o",
             "--output",
             metavar="DIR",
-            help="Folder to write; ./<model>-<budget> unless given.",
+            help="Folder to write; ./<model>-<budget>, without budget ./<model>-quantized.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -134,7 +134,7 @@ def quantize(
     from quantforge.cli import render
     from quantforge.recipe import resolve_target
 
-    folder = output or resolve_target(model).output(budget)  # an unknown model ends it here
+    resolve_target(model)  # an unknown model ends it here, before the heavy imports
     with _watched() as monitoring:
         from quantforge import pipeline
 
@@ -142,7 +142,7 @@ def quantize(
             model,
             budget=budget,
             calibration=calibration,
-            output=folder,
+            output=output,
             effort=effort.value,
             seed=seed,
             device=device,

@@ -35,11 +35,12 @@ Model = Annotated[
     ),
 ]
 Budget = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="SIZE",
         show_default=False,
-        help="Most stored bits a weight (codes, scales, zero-points), on average: 3bit, 3.25bpw.",
+        help="Most stored bits a weight (codes, scales, zero-points), on average: 3bit, 3.25bpw. "
+        "Not needed where the recipe says it, or has one width and one group size.",
     ),
 ]
 EffortOption = Annotated[Effort, typer.Option(help="How much time to spend on quality.")]

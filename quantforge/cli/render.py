@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from quantforge.cli.text import number, one_line, size, with_error
+from quantforge.cli.text import estimate, number, one_line, size, with_error
 
 if TYPE_CHECKING:
     from quantforge.results import (
@@ -112,13 +112,13 @@ def show_quantized(report: Report, out: Console) -> None:
 
 def show_plan(report: PlanReport, out: Console) -> None:
     """The plan, what it costs, and what uniform plans would cost."""
-    low, high = report.reachable
+    (low, high), loss = report.reachable, report.plan.predicted_loss
     rows = [
         ("model", report.source),
         ("calibration", report.calibration),
         *_plan_rows(report.plan.budget, report.plan.stored_bits, report.plan.code_bits),
-        ("reachable", f"{low:.3f} to {high:.3f} stored bits a weight"),
-        ("predicted loss", f"+{number(report.plan.predicted_loss)} nats a token"),
+        *([("reachable", f"{low:.3f} to {high:.3f} stored bits a weight")] if low < high else []),
+        ("predicted loss", "not estimated" if loss is None else f"+{number(loss)} nats a token"),
         *_size_rows(report.sizes),
     ]
     if report.scratch_bytes:
@@ -130,7 +130,7 @@ def show_plan(report: PlanReport, out: Console) -> None:
         table = _table("uniform plan", "stored bits", "predicted loss (nats)", "fits")
         for plan in report.uniform:
             fits = "yes" if plan.fits else "no"
-            _row(table, plan.name, f"{plan.stored_bits:.3f}", number(plan.predicted_loss), fits)
+            _row(table, plan.name, f"{plan.stored_bits:.3f}", estimate(plan.predicted_loss), fits)
         _print_table(table, out)
     _warnings(report.warnings, out)
 
@@ -224,10 +224,16 @@ def _spec_order(spec: str) -> tuple[int, str]:
 
 
 def _layers(layers: Iterable[PlannedLayer], out: Console) -> None:
-    table = _table("layer", "spec", "weights", "stored bits", "predicted loss (nats)")
-    for layer in layers:
-        loss = "" if layer.predicted_loss is None else number(layer.predicted_loss)
-        _row(table, layer.name, layer.spec, f"{layer.weights:,}", f"{layer.stored_bits:.3f}", loss)
+    rows = list(layers)
+    estimated = any(layer.predicted_loss is not None for layer in rows)
+    heads = ["spec", "weights", "stored bits", *(["predicted loss (nats)"] if estimated else [])]
+    table = _table("layer", *heads)
+    for layer in rows:
+        cells = [layer.spec, f"{layer.weights:,}", f"{layer.stored_bits:.3f}"]
+        if estimated:
+            loss = layer.predicted_loss
+            cells.append("" if loss is None else number(loss))
+        _row(table, layer.name, *cells)
     _print_table(table, out)
 
 

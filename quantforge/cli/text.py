@@ -33,6 +33,11 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def estimate(value: float | None) -> str:
+    """A number that may not have been estimated."""
+    return "not estimated" if value is None else number(value)
+
+
 def with_error(value: float, error: float) -> str:
     """A measurement and its standard error, both to the error's second digit."""
     if not error > 0:

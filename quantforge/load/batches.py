@@ -81,13 +81,25 @@ def make_set(fitting: Tensor, held_out: Tensor, description: str) -> Calibration
     )
 
 
-def cut(stream: Tensor, count: int, length: int, *, what: str, where: str) -> Tensor:
+def cut(
+    stream: Tensor, count: int, length: int, *, what: str, where: str, fewer: bool = False
+) -> Tensor:
     """[count, length]: the first `count` disjoint pieces of a [tokens] stream.
+
+    Args:
+        stream: [tokens].
+        count: pieces wanted.
+        length: tokens a piece.
+        what: the pieces' name, for the error.
+        where: the text's name, for the error.
+        fewer: take what there is, if that is two pieces or more.
 
     Raises:
         InputError: the stream is empty or too short.
     """
     have = len(stream)
+    if fewer and have >= 2 * length:
+        count = min(count, have // length)
     if have < count * length or count == 0:
         raise InputError(
             f"{where} holds {have:,} tokens, {max(count, 1)} {what} of {length} need "

@@ -58,6 +58,7 @@ class CalibrationConfig(Config):
             "self" (sampled from the model), "mix" (half of each) or "default".
         sequences: number of sequences, held-out ones included.
         sequence_length: tokens a sequence.
+        fewer: take as many sequences as the text has where that is less, instead of an error.
         held_out_share: share of the sequences that only choices are made on.
         chat_template: "auto" formats rows with messages, "always" all rows, "never" none.
         column: text column of a .jsonl, .parquet or hub source; found by itself if None.
@@ -67,6 +68,7 @@ class CalibrationConfig(Config):
     source: str = "default"
     sequences: int = Field(default=128, ge=2)
     sequence_length: int = Field(default=512, ge=2)
+    fewer: bool = False
     held_out_share: float = Field(default=0.125, gt=0.0, le=0.5)
     chat_template: ChatTemplate = "auto"
     column: str | None = None
@@ -97,14 +99,14 @@ def calibration_set(
         half = config.sequences // 2
         if config.sequences < 4:
             raise InputError("the calibration source 'mix' needs at least 4 sequences")
-        manual, what = _pydoc(config.sequences - half, length, model)
+        manual, what = _pydoc(config.sequences - half, length, model, fewer=config.fewer)
         sampled, how = _self(half, length, model, seed, monitor)
         parts = [split_rows(rows, share) for rows in (manual, sampled)]
         fitting, held_out = (torch.cat(pair) for pair in zip(*parts, strict=True))
         text = f"{what}; {how}"
     else:
         if source == "pydoc":
-            rows, text = _pydoc(config.sequences, length, model)
+            rows, text = _pydoc(config.sequences, length, model, fewer=config.fewer)
         elif source == "self":
             rows, text = _self(config.sequences, length, model, seed, monitor)
         else:
@@ -188,10 +190,10 @@ def _check_vocabulary(rows: Tensor, model: Model, source: str) -> None:
         )
 
 
-def _pydoc(count: int, length: int, model: Model) -> tuple[Tensor, str]:
+def _pydoc(count: int, length: int, model: Model, *, fewer: bool) -> tuple[Tensor, str]:
     tokenizer = _tokenizer(model)
     stream = _tokenise([Document(text=pydoc_text())], tokenizer)
-    rows = cut(stream, count, length, what="sequences", where="pydoc")
+    rows = cut(stream, count, length, what="sequences", where="pydoc", fewer=fewer)
     python = platform.python_version()
     return rows, f"the manual of Python {python} (pydoc_data.topics), {bos_rule(tokenizer)}"
 
@@ -212,7 +214,14 @@ def _external(config: CalibrationConfig, source: str, tokenizer: Any) -> tuple[T
         chat_template=config.chat_template,
         split=config.split,
     )
-    rows = cut(stream, config.sequences, config.sequence_length, what="sequences", where=source)
+    rows = cut(
+        stream,
+        config.sequences,
+        config.sequence_length,
+        what="sequences",
+        where=source,
+        fewer=config.fewer,
+    )
     return rows, f"{Path(source).name if Path(source).exists() else source}, {how}"
 
 

@@ -79,7 +79,7 @@ class _Pending:
     gram: Tensor
 
     def finish(
-        self, quantized: QuantizedWeight, predicted: float, config: QuantizeConfig
+        self, quantized: QuantizedWeight, predicted: float | None, config: QuantizeConfig
     ) -> QuantizedLayer:
         difference = quantized.dequantize() - self.weight
         rounding = self.made.rounded.dequantize() - self.weight
@@ -163,7 +163,7 @@ def quantize_sequentially(
     model: Model,
     plan: BitPlan,
     calibration: CalibrationSet,
-    predicted: Mapping[str, float],
+    predicted: Mapping[str, float | None],
     config: QuantizeConfig,
     *,
     channel_weights: Sequence[Tensor],
@@ -177,7 +177,7 @@ def quantize_sequentially(
         model: the network; holds dequantized weights afterwards.
         plan: spec of every layer.
         calibration: fitting tokens, and held-out ones for what is chosen on the way.
-        predicted: layer name → predicted loss increase, for the report.
+        predicted: layer name → predicted loss increase, for the report; None where unknown.
         config: method, its candidates, grid, learned rounding.
         channel_weights: per block [hidden], importance of its output's channels.
         generator: for the order of batches in learned rounding.
@@ -221,7 +221,7 @@ def quantize_from_store(
     model: Model,
     plan: BitPlan,
     store: CandidateStore,
-    predicted: Mapping[str, float],
+    predicted: Mapping[str, float | None],
     output_errors: Mapping[str, float],
     *,
     monitor: Monitor,
@@ -232,7 +232,7 @@ def quantize_from_store(
         model: the network; holds dequantized weights afterwards.
         plan: spec of every layer.
         store: integers of every candidate.
-        predicted: layer name → predicted loss increase, for the report.
+        predicted: layer name → predicted loss increase, for the report; None where unknown.
         output_errors: layer name → relative output error measured by the calibration.
         monitor: progress and cancellation.
     """

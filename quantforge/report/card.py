@@ -25,6 +25,7 @@ def model_card(report: Report) -> str:
 
 
 def _front_matter(report: Report) -> str:
+    mixed = "- mixed-precision\n" if _mixed(report) else ""
     # a JSON string is a YAML string: quotes, colons and line breaks in a name stay data
     return (
         "---\n"
@@ -32,23 +33,31 @@ def _front_matter(report: Report) -> str:
         "base_model_relation: quantized\n"
         "library_name: transformers\n"
         "pipeline_tag: text-generation\n"
-        "tags:\n- quantforge\n- compressed-tensors\n- mixed-precision\n- quantized\n"
+        f"tags:\n- quantforge\n- compressed-tensors\n{mixed}- quantized\n"
         "---\n"
     )
 
 
 def _intro(report: Report) -> str:
+    kind = "Mixed-precision quantization" if _mixed(report) else "Quantization"
+    how = f"for a budget of {_inline(report.plan.budget)}"
+    if report.plan.predicted_loss is None and report.layers:  # nothing was searched
+        how = f"with {_inline(report.layers[0].spec)} for all layers"
+    compared = " and the comparison with uniform networks" if report.curve else ""
     lines = [
         f"# {_inline(report.model)}, {report.sizes.stored_bits:.2f} bits\n",
-        f"Mixed-precision quantization of {_inline(report.model)} "
-        f"({_inline(report.source)}), made with quantforge for a budget of "
-        f"{_inline(report.plan.budget)}. `report.html` shows every layer and the comparison with "
-        "uniform networks; `plan.json` is the plan; `quantforge.json` holds "
-        "versions and hashes.\n",
+        f"{kind} of {_inline(report.model)} "
+        f"({_inline(report.source)}), made with quantforge {how}. `report.html` shows every layer"
+        f"{compared}; `plan.json` is the plan; `quantforge.json` holds versions and hashes.\n",
     ]
     if report.warnings:
         lines += ["Warnings of the run:\n", *(f"- {_inline(w)}" for w in report.warnings), ""]
     return "\n".join(lines)
+
+
+def _mixed(report: Report) -> bool:
+    """Whether layers differ in width or grouping."""
+    return len({layer.spec for layer in report.layers}) > 1
 
 
 def stock_obstacle(report: Report) -> str | None:
@@ -122,7 +131,7 @@ def _limit_lines(report: Report) -> Iterator[str]:
         "measured. Test on your own before use."
     )
     yield "What the float model gets wrong, says unfairly or may not be used for stays so."
-    if stock_obstacle(report) is None and len({layer.spec for layer in report.layers}) > 1:
+    if stock_obstacle(report) is None and _mixed(report):
         yield (
             "Do not load it with `CompressedTensorsConfig(dequantize=True)`: with several widths "
             "in one file transformers 5.23 then decodes every layer with the first one's."

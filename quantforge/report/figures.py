@@ -283,13 +283,16 @@ def _sums(pairs: Iterable[tuple[int | str, LayerReport]]) -> dict[int | str, flo
     """Predicted loss added up by key; one that is no positive number has no bar."""
     total: dict[int | str, float] = defaultdict(float)
     for key, layer in pairs:
-        total[key] += layer.predicted_loss if 0 < layer.predicted_loss < math.inf else 0.0
+        loss = layer.predicted_loss or 0.0
+        total[key] += loss if 0 < loss < math.inf else 0.0
     return total
 
 
 def _cell(layer: LayerReport, x: float, y: float, width: float, height: float) -> str:
     bits = bits_of(layer)
-    text = f"{layer.name}: {layer.spec}, predicted loss {significant(layer.predicted_loss)} nats"
+    loss = layer.predicted_loss
+    known = "not estimated" if loss is None else f"{significant(loss)} nats"
+    text = f"{layer.name}: {layer.spec}, predicted loss {known}"
     number = ""
     if width >= 8.5 * len(str(bits)):
         number = _text(f"mid n{bits}", x + width / 2, y + 15, str(bits))

@@ -21,10 +21,12 @@ from quantforge.report.numbers import (
     NO_BREAK,
     against_uniform,
     bits_of,
+    estimate,
     percent,
     place,
     significant,
     size,
+    total_loss,
     with_error,
 )
 from quantforge.results import LayerReport, Report
@@ -111,12 +113,20 @@ def _headline(report: Report) -> str:
 def _decisions(report: Report) -> str:
     layers = report.layers
     sentences = [*against_uniform(report), *_spread(layers)]
-    intro = (
-        f"The {report.plan.solver} solver chose a width and a grouping for each of {len(layers)} "
-        f"layers. It spends a bit where that lowers the predicted loss most for the bits it "
-        f"stores: a layer with many bits is one the loss is sensitive to for its size. The plan's "
-        f"predicted loss is {significant(report.plan.predicted_loss)} nats a token."
-    )
+    if report.plan.predicted_loss is None:
+        intro = (
+            f"All {len(layers)} layers have the width and the grouping that the recipe asks for. "
+            "There was nothing to search, so sensitivities were not measured, losses not "
+            "predicted, and other networks not made for comparison."
+        )
+    else:
+        intro = (
+            f"The {report.plan.solver} solver chose a width and a grouping for each of "
+            f"{len(layers)} layers. It spends a bit where that lowers the predicted loss most for "
+            "the bits it stores: a layer with many bits is one the loss is sensitive to for its "
+            f"size. The plan's predicted loss is {significant(report.plan.predicted_loss)} nats a "
+            "token."
+        )
     items = "".join(f"<li>{escape(s)}</li>" for s in sentences)
     return (
         f"<section><h2>What was decided, and why</h2><p>{escape(intro)}</p><ul>{items}</ul>\n"
@@ -139,11 +149,11 @@ def _spread(layers: Sequence[LayerReport]) -> Iterator[str]:
         fewest = [layer.name for layer in layers if bits_of(layer) == low]
         yield f"Most bits ({high}): {_listed(most)}."
         yield f"Fewest bits ({low}): {_listed(fewest)}."
-    total = math.fsum(layer.predicted_loss for layer in layers)
-    if total > 0:
-        ranked = sorted(layers, key=lambda layer: (-layer.predicted_loss, layer.name))
+    total = total_loss(layers)
+    if total is not None and total > 0:
+        ranked = sorted(layers, key=lambda layer: (-(layer.predicted_loss or 0.0), layer.name))
         tenth = ranked[: max(1, len(ranked) // 10)]
-        share = math.fsum(layer.predicted_loss for layer in tenth) / total
+        share = (total_loss(tenth) or 0.0) / total
         yield (
             f"{percent(share, 0)} of the predicted loss lies in {len(tenth)} of {len(layers)} "
             f"layers; most of it in {_listed([layer.name for layer in ranked[:3]])}."
@@ -177,27 +187,28 @@ def _kind_table(layers: Sequence[LayerReport]) -> str:
     groups: dict[str, list[LayerReport]] = defaultdict(list)
     for layer in layers:
         groups[place(layer.name).kind].append(layer)
-    total = math.fsum(layer.predicted_loss for layer in layers)
+    total = total_loss(layers)
     rows = []
     for kind, members in groups.items():
-        loss = math.fsum(layer.predicted_loss for layer in members)
         bits = [bits_of(layer) for layer in members]
-        rows.append(
-            (
-                kind,
-                str(len(members)),
-                f"{statistics.fmean(bits):.2f}",
-                f"{min(bits)} to {max(bits)}" if min(bits) < max(bits) else str(bits[0]),
-                significant(loss),
-                percent(loss / total) if total else "0 %",
-            )
-        )
-    heads = ("layer type", "layers", "mean code bits", "range", "predicted loss", "share of loss")
+        row = [
+            kind,
+            str(len(members)),
+            f"{statistics.fmean(bits):.2f}",
+            f"{min(bits)} to {max(bits)}" if min(bits) < max(bits) else str(bits[0]),
+        ]
+        if total is not None:
+            loss = total_loss(members) or 0.0
+            row += [significant(loss), percent(loss / total) if total else "0 %"]
+        rows.append(row)
+    heads = ["layer type", "layers", "mean code bits", "range"]
+    if total is not None:
+        heads += ["predicted loss", "share of loss"]
     return _table("by-kind", heads, rows, names=1, short=True)
 
 
 def _curve(report: Report) -> str:
-    figure = curve_figure(report)
+    figure = curve_figure(report) if report.curve else ""  # alone it would be compared with nothing
     if not figure:
         return ""
     caption = (
@@ -211,6 +222,8 @@ def _curve(report: Report) -> str:
 
 
 def _strip(report: Report) -> str:
+    if total_loss(report.layers) is None:
+        return ""  # no choice between layers was made: nothing to see
     figure = layers_figure(report.layers)
     outside = [layer for layer in report.layers if place(layer.name).block is None]
     note = "".join(f" {layer.name}: {layer.spec}." for layer in outside)
@@ -255,10 +268,11 @@ def _sizes(report: Report) -> str:
 
 
 def _layer_table(layers: Sequence[LayerReport]) -> str:
-    heads = (
-        "layer", "spec", "predicted loss", "weight error", "output error", "RTN output error",
-        "damping", "notes",
-    )  # fmt: skip
+    losses = any(layer.predicted_loss is not None for layer in layers)
+    heads = [
+        "layer", "spec", *(["predicted loss"] if losses else []), "weight error", "output error",
+        "RTN output error", "damping", "notes",
+    ]  # fmt: skip
     rows = []
     for layer in layers:
         dead = f"{layer.dead_columns} dead inputs" if layer.dead_columns else ""
@@ -266,7 +280,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> str:
             (
                 layer.name,
                 layer.spec,
-                significant(layer.predicted_loss),
+                *([estimate(layer.predicted_loss)] if losses else []),
                 significant(layer.weight_error),
                 significant(layer.output_error),
                 significant(layer.rtn_output_error),
@@ -274,11 +288,12 @@ def _layer_table(layers: Sequence[LayerReport]) -> str:
                 "; ".join(note for note in (layer.note, dead) if note),
             )
         )
+    units = " Predicted loss is in nats a token." if losses else ""
     return (
         "<section><h2>Layers</h2><p>Errors are squared and relative; output errors are on the "
-        "calibration inputs, RTN is rounding to nearest on the same kind of grid. Predicted loss "
-        "is in nats a token.</p>"
-        f"{_table('layers', heads, rows, names=2, numbers_from=2, numbers_to=7)}</section>"
+        f"calibration inputs, RTN is rounding to nearest on the same kind of grid.{units}</p>"
+        f"{_table('layers', heads, rows, names=2, numbers_from=2, numbers_to=len(heads) - 1)}"
+        "</section>"
     )
 
 

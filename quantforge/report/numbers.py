@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quantforge.results import CurvePoint, LayerReport, Report
@@ -48,6 +49,18 @@ def is_uniform(point: CurvePoint) -> bool:
 def plan_point(report: Report) -> CurvePoint | None:
     """The plan as measured beside the uniform networks, with the same one-pass compensation."""
     return next((point for point in report.curve if not is_uniform(point)), None)
+
+
+def total_loss(layers: Iterable[LayerReport]) -> float | None:
+    """Predicted loss of layers together; None where that of any was not estimated."""
+    losses = [layer.predicted_loss for layer in layers]
+    known = [loss for loss in losses if loss is not None]
+    return math.fsum(known) if len(known) == len(losses) else None
+
+
+def estimate(value: float | None) -> str:
+    """A predicted loss that may not have been estimated."""
+    return "not estimated" if value is None else significant(value)
 
 
 def significant(value: float, digits: int = 3) -> str:

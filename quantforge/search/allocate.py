@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from quantforge.errors import BudgetError
 from quantforge.search.budget import Budget
@@ -47,6 +48,18 @@ def average_bits(
     return stored / weights, code / weights
 
 
+def table_row(
+    sensitivity: Sensitivity, table: Tensor, assignment: Mapping[str, QuantSpec | None]
+) -> dict[str, float]:
+    """Layer name → the entry of `table` [layers, specs] for its spec; 0 where it is kept."""
+    column = {spec: index for index, spec in enumerate(sensitivity.specs)}
+    found = {}
+    for index, layer in enumerate(sensitivity.layers):
+        spec = assignment[layer.name]
+        found[layer.name] = 0.0 if spec is None else float(table[index, column[spec]])
+    return found
+
+
 def make_plan(
     sensitivity: Sensitivity,
     assignment: Mapping[str, QuantSpec | None],
@@ -55,12 +68,7 @@ def make_plan(
     solver: str,
 ) -> BitPlan:
     """A plan from an assignment, with its bits and predicted loss filled in."""
-    column = {spec: index for index, spec in enumerate(sensitivity.specs)}
-    predicted = 0.0
-    for row, layer in enumerate(sensitivity.layers):
-        spec = assignment[layer.name]
-        if spec is not None:
-            predicted += float(sensitivity.loss[row, column[spec]])
+    predicted = sum(table_row(sensitivity, sensitivity.loss, assignment).values())
     stored, code = average_bits(sensitivity.layers, assignment)
     return BitPlan(
         assignment=dict(assignment),

@@ -27,8 +27,9 @@ class SearchConfig(Config):
         bits: widths of the candidates.
         group_sizes: group sizes of the candidates; -1 is per channel. Sizes that divide no layer
             drop out, sizes that divide some are used there.
-        asymmetric: add every candidate with zero-points, which cost `bits` more a group. Stock
-            transformers does not load checkpoints that hold such weights; `quantforge.load` does.
+        asymmetric: add every candidate with zero-points, which cost `bits` more a group; "only"
+            takes these alone. Stock transformers does not load checkpoints that hold such weights;
+            `quantforge.load` does.
         solver: how the plan is found.
         correct: multiply predicted losses by what measured uniform networks say of their spec.
         independent: let layers that servers fuse (q/k/v, gate/up) have different specs.
@@ -36,13 +37,21 @@ class SearchConfig(Config):
 
     bits: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
     group_sizes: tuple[GroupSize, ...] = (32, 64, 128, 192, PER_CHANNEL)
-    asymmetric: bool = False
+    asymmetric: bool | Literal["only"] = False
     solver: Literal["dynamic-program", "uniform"] = "dynamic-program"
     correct: bool = True
     independent: bool = False
 
     def candidates(self, row_lengths: set[int]) -> tuple[QuantSpec, ...]:
         """All grids whose groups divide at least one row length, sorted."""
-        kinds = (True, False) if self.asymmetric else (True,)
-        specs = {QuantSpec(*one) for one in product(self.bits, self.group_sizes, kinds)}
-        return tuple(sorted(s for s in specs if any(s.divides(n) for n in row_lengths)))
+        return tuple(sorted(s for s in self._specs() if any(s.divides(n) for n in row_lengths)))
+
+    @property
+    def settled(self) -> QuantSpec | None:
+        """The grid of all layers where nothing is left to choose, else None."""
+        specs = self._specs()
+        return specs.pop() if self.solver == "uniform" and len(specs) == 1 else None
+
+    def _specs(self) -> set[QuantSpec]:
+        kinds = {False: (True,), True: (True, False), "only": (False,)}[self.asymmetric]
+        return {QuantSpec(*one) for one in product(self.bits, self.group_sizes, kinds)}

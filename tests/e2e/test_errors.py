@@ -62,6 +62,17 @@ def test_wrong_budget(fails, checkpoint, tmp_path, budget):
     fails(2, "quantize", checkpoint, "--budget", budget, "-o", "out", cwd=tmp_path, says="budget")
 
 
+def test_a_missing_budget(fails, checkpoint, tmp_path):
+    fails(2, "quantize", checkpoint, "-o", "out", cwd=tmp_path, says="no budget is given")
+
+
+def test_a_published_setting_needs_a_model_that_it_fits(fails, checkpoint, tmp_path):
+    """The checkpoint's rows are 64 and 128 long."""
+    command = ("quantize", "gptq-w4g128", "-o", "out", "--set", "calibration.sequence_length=64")
+    fails(3, *command, cwd=tmp_path, says="--model")
+    fails(3, *command, "--model", checkpoint, cwd=tmp_path, says="that divide all: 32, -1")
+
+
 def test_unknown_recipe_flag_and_setting(fails, checkpoint, tmp_path):
     command = ("quantize", checkpoint, "--budget", "3bit", "-o", "out")
     fails(2, "quantize", "lama", "--budget", "3bit", cwd=tmp_path, says="llama")

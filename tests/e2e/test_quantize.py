@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import quantforge
-from quantforge.testing import markov_tokens, tiny_llama, train
+from quantforge.testing import markov_tokens, save_tiny_checkpoint, tiny_llama, train
 
 STOCK = """
 import sys, torch
@@ -125,6 +125,25 @@ def test_eval_and_generate_and_inspect_read_the_folder(run, small, compiled, che
     done = run("generate", "out", "hello", "--tokens", 5, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 1
+
+
+def test_a_published_setting_is_one_command(run, tmp_path):
+    """As recipes/README.md has it; the model is small, the text what comes with Python."""
+    model = save_tiny_checkpoint(tmp_path / "model", blocks=1, hidden=256, intermediate=256)
+    config = json.loads((model / "config.json").read_text())
+    config["max_position_embeddings"] = 2048
+    (model / "config.json").write_text(json.dumps(config))
+    short = ("--set", "calibration.sequences=8", "--set", "evaluate.tokens=2")
+    command = ("quantize", "gptq-w4g128", "--model", "model", "-o", "out", *short)
+    done = run(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for stage in ("gradients", "candidates", "measure uniform", "tune"):
+        assert stage not in done.stderr
+    assert "4.125 stored bits a weight (4.000 of them codes)" in done.stdout
+    assert "7 fitting and 1 held-out sequences of 2048 tokens" in done.stdout
+    assert stored_bits(tmp_path / "out") == 4.125
+    done = run("plan", "gptq-w4g128", "--model", "model", *short, "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["plan"]["predicted_loss"] is None
 
 
 def test_a_network_in_memory_with_batches():

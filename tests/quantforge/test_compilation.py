@@ -4,8 +4,7 @@ import copy
 
 import pytest
 
-from quantforge.compilation import open_job
-from quantforge.progress import Monitor
+from quantforge.opening import configure, open_job
 from quantforge.search.allocate import search
 from quantforge.search.budget import Budget
 from quantforge.testing import markov_tokens, tiny_llama, train
@@ -18,22 +17,16 @@ def test_tuning_is_judged_against_the_float_network_whatever_was_called_before(
     trained = train(tiny_llama(blocks=2))
     qualities = {}
     for steps in (0, 24):
-        job = open_job(
-            copy.deepcopy(trained),
-            calibration=[markov_tokens(4, 48, seed=seed) for seed in range(16)],
-            effort="balanced",
-            seed=0,
-            device="cpu",
-            settings={
-                "search.bits": [2, 3],
-                "search.group_sizes": [32, -1],
-                "quantize.tuning.steps": steps,
-                "quantize.tuning.scale_step": 0.01,
-            },
-            trust_remote_code=False,
-            tokenizer=None,
-            monitor=Monitor(),
-        )
+        settings = {
+            "search.bits": [2, 3],
+            "search.group_sizes": [32, -1],
+            "quantize.tuning.steps": steps,
+            "quantize.tuning.scale_step": 0.01,
+        }
+        module = copy.deepcopy(trained)
+        recipe = configure(module, settings=settings)
+        batches = [markov_tokens(4, 48, seed=seed) for seed in range(16)]
+        job = open_job(module, recipe, calibration=batches)
         # the second time from the cache: runs no network
         with job.measure(fresh=False) as measured:
             plan = search(measured.sensitivity, Budget.parse("2.6bit"), job.recipe.search)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quantforge.decision import Measurement, choose
+from quantforge.format.store import CandidateStore
 from quantforge.results import CurvePoint, Quality
 from quantforge.search.allocate import search, uniform_plans
 from quantforge.search.budget import Budget
@@ -23,7 +24,7 @@ def quality(kl):
 
 
 @pytest.fixture
-def measured():
+def measured(tmp_path):
     layers = tuple(
         LayerInfo(name=n, out_features=8, in_features=1024, block=0, stage=0, fused_group=n)
         for n in "ab"
@@ -38,8 +39,8 @@ def measured():
         for p in uniform_plans(sensitivity)
     )
     return Measurement(
-        sensitivity=sensitivity, store=None, channel_weights=(), final_hidden=loss, uniform=uniform,
-        output_grams=lambda layer: [],
+        sensitivity=sensitivity, store=CandidateStore(tmp_path, loss.device), channel_weights=(),
+        final_hidden=loss, uniform=uniform, output_grams=None,
     )  # fmt: skip
 
 

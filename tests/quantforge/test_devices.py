@@ -13,10 +13,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
-from quantforge.compilation import open_job
 from quantforge.delivery import deliver
 from quantforge.methods.scaled_linear import ScaledLinear
-from quantforge.progress import Monitor
+from quantforge.opening import configure, open_job
 from quantforge.search.budget import Budget
 from quantforge.testing import markov_tokens, tiny_llama
 
@@ -112,25 +111,18 @@ def device(monkeypatch, tmp_path):
 
 
 def compiled(folder, settings, *, away):
-    job = open_job(
-        tiny_llama(blocks=1, hidden=32, intermediate=64, heads=2, kv_heads=1),
-        calibration=[markov_tokens(2, 12, seed=seed) for seed in range(4)],
-        effort="balanced",
-        seed=0,
-        device="cpu",
-        settings={
-            "search.bits": [2, 3],
-            "search.group_sizes": [32, -1],
-            "evaluate.curve_windows": 2,
-            "quantize.tuning.steps": 1,
-            "quantize.tuning.batch": 1,
-            **{f"{stage}.precision": "float32" for stage in ("calibrate", "evaluate", "quantize")},
-            **settings,
-        },
-        trust_remote_code=False,
-        tokenizer=None,
-        monitor=Monitor(),
-    )
+    module = tiny_llama(blocks=1, hidden=32, intermediate=64, heads=2, kv_heads=1)
+    given = {
+        "search.bits": [2, 3],
+        "search.group_sizes": [32, -1],
+        "evaluate.curve_windows": 2,
+        "quantize.tuning.steps": 1,
+        "quantize.tuning.batch": 1,
+        **{f"{stage}.precision": "float32" for stage in ("calibrate", "evaluate", "quantize")},
+        **settings,
+    }
+    batches = [markov_tokens(2, 12, seed=seed) for seed in range(4)]
+    job = open_job(module, configure(module, settings=given), calibration=batches)
     if away:
         send_away(job.model.module)
         assert job.model.device == AWAY

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantforge.memory import peak_bytes, release_freed
+from quantforge.memory import peak_bytes, release_freed, reset_peak
 
 
 def resident_bytes():
@@ -25,3 +25,16 @@ def test_gaps_between_blocks_are_given_back():
     release_freed()
     assert resident_bytes() < full - 40 * 2**20  # of the 62 MiB that were freed
     assert all(float(block.sum()) == len(block) for block in kept)
+
+
+def test_the_peak_is_forgotten_where_the_system_can():
+    held = peak_bytes()
+    block = torch.ones(64 * 2**20)  # 256 MiB
+    high = peak_bytes()
+    assert high >= max(held, 256 * 2**20)
+    del block
+    release_freed()
+    if reset_peak():
+        assert peak_bytes() < high - 200 * 2**20
+    else:
+        assert peak_bytes() >= high

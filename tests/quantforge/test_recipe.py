@@ -1,13 +1,15 @@
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from quantforge import recipe as recipes
 from quantforge import strict_yaml
 from quantforge.errors import InputError, UsageError
-from quantforge.recipe import Recipe, Target, compose, parse_settings, resolve_target
+from quantforge.recipe import Recipe, Target, compose, load_recipe, parse_settings, resolve_target
 
 
 def write(path: Path, text: str) -> Path:
@@ -64,7 +66,8 @@ def test_a_file_of_another_kind_is_an_input_error(here: Path) -> None:
 
 def test_an_unknown_name_lists_the_recipes_and_suggests(here: Path) -> None:
     text = message(resolve_target, "lama")
-    assert "recipes: llama" in text
+    assert "recipes: awq-w4g128, " in text
+    assert ", llama, " in text
     assert text.endswith("did you mean 'llama'?")
     assert "did you mean" not in message(resolve_target, "zzzz")
 
@@ -266,7 +269,60 @@ def test_an_option_that_would_do_nothing_is_refused():
             compose(Target(name="x", model="y"), settings=settings)
 
 
+# What a paper's recipe asks for: method, grid, and the tokens it is fitted on.
+PAPERS = {
+    "awq-w4g128": ("rtn", "4b-g128", 128 * 512),
+    "foem-w3g128": ("foem", "3b-g128", 128 * 2048),
+    "gptaq-w3g128": ("gptaq", "3b-g128", 128 * 2048),
+    "gptq-w3": ("gptq", "3b-pc", 128 * 2048),
+    "gptq-w3g128": ("gptq", "3b-g128", 128 * 2048),
+    "gptq-w4g128": ("gptq", "4b-g128", 128 * 2048),
+    "magr-w2": ("gptq", "2b-pc", 128 * 2048),
+    "qep-w3g128": ("qep", "3b-g128", 128 * 2048),
+    "rtn-w4g128": ("rtn", "4b-g128", 28 * 512),
+}
+
+
+@pytest.mark.parametrize("effort", recipes.EFFORTS)
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_paper_s_recipe_is_that_paper_s_setting_at_any_effort(name: str, effort: str) -> None:
+    from quantforge.load.batches import split_rows
+
+    recipe = compose(resolve_target(name), effort=effort, settings={"model": "./m"})
+    method, spec, tokens = PAPERS[name]
+    quantize, calibration = recipe.quantize, recipe.calibration
+    assert (quantize.method, str(recipe.search.settled)) == (method, spec)
+    assert quantize.sequential
+    assert not quantize.needs_output_grams
+    assert quantize.tuning.steps == quantize.rounding.steps == 0
+    assert (quantize.grid, quantize.damping) == ("minmax", (0.01,))
+    assert quantize.awq == name.startswith("awq")
+    assert quantize.magr == (1e-3 if name.startswith("magr") else 0.0)
+    rows = torch.arange(calibration.sequences).unsqueeze(1)
+    fitting, _ = split_rows(rows, calibration.held_out_share)
+    assert len(fitting) * calibration.sequence_length == tokens
+    assert load_recipe(name).model is None
+    only = compose(resolve_target(name), settings={"search.asymmetric": "only"})
+    assert str(only.search.settled) == f"{spec}-asym"
+
+
+def test_every_shipped_recipe_is_listed_with_its_paper() -> None:
+    page = (recipes.recipe_root() / "README.md").read_text(encoding="utf-8")
+    for name in recipes.known_recipes():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        papers = re.findall(r"arXiv \d{4}\.\d{5}", load_recipe(name).description)
+        assert all(paper in row for paper in papers)
+        assert papers or name.partition("/")[2] in ("llama", "rtn-w4g128", "uniform-w3g64")
+
+
+def test_a_budget_in_a_recipe_can_be_replaced(tmp_path: Path) -> None:
+    target = resolve_target(write(tmp_path / "r.yaml", "budget: 3bit\n"))
+    assert compose(target).budget == "3bit"
+    assert compose(target, settings={"budget": "4bit"}).budget == "4bit"
+
+
 def test_an_output_is_named_by_what_a_folder_may_be_called(here: Path) -> None:
     assert Target(name="Some.Model").output("3.25bpw") == Path("Some.Model-3.25bpw")
     assert Target(name="a b/c").output(" vram:24GB@32k") == Path("a-b-c-vram-24GB-32k")
+    assert Target(name="gptq-w4g128").output() == Path("gptq-w4g128-quantized")
     assert Target(name="../..").output("3bit") == Path("model-3bit")

@@ -9,7 +9,7 @@ COMMANDS = ("plan", "quantize", "eval", "generate", "inspect", "fetch")
 DEFAULTS = {
     "budget": "3bit",
     "calibration": None,
-    "output": Path("llama-3bit"),
+    "output": None,
     "effort": "balanced",
     "seed": 0,
     "device": "cpu",
@@ -34,7 +34,7 @@ def test_defaults_reach_the_pipeline(command, pipeline) -> None:
 
 def test_plan_writes_no_folder_unless_asked(command, pipeline) -> None:
     assert command("plan", "llama", "--budget", "3bit").code == 0
-    assert passed(pipeline) == ("plan", ("llama",), {**DEFAULTS, "output": None})
+    assert passed(pipeline) == ("plan", ("llama",), DEFAULTS)
 
 
 @pytest.mark.parametrize("name", ["plan", "quantize"])
@@ -61,22 +61,10 @@ def test_every_compile_option_reaches_the_pipeline(command, pipeline, name: str)
     }
 
 
-@pytest.mark.parametrize(
-    ("model", "budget", "folder"),
-    [
-        ("llm/llama", "3bit", "llama-3bit"),
-        ("owner/Some.Model", "3.25bit", "Some.Model-3.25bit"),
-        ("owner/m", "vram:24GB@32k", "m-vram-24GB-32k"),
-        (".", "3bit", "here-3bit"),
-    ],
-)
-def test_output_is_named_after_model_and_budget(
-    command, pipeline, tmp_path: Path, monkeypatch, model: str, budget: str, folder: str
-) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert command("quantize", model, "--budget", budget).code == 0
-    assert passed(pipeline)[2]["output"] == Path(folder)
+@pytest.mark.parametrize("name", ["plan", "quantize"])
+def test_a_budget_may_be_left_to_the_recipe(command, pipeline, name: str) -> None:
+    assert command(name, "llama").code == 0
+    assert passed(pipeline) == (name, ("llama",), {**DEFAULTS, "budget": None})
 
 
 def test_an_unknown_model_is_refused_before_anything_is_loaded(command, pipeline) -> None:

@@ -94,7 +94,6 @@ def test_debug_shows_the_traceback_wherever_it_stands(command, pipeline, place: 
         (["--wrong"], "No such option: --wrong"),
         (["foo"], "No such command 'foo'"),
         (["quantize"], "Missing argument 'MODEL'"),
-        (["quantize", "llama"], "Missing option '--budget'"),
         ([*QUANTIZE, "--sed", "1"], "No such option: --sed"),
         ([*QUANTIZE, "--seed", "x"], "Invalid value for '--seed'"),
         ([*QUANTIZE, "--seed", "-1"], "Invalid value for '--seed'"),

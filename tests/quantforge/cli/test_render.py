@@ -161,3 +161,19 @@ def test_measurements_show_two_digits_of_their_error(value, error, shown) -> Non
 
 def test_foreign_text_is_one_harmless_line() -> None:
     assert text.one_line(" a\r\n\tb\x1b]0;x\x07 ü\u202e ") == "a b\ufffd]0;x\ufffd ü\ufffd"
+
+
+def test_a_plan_that_was_not_searched_claims_no_loss(reports) -> None:
+    report = reports.plan_report()
+    given = dataclasses.replace(
+        report,
+        plan=dataclasses.replace(report.plan, predicted_loss=None),
+        layers=tuple(dataclasses.replace(one, predicted_loss=None) for one in report.layers),
+        reachable=(2.992, 2.992),
+        uniform=(),
+    )
+    lines = drawn(render.show_plan, given)
+    assert "predicted loss not estimated" in lines
+    assert "layer spec weights stored bits" in lines
+    assert not [line for line in lines if "reachable" in line]
+    assert json.loads(render.json_document("plan", given))["plan"]["predicted_loss"] is None

@@ -69,6 +69,25 @@ def test_long_text_is_read_only_as_far_as_needed(tmp_path, model, monkeypatch):
     assert torch.equal(text_module._plain_stream(file, model.tokenizer, 10**6), whole)
 
 
+def test_a_short_text_gives_fewer_sequences_where_that_is_allowed(tmp_path, model):
+    path = tmp_path / "short.txt"
+    path.write_text("abcdefg " * 12, encoding="utf-8")
+    settings = {"source": str(path), "sequences": 40, "sequence_length": 10}
+    with pytest.raises(InputError, match="ask for at most"):
+        calibration_set(CalibrationConfig(**settings), model, seed=0)
+    data = calibration_set(CalibrationConfig(**settings, fewer=True), model, seed=0)
+    whole = calibration_set(
+        CalibrationConfig(**settings | {"sequences": len(data.fitting) + len(data.held_out)}),
+        model, seed=0,
+    )  # fmt: skip
+    assert torch.equal(data.fitting, whole.fitting)
+    assert f"{len(data.fitting)} fitting and {len(data.held_out)} held-out" in data.description
+    assert 2 <= len(data.fitting) + len(data.held_out) < 40
+    with pytest.raises(InputError, match="ask for at most"):
+        path.write_text("abc", encoding="utf-8")
+        calibration_set(CalibrationConfig(**settings, fewer=True), model, seed=0)
+
+
 def test_special_tokens_the_tokenizer_adds_are_kept_and_described(tmp_path, model):
     from tokenizers.processors import TemplateProcessing
 

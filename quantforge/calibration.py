@@ -1,0 +1,275 @@
+"""What the later stages need of the float network: made once, and kept in the cache.
+
+Where a plan is searched, that is everything calibration can tell: sensitivities, the integers of
+every candidate, measured uniform networks, output grams, channel weights and final hidden states.
+Where there is nothing to search (`SearchConfig.settled`), only what the configured stages read is
+made, and where they read nothing, nothing is: plain GPTQ costs no backward pass and no disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantforge.calibrate.artefact import (
+    load_curve,
+    load_output_gram,
+    load_sensitivity,
+    load_traces,
+    save_curve,
+    save_output_grams,
+    save_sensitivity,
+    save_traces,
+)
+from quantforge.calibrate.candidates import final_hidden, measure
+from quantforge.calibrate.fisher import OutputGram, output_gradient_moments
+from quantforge.decision import Measurement
+from quantforge.errors import InputError
+from quantforge.files import fingerprint
+from quantforge.format.manifest import tool_versions
+from quantforge.format.store import CandidateStore
+from quantforge.measurements import measurement
+from quantforge.memory import StageTimer, release_freed
+from quantforge.models import Model
+from quantforge.progress import Monitor
+from quantforge.quantize.config import QuantizeConfig
+from quantforge.recipe import Recipe
+from quantforge.results import CurvePoint, Quality
+from quantforge.search.allocate import uniform_plans
+from quantforge.search.correction import corrected, correction_factors
+from quantforge.types import BitPlan, CalibrationSet, QuantSpec, Sensitivity
+from quantforge.workspace import machine_traits
+
+# Raised with every change of what calibration computes: older measurements are then not used.
+MEASUREMENT_VERSION = 5
+CANDIDATES = "candidates"
+TRACES = "traces.safetensors"
+OUTPUT_GRAMS = "output_grams.safetensors"
+UNIFORM = "uniform.json"
+SENSITIVITY = "sensitivity.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What the quantize stage reads of a measurement, beside the plan.
+
+    Attributes:
+        output_grams: for feedback between rows.
+        channel_weights: for the loss of learned rounding.
+        final_hidden: for tuning, whose target is the float network's distribution.
+    """
+
+    output_grams: bool
+    channel_weights: bool
+    final_hidden: bool
+
+    @classmethod
+    def of(cls, config: QuantizeConfig) -> Needs:
+        """What this configuration reads."""
+        return cls(
+            output_grams=config.needs_output_grams,
+            channel_weights=config.rounding.steps > 0 and config.rounding.weighted,
+            final_hidden=config.tuning.steps > 0,
+        )
+
+    @property
+    def anything(self) -> bool:
+        """Whether a network has to be run at all."""
+        return self.output_grams or self.channel_weights or self.final_hidden
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrator:
+    """Makes measurements of a float network, or takes them from the cache.
+
+    Attributes:
+        model: the float network.
+        calibration: fitting and held-out tokens.
+        recipe: effective configuration.
+        seed: of the gradients' labels.
+        monitor: progress and cancellation.
+        timings: stage → seconds of wall time, added to.
+        measure_plans: held-out quality of networks put together from a store, with the name of the
+            stage for the monitor.
+    """
+
+    model: Model
+    calibration: CalibrationSet
+    recipe: Recipe
+    seed: int
+    monitor: Monitor
+    timings: dict[str, float]
+    measure_plans: Callable[[list[BitPlan], CandidateStore, str], list[Quality]]
+
+    @contextmanager
+    def searched(self, *, fresh: bool) -> Iterator[Measurement]:
+        """Everything, for any budget; the candidates can be read while the body runs."""
+        specs = self.recipe.search.candidates({layer.in_features for layer in self.model.layers})
+        if not specs:
+            raise InputError("none of the candidates' group sizes divides any layer; add -1")
+        key = self._key(
+            self.recipe.calibrate.model_dump(mode="json"),
+            [str(spec) for spec in specs],
+            self.recipe.evaluate.model_dump(mode="json", exclude={"prompts", "tokens"}),
+            self.recipe.quantize.needs_output_grams,
+        )
+        make = partial(self._measure_candidates, specs, key)
+        with measurement(
+            key, make, complete=SENSITIVITY, fresh=fresh, monitor=self.monitor
+        ) as folder:
+            yield self._read_all(folder)
+
+    @contextmanager
+    def settled(self, *, fresh: bool) -> Iterator[Measurement]:
+        """What the configured stages read, for a plan that is not searched; maybe nothing."""
+        needs = Needs.of(self.recipe.quantize)
+        if not needs.anything:
+            yield self._read_needed(needs, None)
+            return
+        unread = {"estimator", "damping", "grid"}  # those are about candidates
+        options = self.recipe.calibrate.model_dump(mode="json", exclude=unread)
+        key = self._key("settled", options, asdict(needs))
+        make = partial(self._measure_needed, needs)
+        with measurement(key, make, complete=TRACES, fresh=fresh, monitor=self.monitor) as folder:
+            yield self._read_needed(needs, folder)
+
+    def _key(self, *parts: Any) -> str:
+        """Fingerprint of `parts` and of what decides every measurement."""
+        return fingerprint(
+            self.model.source.fingerprint,
+            self.calibration.fingerprint,
+            *parts,
+            MEASUREMENT_VERSION,
+            self.seed,
+            self.model.device.type,
+            tool_versions(),
+            machine_traits(),
+        )
+
+    def _measure_candidates(self, specs: Sequence[QuantSpec], key: str, folder: Path) -> None:
+        """Fill a folder for `searched`."""
+        store = CandidateStore(folder / CANDIDATES, self.model.device)
+        with StageTimer(self.timings, "calibrate"):
+            coupled = self.recipe.quantize.needs_output_grams
+            moments, grams = self.gradient_moments(layers=True, blocks=True, coupled=coupled)
+            save_output_grams(grams, folder / OUTPUT_GRAMS)
+            release_freed()
+            sensitivity, final = measure(
+                self.model,
+                self.calibration.fitting,
+                moments,
+                specs,
+                self.recipe.calibrate,
+                store=store,
+                fingerprint=key,
+                monitor=self.monitor,
+            )
+            save_traces([moments[name] for name in self._block_names()], final, folder / TRACES)
+            save_curve(self._measure_uniform(sensitivity, store), folder / UNIFORM)
+        save_sensitivity(sensitivity, folder / SENSITIVITY)  # last: says that all is there
+
+    def _measure_needed(self, needs: Needs, folder: Path) -> None:
+        """Fill a folder for `settled`."""
+        weights: list[Tensor] = []
+        with StageTimer(self.timings, "calibrate"):
+            if needs.output_grams or needs.channel_weights:
+                moments, grams = self.gradient_moments(
+                    layers=needs.output_grams,
+                    blocks=needs.channel_weights,
+                    coupled=needs.output_grams,
+                )
+                save_output_grams(grams, folder / OUTPUT_GRAMS)
+                release_freed()
+                weights = [moments[name] for name in self._block_names() if name in moments]
+            final = torch.empty(0)
+            if needs.final_hidden:
+                final = final_hidden(
+                    self.model, self.calibration.fitting, self.recipe.calibrate, self.monitor
+                )
+        save_traces(weights, final, folder / TRACES)  # last: says that all is there
+
+    def _read_all(self, folder: Path) -> Measurement:
+        """What a filled folder holds, with predictions corrected by the uniform networks."""
+        raw, uniform = load_sensitivity(folder / SENSITIVITY), load_curve(folder / UNIFORM)
+        known = {QuantSpec.parse(p.name.removeprefix("uniform ")): p.quality.kl for p in uniform}
+        factors = correction_factors(raw, known if self.recipe.search.correct else {})
+        channels, final = load_traces(folder / TRACES)
+        return Measurement(
+            sensitivity=corrected(raw, factors),
+            store=CandidateStore(folder / CANDIDATES, self.model.device),
+            channel_weights=tuple(weight.to(self.model.device) for weight in channels),
+            final_hidden=final,
+            uniform=uniform,
+            output_grams=partial(load_output_gram, folder / OUTPUT_GRAMS),
+        )
+
+    def _read_needed(self, needs: Needs, folder: Path | None) -> Measurement:
+        """What a folder for `settled` holds; every channel counts alike where nothing asks."""
+        device = self.model.device
+        channels: tuple[Tensor, ...] = ()
+        final: Tensor | None = None
+        if folder is not None:
+            channels, final = load_traces(folder / TRACES)
+        if not needs.channel_weights:
+            channels = (torch.ones(self._hidden_features()),) * len(self._block_names())
+        grams = None
+        if folder is not None and needs.output_grams:
+            grams = partial(load_output_gram, folder / OUTPUT_GRAMS)
+        return Measurement(
+            channel_weights=tuple(weight.to(device) for weight in channels),
+            final_hidden=final if needs.final_hidden else None,
+            output_grams=grams,
+        )
+
+    def _measure_uniform(
+        self, sensitivity: Sensitivity, store: CandidateStore
+    ) -> tuple[CurvePoint, ...]:
+        """Uniform networks of the widths that budgets are likely to be near."""
+        widths = self.recipe.evaluate.curve_bits
+        plans = [
+            plan
+            for plan in uniform_plans(sensitivity)
+            if QuantSpec.parse(plan.budget.removeprefix("uniform ")).bits in widths
+        ]
+        qualities = self.measure_plans(plans, store, "measure uniform networks")
+        return tuple(
+            CurvePoint(name=plan.budget, stored_bits=plan.stored_bits, quality=quality)
+            for plan, quality in zip(plans, qualities, strict=True)
+        )
+
+    def gradient_moments(
+        self, *, layers: bool, blocks: bool, coupled: bool
+    ) -> tuple[dict[str, Tensor], dict[str, OutputGram]]:
+        """E[g²] at the outputs of layers and blocks, and the layers' output grams if `coupled`."""
+        options = self.recipe.calibrate
+        features: dict[str, int] = {}
+        if layers:
+            features = {layer.name: layer.out_features for layer in self.model.layers}
+        names = set(features) if coupled else set()
+        if blocks:
+            features.update(dict.fromkeys(self._block_names(), self._hidden_features()))
+        return output_gradient_moments(
+            self.model,
+            features,
+            self.calibration.fitting[: options.gradient_sequences],
+            batch_size=options.gradient_batch,
+            precision=options.precision,
+            generator=torch.Generator(self.model.device).manual_seed(self.seed),
+            monitor=self.monitor,
+            coupled=names,
+            recompute=options.recompute,
+        )
+
+    def _hidden_features(self) -> int:
+        embedding: Any = self.model.module.get_submodule(self.model.architecture.embedding)
+        return int(embedding.embedding_dim)
+
+    def _block_names(self) -> list[str]:
+        return self.model.architecture.block_names(self.model.module)

@@ -1,0 +1,104 @@
+"""From a call's arguments to a job: the recipe, then the model and its calibration text.
+
+The recipe comes first and alone, because it says what is wrong with a command, and what its output
+is called, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quantforge.compilation import Job
+from quantforge.errors import InputError
+from quantforge.load.huggingface import from_module
+from quantforge.load.text import calibration_set, from_batches
+from quantforge.loading import load_source
+from quantforge.progress import Monitor
+from quantforge.recipe import Recipe, Target, compose, resolve_target
+
+Source = str | Path | nn.Module
+
+
+def target_of(model: Source) -> Target:
+    """What a call's first argument means."""
+    return Target(name="in-memory") if isinstance(model, nn.Module) else resolve_target(model)
+
+
+def configure(
+    model: Source,
+    *,
+    budget: str | None = None,
+    calibration: str | Path | Iterable[Any] | None = None,
+    effort: str = "balanced",
+    settings: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The effective recipe of a call; arguments that are recipe keys are set last.
+
+    Raises:
+        InputError: the recipe file or the model's folder cannot be read.
+        UsageError: an unknown model, effort or key, or a bad value.
+    """
+    changes = dict(settings or {})
+    if budget is not None:
+        changes["budget"] = budget
+    if isinstance(calibration, str | Path):
+        changes["calibration.source"] = str(calibration)
+    return compose(target_of(model), effort=effort, settings=changes)
+
+
+def open_job(
+    model: Source,
+    recipe: Recipe,
+    *,
+    calibration: str | Path | Iterable[Any] | None = None,
+    effort: str = "balanced",
+    seed: int = 0,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    monitor: Monitor | None = None,
+) -> Job:
+    """Load the model and read the calibration text.
+
+    Args:
+        model: as given to the call.
+        recipe: from `configure`.
+        calibration: batches of tokens; anything else is in the recipe already.
+        effort: what the recipe was made with, for the record.
+        seed: of everything random.
+        device: where the network runs.
+        trust_remote_code: let a hub model bring its own code.
+        tokenizer: of a network in memory.
+        monitor: progress and cancellation.
+
+    Raises:
+        InputError: a model or text that is missing, broken or empty.
+    """
+    monitor = monitor or Monitor()
+    if isinstance(model, nn.Module):
+        loaded = from_module(model, tokenizer=tokenizer)
+    else:
+        loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
+    if calibration is None or isinstance(calibration, str | Path):
+        if loaded.tokenizer is None:
+            raise InputError("a network in memory needs a tokenizer, or batches as calibration")
+        data = calibration_set(recipe.calibration, loaded, seed=seed, monitor=monitor)
+    else:
+        embedding: Any = loaded.module.get_submodule(loaded.architecture.embedding)
+        data = from_batches(
+            calibration,
+            held_out_share=recipe.calibration.held_out_share,
+            vocabulary=int(embedding.num_embeddings),
+        )
+    return Job(
+        model=loaded,
+        calibration=data,
+        recipe=recipe,
+        effort=effort,
+        seed=seed,
+        monitor=monitor,
+    )
