@@ -24,15 +24,14 @@ from quantforge.progress import Monitor
 from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
 
 
-def predicted_loss(difference: Tensor, gram: Tensor, moments: Tensor) -> float:
+def predicted_loss(error: Tensor, moments: Tensor) -> float:
     """½ Σ_o E[g_o²] d_o gram d_oᵀ in nats a token (see `fisher`).
 
     Args:
-        difference: [out, in] Ŵ − W.
-        gram: [in, in] mean x xᵀ.
+        error: [out] d_o gram d_oᵀ, from `output_error`.
         moments: [out] E[g_o²].
     """
-    return 0.5 * float((moments.double() * output_error(difference, gram).double()).sum())
+    return 0.5 * float((moments.double() * error.double()).sum())
 
 
 def measure_layer(
@@ -55,9 +54,9 @@ def measure_layer(
             errors.append(torch.inf)
             continue
         quantized[spec] = gptq(weight, factor, spec, grid=config.grid)
-        difference = quantized[spec].dequantize() - weight
-        losses.append(predicted_loss(difference, gram, moments))
-        errors.append(relative(output_error(difference, gram), reference))
+        error = output_error(quantized[spec].dequantize() - weight, gram)
+        losses.append(predicted_loss(error, moments))
+        errors.append(relative(error, reference))
     return losses, errors, quantized
 
 

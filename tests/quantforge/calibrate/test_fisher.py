@@ -14,6 +14,7 @@ from quantforge.evaluate.quality import ReferenceOutputs
 from quantforge.evaluate.quality import measure as measure_quality
 from quantforge.format.store import CandidateStore
 from quantforge.load.huggingface import from_module
+from quantforge.numerics import output_error
 from quantforge.progress import Monitor
 from quantforge.testing import markov_tokens, tiny_llama, train
 from quantforge.types import QuantSpec
@@ -132,7 +133,8 @@ def test_prediction_is_near_the_kl_that_small_errors_cause(model):
                         model.module, model.architecture, held_out, reference, text=""
                     ).kl
                     weight -= noise
-                predicted += predicted_loss(noise, grams[layer.stage], moments[layer.name])
+                error = output_error(noise, grams[layer.stage])
+                predicted += predicted_loss(error, moments[layer.name])
             ratios.append(predicted / measured)
     ratios = torch.tensor(ratios)
     assert 0.6 < float(ratios.log().mean().exp()) < 1.6
