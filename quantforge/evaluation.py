@@ -19,7 +19,7 @@ from quantforge.format.checkpoint import TensorReader, open_checkpoint
 from quantforge.format.manifest import read_manifest, tool_versions
 from quantforge.format.sizes import size_report
 from quantforge.load.huggingface import load_tokenizer
-from quantforge.load.text import describe_windows, evaluation_windows
+from quantforge.load.text import DEFAULT_EVALUATION, describe_windows, evaluation_windows
 from quantforge.loading import load_source
 from quantforge.models import Architecture, architecture_of
 from quantforge.progress import Monitor, ProgressEvent
@@ -202,7 +202,7 @@ def _reference(
     """Windows of a text, their description, and what the float model says; it is freed again."""
     recipe = compose(resolve_target(name))
     model = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
-    where = "pydoc" if text is None else str(text)
+    where = DEFAULT_EVALUATION if text is None else str(text)
     windows, length = shape
     _check_context(model.module, length)
     tokens = evaluation_windows(where, model.tokenizer, windows=windows, length=length)

@@ -43,7 +43,7 @@ EFFORTS: tuple[str, ...] = ("fast", "balanced", "best")
 # What an effort changes, below the recipe. "balanced" is the defaults themselves.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {
-        "calibration": {"sequences": 64},
+        "calibration": {"sequences": 48},
         "calibrate": {"gradient_sequences": 16},
         "quantize": {"sequential": False, "tuning": {"steps": 8}},
     },

@@ -49,7 +49,8 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
-        help=f"Calibration text: {TEXTS}, 'pydoc', 'self' or 'mix'.",
+        help=f"Calibration text: {TEXTS}, 'self' (sampled from the model), 'pydoc' (Python's "
+        "manual) or 'mix'; default: self.",
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1.")]

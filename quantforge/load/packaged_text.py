@@ -11,12 +11,15 @@ query a row, plain matrix products are twice as fast on CPUs as the fused attent
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from quantforge.files import atomic_path, cache_root, fingerprint
 from quantforge.models import Model
 from quantforge.progress import Monitor
 
@@ -57,6 +60,28 @@ def sampled_tokens(
         return free.reshape(-1)[:count]
     paired = torch.stack([free[:chat_pieces], chat], dim=1).reshape(-1)
     return torch.cat([paired, free[chat_pieces:].reshape(-1)])[:count]
+
+
+def remembered_tokens(model: Model, count: int, *, seed: int, monitor: Monitor) -> Tensor:
+    """`sampled_tokens`, kept in the cache: another budget does not wait for the same text again.
+
+    A cached text that cannot be read is sampled again; a cache that cannot be written is done
+    without.
+    """
+    key = fingerprint(
+        model.source.fingerprint, count, seed, TEMPERATURE, PIECE_LENGTH, BATCH, torch.__version__
+    )
+    path = cache_root() / "sampled" / f"{key[:32]}.safetensors"
+    try:
+        kept = load_file(path)["tokens"]
+        if kept.shape == (count,) and kept.dtype == torch.int64:
+            return kept
+    except (OSError, SafetensorError, KeyError):
+        pass
+    tokens = sampled_tokens(model, count, seed=seed, monitor=monitor)
+    with suppress(OSError, SafetensorError), atomic_path(path) as temporary:
+        save_file({"tokens": tokens.contiguous()}, temporary)
+    return tokens
 
 
 def _chat_opening(tokenizer: Any) -> list[int]:

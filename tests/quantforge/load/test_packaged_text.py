@@ -4,9 +4,14 @@ import pytest
 import torch
 
 from quantforge.errors import CancelledError, InputError
-from quantforge.load import packaged_text
+from quantforge.load import packaged_text, text
 from quantforge.load.huggingface import from_module
-from quantforge.load.packaged_text import PIECE_LENGTH, pydoc_text, sampled_tokens
+from quantforge.load.packaged_text import (
+    PIECE_LENGTH,
+    pydoc_text,
+    remembered_tokens,
+    sampled_tokens,
+)
 from quantforge.load.text import DEFAULT_TEXT, CalibrationConfig, calibration_set
 from quantforge.progress import Monitor
 from quantforge.testing import markov_tokens, tiny_llama, train
@@ -100,6 +105,42 @@ def test_cancel_and_progress(model):
     cancel.set()
     with pytest.raises(CancelledError):
         sampled_tokens(model, 256, seed=0, monitor=Monitor(cancel=cancel))
+
+
+def test_a_sampled_text_is_kept_and_a_damaged_one_is_sampled_again(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path))
+    count, expected = 2 * PIECE_LENGTH, sampled_tokens(model, 256, seed=3, monitor=Monitor())
+
+    def remembered(seed):
+        events = []
+        monitor = Monitor(progress=events.append)
+        return remembered_tokens(model, count, seed=seed, monitor=monitor), bool(events)
+
+    first, again, other = remembered(3), remembered(3), remembered(4)
+    assert (first[1], again[1], other[1]) == (True, False, True)
+    assert torch.equal(first[0], expected)
+    assert torch.equal(again[0], expected)
+    assert not torch.equal(other[0], expected)
+    (path, _) = sorted((tmp_path / "sampled").iterdir(), key=lambda one: one.stat().st_mtime)
+    path.write_bytes(b"damaged")
+    found, sampled = remembered(3)
+    assert sampled
+    assert torch.equal(found, expected)
+    monkeypatch.setenv("QUANTFORGE_CACHE", "/proc/nowhere")  # cannot be written
+    assert torch.equal(remembered(3)[0], expected)
+
+
+def test_how_much_is_read_depends_on_what_it_costs(model, monkeypatch):
+    monkeypatch.setattr(text, "SAMPLED_SEQUENCES", 4)
+    monkeypatch.setattr(text, "DEFAULT_SEQUENCES", 6)
+    counts = {
+        source: sum(map(len, (found.fitting, found.held_out)))
+        for source in ("pydoc", "self", "default")
+        for found in [
+            calibration_set(CalibrationConfig(source=source, sequence_length=8), model, seed=0)
+        ]
+    }
+    assert counts == {"pydoc": 6, "self": 4, "default": 4}
 
 
 def test_packaged_sources(model):
