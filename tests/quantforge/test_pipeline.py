@@ -183,7 +183,11 @@ def test_asymmetric_layers_are_searched_written_loaded_and_announced(checkpoint,
     """Groups of 32 at 2 bits cost 2.5 stored bits, 2.5625 with zero-points: the budget has room."""
     folder = tmp_path / "out"
     changes = {"search.asymmetric": True, "search.bits": [2], "search.group_sizes": [32]}
-    calibration = {"calibration.sequences": 16, "calibration.sequence_length": 32}
+    calibration = {
+        "calibration.source": "pydoc",
+        "calibration.sequences": 16,
+        "calibration.sequence_length": 32,
+    }
     report = quantforge.quantize(
         checkpoint, budget="2.57bit", settings=SETTINGS | changes | calibration, output=folder
     )
