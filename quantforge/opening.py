@@ -58,6 +58,7 @@ def open_job(
     effort: str = "balanced",
     seed: int = 0,
     device: str = "cpu",
+    fresh: bool = False,
     trust_remote_code: bool = False,
     tokenizer: Any = None,
     monitor: Monitor | None = None,
@@ -71,6 +72,7 @@ def open_job(
         effort: what the recipe was made with, for the record.
         seed: of everything random.
         device: where the network runs.
+        fresh: sample a text from the model anew, even if it is in the cache.
         trust_remote_code: let a hub model bring its own code.
         tokenizer: of a network in memory.
         monitor: progress and cancellation.
@@ -86,7 +88,7 @@ def open_job(
     if calibration is None or isinstance(calibration, str | Path):
         if loaded.tokenizer is None:
             raise InputError("a network in memory needs a tokenizer, or batches as calibration")
-        data = calibration_set(recipe.calibration, loaded, seed=seed, monitor=monitor)
+        data = calibration_set(recipe.calibration, loaded, seed=seed, monitor=monitor, fresh=fresh)
     else:
         embedding: Any = loaded.module.get_submodule(loaded.architecture.embedding)
         data = from_batches(

@@ -87,13 +87,7 @@ def measure(
         The table, and [sequences, length, hidden] bfloat16: what enters the head of the float
         network, from which its predictions can be formed again.
     """
-    walk = BlockWalk(
-        model.module,
-        model.architecture,
-        tokens,
-        batch_size=config.batch_size,
-        precision=config.precision,
-    )
+    walk = _walk(model, tokens, config)
     rows: list[tuple[LayerInfo, list[float], list[float]]] = []
     for index, block in enumerate(walk.blocks):
         grams = stage_grams(walk, block, model.architecture, advance=True)
@@ -126,17 +120,22 @@ def final_hidden(model: Model, tokens: Tensor, config: CalibrateConfig, monitor:
         config: batch size and precision.
         monitor: progress and cancellation.
     """
-    walk = BlockWalk(
+    walk = _walk(model, tokens, config)
+    for index, block in enumerate(walk.blocks):
+        walk.advance(block)
+        monitor.step("float network", index + 1, len(walk.blocks))
+    return _head_inputs(model, walk)
+
+
+def _walk(model: Model, tokens: Tensor, config: CalibrateConfig) -> BlockWalk:
+    """The float network at its first block."""
+    return BlockWalk(
         model.module,
         model.architecture,
         tokens,
         batch_size=config.batch_size,
         precision=config.precision,
     )
-    for index, block in enumerate(walk.blocks):
-        walk.advance(block)
-        monitor.step("float network", index + 1, len(walk.blocks))
-    return _head_inputs(model, walk)
 
 
 def _table(

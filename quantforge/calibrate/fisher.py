@@ -158,11 +158,7 @@ def output_gradient_moments(
         for index, batch in enumerate(batches):
             with torch.enable_grad(), compute_in(precision, head.device):
                 body(input_ids=batch.to(head.device), use_cache=False)
-            hidden = seen.pop("hidden")
-            with torch.no_grad():
-                flat = hidden.detach().flatten(0, 1).to(head.dtype)
-                gradient = sampled_label_gradient(flat, head, generator)
-            torch.autograd.backward(hidden, gradient.view_as(hidden).to(hidden.dtype))
+            _back_from_samples(seen.pop("hidden"), head, generator)
             monitor.step("gradients", index + 1, len(batches))
     grams = {name: total for name, total in sums.items() if isinstance(total, OutputGram)}
     squares = {
@@ -170,6 +166,14 @@ def output_gradient_moments(
         for name, total in sums.items()
     }
     return squares, grams
+
+
+def _back_from_samples(hidden: Tensor, head: Tensor, generator: torch.Generator) -> None:
+    """Run backwards from the head's input [batch, length, hidden], with labels drawn there."""
+    with torch.no_grad():
+        flat = hidden.detach().flatten(0, 1).to(head.dtype)
+        gradient = sampled_label_gradient(flat, head, generator)
+    torch.autograd.backward(hidden, gradient.view_as(hidden).to(hidden.dtype))
 
 
 @contextmanager

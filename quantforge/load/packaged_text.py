@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantforge.files import atomic_path, cache_root, fingerprint
+from quantforge.memory import release_freed
 from quantforge.models import Model
 from quantforge.progress import Monitor
 
@@ -62,26 +64,34 @@ def sampled_tokens(
     return torch.cat([paired, free[chat_pieces:].reshape(-1)])[:count]
 
 
-def remembered_tokens(model: Model, count: int, *, seed: int, monitor: Monitor) -> Tensor:
+def remembered_tokens(
+    model: Model, count: int, *, seed: int, monitor: Monitor, fresh: bool = False
+) -> Tensor:
     """`sampled_tokens`, kept in the cache: another budget does not wait for the same text again.
 
-    A cached text that cannot be read is sampled again; a cache that cannot be written is done
-    without.
+    With `fresh`, and where the cached text cannot be read, it is sampled again; a cache that cannot
+    be written is done without.
     """
     key = fingerprint(
         model.source.fingerprint, count, seed, TEMPERATURE, PIECE_LENGTH, BATCH, torch.__version__
     )
     path = cache_root() / "sampled" / f"{key[:32]}.safetensors"
-    try:
-        kept = load_file(path)["tokens"]
-        if kept.shape == (count,) and kept.dtype == torch.int64:
-            return kept
-    except (OSError, SafetensorError, KeyError):
-        pass
+    kept = None if fresh else _read_tokens(path)
+    if kept is not None and kept.shape == (count,):
+        return kept
     tokens = sampled_tokens(model, count, seed=seed, monitor=monitor)
+    release_freed()  # caches that grew at every step leave gaps
     with suppress(OSError, SafetensorError), atomic_path(path) as temporary:
         save_file({"tokens": tokens.contiguous()}, temporary)
     return tokens
+
+
+def _read_tokens(path: Path) -> Tensor | None:
+    """Tokens of a file that `remembered_tokens` wrote; None where there is no such file."""
+    try:
+        return load_file(path)["tokens"]
+    except (OSError, SafetensorError, KeyError):
+        return None
 
 
 def _chat_opening(tokenizer: Any) -> list[int]:
@@ -166,21 +176,28 @@ def _new_cache(model: Model) -> Any:
 
 
 def _step_function(model: Model) -> Callable[[Tensor, Any], Tensor]:
-    """A function (tokens [B, T], cache) → float32 logits [B, vocabulary] of the last position."""
+    """A function (tokens [B, T], cache) → float32 logits [B, vocabulary] of the last position.
+
+    All tokens but the last go through the body alone: for one position of many, torch multiplies by
+    the head as a batch and copies it for every row, which is gigabytes.
+    """
     parameters = dict(model.module.named_parameters())
     device = next(iter(parameters.values())).device
     dtype = torch.bfloat16 if _fast_bfloat16(device) else torch.float32
     weights = {name: tensor.detach().to(dtype) for name, tensor in parameters.items()}
+    path = model.architecture.blocks.rpartition(".")[0]
+    body: Any = model.module.get_submodule(path)
+    inside = {n.removeprefix(f"{path}."): w for n, w in weights.items() if n.startswith(f"{path}.")}
 
     def step(tokens: Tensor, cache: Any) -> Tensor:
-        call = {
-            "input_ids": tokens.to(device),
-            "past_key_values": cache,
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
+        shared = {"past_key_values": cache, "use_cache": True}
+        before, last = tokens[:, :-1].to(device), tokens[:, -1:].to(device)
         with torch.inference_mode():
-            output: Any = torch.func.functional_call(model.module, weights, kwargs=call)
+            if before.shape[1]:
+                torch.func.functional_call(body, inside, kwargs={"input_ids": before, **shared})
+            output: Any = torch.func.functional_call(
+                model.module, weights, kwargs={"input_ids": last, **shared}
+            )
             logits: Tensor = output.logits[:, -1]
             return logits.float().cpu()
 

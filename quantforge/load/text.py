@@ -84,7 +84,12 @@ class CalibrationConfig(Config):
 
 
 def calibration_set(
-    config: CalibrationConfig, model: Model, *, seed: int, monitor: Monitor | None = None
+    config: CalibrationConfig,
+    model: Model,
+    *,
+    seed: int,
+    monitor: Monitor | None = None,
+    fresh: bool = False,
 ) -> CalibrationSet:
     """Tokens to calibrate `model` on.
 
@@ -93,6 +98,7 @@ def calibration_set(
         model: its tokenizer is used; the sources "self" and "mix" also sample from its network.
         seed: of the sampling; texts do not depend on it.
         monitor: told the steps of the sampling.
+        fresh: sample anew, even if the same text is in the cache.
 
     Raises:
         InputError: no tokenizer, no such text, an unreadable or empty one, too few tokens, tokens
@@ -111,7 +117,7 @@ def calibration_set(
         if count < 4:
             raise InputError("the calibration source 'mix' needs at least 4 sequences")
         manual, what = _pydoc(count - half, length, model, fewer=config.fewer)
-        sampled, how = _self(half, length, model, seed, monitor)
+        sampled, how = _self(half, length, model, seed, monitor, fresh=fresh)
         parts = [split_rows(rows, share) for rows in (manual, sampled)]
         fitting, held_out = (torch.cat(pair) for pair in zip(*parts, strict=True))
         text = f"{what}; {how}"
@@ -119,7 +125,7 @@ def calibration_set(
         if source == "pydoc":
             rows, text = _pydoc(count, length, model, fewer=config.fewer)
         elif source == "self":
-            rows, text = _self(count, length, model, seed, monitor)
+            rows, text = _self(count, length, model, seed, monitor, fresh=fresh)
         else:
             rows, text = _external(config, count, source, _tokenizer(model))
         fitting, held_out = split_rows(rows, share)
@@ -209,8 +215,10 @@ def _pydoc(count: int, length: int, model: Model, *, fewer: bool) -> tuple[Tenso
     return rows, f"the manual of Python {python} (pydoc_data.topics), {bos_rule(tokenizer)}"
 
 
-def _self(count: int, length: int, model: Model, seed: int, monitor: Monitor) -> tuple[Tensor, str]:
-    rows = remembered_tokens(model, count * length, seed=seed, monitor=monitor)
+def _self(
+    count: int, length: int, model: Model, seed: int, monitor: Monitor, *, fresh: bool
+) -> tuple[Tensor, str]:
+    rows = remembered_tokens(model, count * length, seed=seed, monitor=monitor, fresh=fresh)
     rows = rows.view(count, length)
     kind = "half of it as chats" if has_template(model.tokenizer) else "no chat template"
     return rows, f"text sampled from the model at temperature {TEMPERATURE} ({kind}), seed {seed}"

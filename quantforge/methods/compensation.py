@@ -30,7 +30,7 @@ column and relative to the mean of the gram's diagonal, so that scaling the inpu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -103,20 +103,20 @@ def require_usable(weight: Tensor) -> None:
     require_finite(weight, "the layer's weight", "get the checkpoint again, or keep the layer")
 
 
-def shifted_target(weight: Tensor, cross: Tensor, factor: Factor, coefficient: float) -> Tensor:
-    """QEP's target W + α W C H⁻¹, which outputs on x̃ what W outputs on x, as far as W can.
+def target_shift(cross: Tensor, factor: Factor, coefficient: float) -> Tensor:
+    """[in, in] α C H⁻¹, in the original order and the dtype of `cross`.
+
+    QEP's target is W + W · shift: it outputs on x̃ what W outputs on x, as far as W can.
 
     Args:
-        weight: [out, in] float32 or float64 W; the result has its dtype.
-        cross: [in, in] C, original column order.
+        cross: [in, in] C, original column order, float32 or float64.
         factor: of the gram of x̃; H is the damped one.
         coefficient: α.
     """
-    upper = factor.upper.to(weight.dtype)
-    product = (weight @ cross.to(weight.dtype))[:, factor.order]
-    target = weight.clone()
-    target[:, factor.order] += coefficient * (product @ upper.T) @ upper
-    return target
+    upper = factor.upper.to(cross.dtype)
+    shift = torch.empty_like(cross)
+    shift[:, factor.order] = coefficient * (cross[:, factor.order] @ upper.T) @ upper
+    return shift
 
 
 def mismatch_matrix(cross: Tensor, factor: Factor, coefficient: float) -> Tensor:
@@ -159,15 +159,19 @@ def asymmetric_error(
     return (felt * (difference if coupled is None else coupled)).sum(1)
 
 
-def _first_values(weight: Tensor, cross: Tensor, factor: Factor, coefficient: float) -> Tensor:
-    """[out] the best first column if the others stay at W: w₁ + α (W C)₁ / h₁₁, h₁₁ damped."""
-    column = factor.order[0]
+def first_shift(cross: Tensor, factor: Factor, coefficient: float) -> Tensor:
+    """[in] α C₁ / h₁₁, h₁₁ damped: w₁ + W · shift is the best first column if the others stay at W.
+
+    Args:
+        cross: [in, in] C, original column order, float32 or float64.
+        factor: of the gram of x̃.
+        coefficient: α.
+    """
     unit = torch.zeros_like(factor.upper[:, :1])
     unit[0] = 1.0
     root = torch.linalg.solve_triangular(factor.upper.T, unit, upper=False)  # |root|² = h₁₁
-    shift = weight @ cross[:, column].to(weight.dtype) / root.square().sum()
-    values: Tensor = weight[:, column] + coefficient * shift
-    return values
+    shift: Tensor = coefficient * cross[:, factor.order[0]] / root.square().sum()
+    return shift
 
 
 def _checked_scale(
@@ -195,20 +199,39 @@ def _checked_scale(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _CrossTerms:
-    """What a feedback makes of C: arguments of the column loop."""
+class CrossTerms:
+    """What a feedback makes of C, whatever the weight; all None where it does not ask for C.
 
-    target: Tensor
-    mismatch: Tensor | None
-    first: Tensor | None
+    Attributes:
+        shift: [in, in] from `target_shift`.
+        mismatch: [in, in] from `mismatch_matrix`.
+        first: [in] from `first_shift`.
+    """
+
+    shift: Tensor | None = None
+    mismatch: Tensor | None = None
+    first: Tensor | None = None
+
+    def target(self, weight: Tensor) -> Tensor:
+        """[out, in] what a weight becomes before it is rounded."""
+        return weight if self.shift is None else weight + weight @ self.shift
 
 
-def _cross_terms(
-    weight: Tensor, cross: Tensor | None, factor: Factor, feedback: Feedback
-) -> _CrossTerms:
-    """Target, mismatch matrix and first values for the float32 weight [out, in]."""
-    if not feedback.needs_cross:
-        return _CrossTerms(target=weight, mismatch=None, first=None)
+def cross_terms(cross: Tensor | None, factor: Factor, feedback: Feedback) -> CrossTerms:
+    """The part of `compensate` that all weights which read one input share.
+
+    Args:
+        cross: [in, in] C, mean of (x − x̃) x̃ᵀ over tokens, original column order; needed by
+            `mismatch` and `target`.
+        factor: of the gram of x̃; nothing is made up for where it is a fallback.
+        feedback: which member of the family.
+
+    Raises:
+        InputError: `cross` holds NaN or Inf.
+        ValueError: `cross` is missing or of another size.
+    """
+    if factor.fallback or not feedback.needs_cross:
+        return CrossTerms()
     if cross is None or cross.shape != factor.upper.shape:
         raise ValueError("this feedback needs cross, the [in, in] mean of (x - x~) x~^T")
     require_finite(
@@ -216,14 +239,12 @@ def _cross_terms(
         "the cross moment of the layer's inputs",
         "the model overflows on this text: run it in float32",
     )
-    target, mismatch, first = weight, None, None
-    if feedback.mismatch:
-        mismatch = mismatch_matrix(cross, factor, feedback.mismatch)
-    if feedback.target:
-        target = shifted_target(weight, cross, factor, feedback.target)
-    if feedback.first_column:
-        first = _first_values(weight, cross, factor, feedback.target)
-    return _CrossTerms(target=target, mismatch=mismatch, first=first)
+    cross, mismatch, target = cross.float(), feedback.mismatch, feedback.target
+    return CrossTerms(
+        shift=target_shift(cross, factor, target) if target else None,
+        mismatch=mismatch_matrix(cross, factor, mismatch) if mismatch else None,
+        first=first_shift(cross, factor, target) if feedback.first_column else None,
+    )
 
 
 def compensate(
@@ -234,6 +255,7 @@ def compensate(
     *,
     zero: Tensor | None = None,
     cross: Tensor | None = None,
+    terms: CrossTerms | None = None,
     feedback: Feedback = GPTQ,
 ) -> QuantizedWeight:
     """Quantize `weight` on a given grid, pushing each column's error onto those still to come.
@@ -247,8 +269,9 @@ def compensate(
         scale: [out, groups] non-zero; rounded to bfloat16 unless it has 16 bits already, and the
             feedback answers for the rounded scales.
         zero: [out, groups] integers in 0..2^bits − 1; None for a symmetric spec.
-        cross: [in, in] C, mean of (x − x̃) x̃ᵀ over tokens, original column order; needed by
-            `mismatch` and `target`.
+        cross: [in, in] C, as for `cross_terms`.
+        terms: what `cross_terms` made of it for this factor and feedback, where several weights
+            share that; made here if None.
         feedback: which member of the family.
 
     Raises:
@@ -259,27 +282,42 @@ def compensate(
     require_usable(weight)
     feedback = GPTQ if factor.fallback else feedback
     width = spec.width(weight.shape[1])
-    terms = _cross_terms(weight.float(), cross, factor, feedback)
+    original = weight.float()
+    if terms is None:
+        terms = cross_terms(cross, factor, feedback)
+    target = terms.target(original)
+    first = None
+    if terms.first is not None:
+        first = original[:, factor.order[0]] + original @ terms.first
     pull = feedback.pull
     if feedback.pull_form == "A":
         pull *= float(factor.diagonal[~factor.dead].mean())
     codes, _ = column_loop(
-        terms.target,
+        target,
         factor.upper,
         factor.order,
         stored.float(),
         bits=spec.bits,
         width=width,
         zero=None if zero is None else zero.float(),
-        original=terms.target,
+        original=target,
         mismatch=terms.mismatch,
         pull=pull,
         pull_form=feedback.pull_form,
-        first=terms.first,
+        first=first,
     )
     kept_zero = None if zero is None else zero.to(torch.uint8)
-    if factor.dead.any():  # U has no entries between them and live inputs: nothing else changes
-        centre = torch.full_like(codes, -spec.code_min)
-        spread = centre if kept_zero is None else kept_zero.repeat_interleave(width, dim=1)
-        codes = torch.where(factor.dead, spread, codes)
-    return QuantizedWeight(codes=codes, scale=stored, zero=kept_zero, spec=spec)
+    made = QuantizedWeight(codes=codes, scale=stored, zero=kept_zero, spec=spec)
+    return _without_dead(made, factor.dead)
+
+
+def _without_dead(made: QuantizedWeight, dead: Tensor) -> QuantizedWeight:
+    """The same with weights of dead inputs at zero.
+
+    U has no entries between them and live inputs, so nothing else depends on what they were.
+    """
+    if not dead.any():
+        return made
+    groups = made.codes.view(*made.scale.shape, -1)
+    centre = made.centre().to(torch.uint8).expand_as(groups).reshape(made.codes.shape)
+    return replace(made, codes=torch.where(dead, centre, made.codes))

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from quantforge.methods.compensation import (
     FEEDBACKS,
+    CrossTerms,
     Feedback,
     asymmetric_error,
     compensate,
+    cross_terms,
     require_usable,
-    shifted_target,
 )
 from quantforge.methods.gptq import fit_grid
 from quantforge.methods.magr import magr
@@ -81,17 +82,25 @@ def choices(config: QuantizeConfig) -> list[Choice]:
 
 
 class Stage:
-    """What the layers that read one input share: its moments, and a factor for each damping."""
+    """What the layers that read one input share: its moments, and what choices make of them."""
 
     def __init__(self, fitting: StageMoments, held_out: StageMoments | None) -> None:
         self.fitting, self.held_out = fitting, held_out
         self._factors: dict[float, Factor] = {}
+        self._terms: dict[Choice, CrossTerms] = {}
 
     def factor(self, damping: float) -> Factor:
         """The gram's factor; made once."""
         if damping not in self._factors:
             self._factors[damping] = factorize(self.fitting.gram, damping=damping)
         return self._factors[damping]
+
+    def terms(self, choice: Choice) -> CrossTerms:
+        """What a choice makes of the cross moment; made once."""
+        if choice not in self._terms:
+            factor = self.factor(choice.damping)
+            self._terms[choice] = cross_terms(self.fitting.cross, factor, choice.feedback)
+        return self._terms[choice]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,26 +198,15 @@ def _shrunk(weight: Tensor, stage: Stage, spec: QuantSpec, config: QuantizeConfi
 def _quantize_rows(
     weight: Tensor, *, stage: Stage, spec: QuantSpec, choice: Choice, config: QuantizeConfig
 ) -> QuantizedWeight:
-    """Quantize rows [rows, in] by one member of the family."""
-    start, factor = _shrunk(weight, stage, spec, config), stage.factor(choice.damping)
-    made = _apply(start, stage.fitting, factor, spec, choice.feedback, config)
+    """Quantize rows [rows, in] by one member of the family.
+
+    The grid is fitted to what is really rounded: the target, where it is not the weight.
+    """
+    start = _shrunk(weight, stage, spec, config)
+    factor, terms = stage.factor(choice.damping), stage.terms(choice)
+    scale, zero = fit_grid(terms.target(start), factor, spec, config.grid)
+    made = compensate(start, factor, spec, scale, zero=zero, terms=terms, feedback=choice.feedback)
     return _refitted(made, weight, stage.fitting, choice.feedback) if config.refit else made
-
-
-def _apply(
-    weight: Tensor,
-    moments: StageMoments,
-    factor: Factor,
-    spec: QuantSpec,
-    feedback: Feedback,
-    config: QuantizeConfig,
-) -> QuantizedWeight:
-    """The grid is fitted to what is really rounded: the target, where it is not the weight."""
-    target, cross = weight, moments.cross
-    if feedback.target and cross is not None:
-        target = shifted_target(weight, cross, factor, feedback.target)
-    scale, zero = fit_grid(target, factor, spec, config.grid)
-    return compensate(weight, factor, spec, scale, zero=zero, cross=cross, feedback=feedback)
 
 
 def _refitted(

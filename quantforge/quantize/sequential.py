@@ -141,13 +141,13 @@ def _compensate_block(
             parameter: Any = model.module.get_submodule(layer.name).weight
             weight = parameter.detach().float().clone()
             path = layer.name.removeprefix(prefix)
-            outputs = Outputs()
-            if output_grams is not None and config.needs_output_grams:
-                grams = [gram.to(weight.device) for gram in output_grams(layer.name)]
-                if path in scaled:
-                    grams = rescale_outputs(grams, scaled[path].scale)
-                outputs = Outputs.of(grams, config.output_damping)
             try:
+                outputs = Outputs()
+                if output_grams is not None and config.needs_output_grams:
+                    grams = [gram.to(weight.device) for gram in output_grams(layer.name)]
+                    if path in scaled:
+                        grams = rescale_outputs(grams, scaled[path].scale)
+                    outputs = Outputs.of(grams, config.output_damping)
                 made = quantize_layer(weight, stages[layer.stage], spec, config, outputs)
             except InputError as error:
                 raise InputError(f"{layer.name}: {error}") from error

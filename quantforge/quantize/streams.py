@@ -138,8 +138,8 @@ class Streams:
                 grams[name].add(inputs, product)
             if self.native is not None and self._compares:
                 if len(names) == len(self._architecture.stages):  # nothing else looks at this block
-                    meant, exit_ = self.native.inputs_and_output(block, index, names, floats)
-                    self.native.hidden[index] = exit_
+                    meant, output = self.native.inputs_and_output(block, index, names, floats)
+                    self.native.hidden[index] = output
                     self._moved.add(index)
                 else:
                     meant = self.native.inputs(block, index, names, floats)

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 #include <immintrin.h>
@@ -78,8 +78,8 @@ void qf_add_moment(const uint16_t* left, const uint16_t* right, int64_t tokens,
   const int64_t pairs = (tokens + 1) / 2;
   const int64_t left_panels = (left_features + PANEL - 1) / PANEL;
   const int64_t right_panels = symmetric ? 0 : (right_features + PANEL - 1) / PANEL;
-  std::vector<uint32_t> packed((left_panels + right_panels) * pairs * PANEL + LANES);
-  uint32_t* left_packed = packed.data();
+  const std::unique_ptr<uint32_t[]> packed(new uint32_t[(left_panels + right_panels) * pairs * PANEL]);
+  uint32_t* left_packed = packed.get();
   uint32_t* right_packed = symmetric ? left_packed : left_packed + left_panels * pairs * PANEL;
   const int64_t columns = symmetric ? left_features : right_features;
   const int64_t column_panels = symmetric ? left_panels : right_panels;

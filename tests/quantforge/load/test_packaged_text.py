@@ -39,6 +39,28 @@ def test_sampling_is_reproducible_and_follows_the_seed(model):
     assert not torch.equal(first, sampled_tokens(model, 400, seed=2, monitor=Monitor()))
 
 
+def test_a_prompt_gives_the_logits_of_a_plain_pass_and_the_head_sees_one_position(learned):
+    """A head that is given many positions and keeps one is copied for every row of the batch."""
+    tokens = markov_tokens(3, 12)
+    with torch.no_grad():
+        expected = learned.module(tokens).logits
+    seen = []
+    head = learned.module.get_submodule(learned.architecture.head)
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    with packaged_text._plain_attention(learned.module):
+        step, cache = packaged_text._step_function(learned), packaged_text._new_cache(learned)
+        found = [
+            step(tokens[:, :8], cache),
+            step(tokens[:, 8:9], cache),
+            step(tokens[:, 9:], cache),
+        ]
+    handle.remove()
+    assert seen == [1, 1, 1]
+    for logits, position in zip(found, (7, 8, 11), strict=True):
+        torch.testing.assert_close(logits, expected[:, position], rtol=0, atol=0.1)  # bfloat16
+    assert expected.std() > 1.0
+
+
 def test_sampling_leaves_the_model_as_it_was(model):
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
     chosen = model.module.config._attn_implementation
@@ -121,7 +143,10 @@ def test_a_sampled_text_is_kept_and_a_damaged_one_is_sampled_again(model, tmp_pa
     assert torch.equal(first[0], expected)
     assert torch.equal(again[0], expected)
     assert not torch.equal(other[0], expected)
-    (path, _) = sorted((tmp_path / "sampled").iterdir(), key=lambda one: one.stat().st_mtime)
+    events = []
+    remembered_tokens(model, count, seed=3, monitor=Monitor(progress=events.append), fresh=True)
+    assert events
+    (_, path) = sorted((tmp_path / "sampled").iterdir(), key=lambda one: one.stat().st_mtime)
     path.write_bytes(b"damaged")
     found, sampled = remembered(3)
     assert sampled

@@ -8,11 +8,14 @@ from quantforge_kernels.compensate import column_loop_reference
 
 from quantforge.methods.compensation import (
     FEEDBACKS,
+    GPTQ,
+    CrossTerms,
     Feedback,
     asymmetric_error,
     compensate,
+    cross_terms,
     mismatch_matrix,
-    shifted_target,
+    target_shift,
 )
 from quantforge.numerics import factorize
 from quantforge.types import QuantSpec
@@ -293,6 +296,10 @@ def test_gptaq_of_one_charges_the_mismatch_of_fixed_columns_only():
         assert torch.equal(found[:, j].double(), codes)
 
 
+def shifted_target(weight, cross, factor, coefficient):
+    return weight + weight @ target_shift(cross.to(weight.dtype), factor, coefficient)
+
+
 def test_the_target_solves_the_normal_equations():
     one = layer(damping=0.0)
     weight = one.weight.double()
@@ -310,6 +317,23 @@ def test_the_target_with_damping_and_a_coefficient_and_its_identities():
     assert torch.allclose(target - weight, shift, atol=1e-6)
     assert torch.equal(shifted_target(weight, one.cross, one.factor(), 0.0), weight)
     assert torch.equal(shifted_target(weight, 0 * one.cross, one.factor(), 1.0), weight)
+
+
+def test_terms_are_shared_by_the_weights_of_an_input_and_none_where_the_gram_is_of_no_use():
+    one = layer()
+    factor = one.factor()
+    scale, _ = grid(one.weight, SYMMETRIC)
+    for feedback in (*FEEDBACKS.values(), GPTQ):
+        terms = cross_terms(one.cross, factor, feedback)
+        found = compensate(one.weight, factor, SYMMETRIC, scale, terms=terms, feedback=feedback)
+        made = compensate(one.weight, factor, SYMMETRIC, scale, cross=one.cross, feedback=feedback)
+        assert torch.equal(found.codes, made.codes)
+        given = [terms.shift, terms.mismatch, terms.first]
+        needed = [feedback.target, feedback.mismatch, feedback.first_column]
+        assert [part is not None for part in given] == [bool(need) for need in needed]
+    useless = factorize(torch.zeros_like(one.gram).float())
+    assert useless.fallback
+    assert cross_terms(one.cross, useless, FEEDBACKS["qep"]) == CrossTerms()
 
 
 def test_mismatch_rows_solve_the_remaining_gram():

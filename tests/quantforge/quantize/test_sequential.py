@@ -8,7 +8,7 @@ import torch
 from quantforge.capture import BlockWalk, stage_grams
 from quantforge.errors import InputError
 from quantforge.load.huggingface import from_module
-from quantforge.methods.compensation import FEEDBACKS, compensate, shifted_target
+from quantforge.methods.compensation import FEEDBACKS, compensate, cross_terms
 from quantforge.methods.gptq import fit_grid, gptq
 from quantforge.methods.magr import magr
 from quantforge.methods.output_feedback import compensate_rows
@@ -108,9 +108,7 @@ def test_a_stage_sees_all_that_was_quantized_before_it_beside_the_float_network(
         for one in members:
             weight = trained.get_submodule(one.layer.name).weight.detach()
             feedback = FEEDBACKS[method]
-            target = weight
-            if feedback.target:
-                target = shifted_target(weight, cross, factor, feedback.target)
+            target = cross_terms(cross, factor, feedback).target(weight)
             spec = one.weight.spec
             scale, zero = fit_grid(target, factor, spec, "diagonal")
             expected = compensate(
