@@ -171,6 +171,7 @@ class Job:
             generator=torch.Generator().manual_seed(self.seed),
             monitor=self.monitor,
         )
+        release_freed()
         for name, weight in tuned.items():
             put_weight(self.model, name, weight.dequantize())
         with torch.no_grad():

@@ -130,9 +130,12 @@ def quiet_libraries(*, debug: bool) -> None:
     """Set this process up: warnings of our own become one line, the libraries' are not shown.
 
     Threads that wait for each other sleep instead of spinning: on two cores that another program
-    shares, spinning made a training step take 60 s instead of 8 s. Read by OpenMP when torch loads.
+    shares, spinning made a training step take 60 s instead of 8 s. The products' library keeps the
+    code of fewer shapes than its own choice of 1024: decoding makes new shapes at every step, which
+    are never used again and take 170 MB. Both are read when torch loads.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if debug:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
         return

@@ -56,12 +56,12 @@ class TuningConfig(Config):
             pass instead of being kept; 0 keeps all. Saves memory, changes nothing else.
     """
 
-    steps: int = Field(default=24, ge=0)
+    steps: int = Field(default=20, ge=0)
     batch: int = Field(default=4, ge=1)
     scale_step: float = Field(default=0.002, gt=0)
     norm_step: float = Field(default=0.0005, ge=0)
     warm_up: int = Field(default=4, ge=1)
-    recompute: int = Field(default=3, ge=0)
+    recompute: int = Field(default=1, ge=0)
 
 
 class QuantizeConfig(Config):
