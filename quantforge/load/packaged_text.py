@@ -124,7 +124,7 @@ def _sample(
             chosen = torch.randint(len(starts), (size, 1), generator=generator)
             given = starts[chosen]
             pieces = [given]
-        cache = _new_cache(model)
+        cache = _new_cache(model, len(prompt) + PIECE_LENGTH)
         while sum(piece.shape[1] for piece in pieces) < PIECE_LENGTH:
             monitor.step(
                 "sample text", index * PIECE_LENGTH + len(pieces), len(batches) * PIECE_LENGTH
@@ -168,11 +168,11 @@ def _plain_attention(module: nn.Module) -> Iterator[None]:
         network.set_attn_implementation(chosen)
 
 
-def _new_cache(model: Model) -> Any:
-    from transformers import DynamicCache
+def _new_cache(model: Model, capacity: int) -> Any:
+    from quantforge.load.key_value_cache import reserved_cache
 
-    config: Any = model.module.config
-    return DynamicCache(config=config)
+    network: Any = model.module
+    return reserved_cache(network.config, capacity)
 
 
 def _step_function(model: Model) -> Callable[[Tensor, Any], Tensor]:

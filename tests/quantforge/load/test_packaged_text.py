@@ -48,7 +48,7 @@ def test_a_prompt_gives_the_logits_of_a_plain_pass_and_the_head_sees_one_positio
     head = learned.module.get_submodule(learned.architecture.head)
     handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     with packaged_text._plain_attention(learned.module):
-        step, cache = packaged_text._step_function(learned), packaged_text._new_cache(learned)
+        step, cache = packaged_text._step_function(learned), packaged_text._new_cache(learned, 16)
         found = [
             step(tokens[:, :8], cache),
             step(tokens[:, 8:9], cache),
