@@ -11,6 +11,7 @@ from quantforge.files import write_json
 from quantforge.format.manifest import plan_to_dict
 from quantforge.planning import frontier
 from quantforge.report.pareto import pareto_drawing, pareto_page
+from quantforge.report.pareto_image import pareto_image
 from quantforge.results import FrontierPoint, ParetoReport
 
 
@@ -50,7 +51,7 @@ def frontier_report(job: Job, measured: Measurement, points: int, count: int) ->
 
 
 def write_frontier(report: ParetoReport, output: Path) -> None:
-    """`pareto.json` with every plan, the figure alone, and a page that holds it."""
+    """`pareto.json` with every plan, the figure alone (SVG and PNG), and a page that holds it."""
     output.mkdir(parents=True, exist_ok=True)
     points = [
         {
@@ -71,4 +72,5 @@ def write_frontier(report: ParetoReport, output: Path) -> None:
     }
     write_json(output / "pareto.json", document)
     (output / "pareto.svg").write_text(pareto_drawing(report), encoding="utf-8")
+    (output / "pareto.png").write_bytes(pareto_image(report))
     (output / "pareto.html").write_text(pareto_page(report), encoding="utf-8")

@@ -190,8 +190,9 @@ def pareto(
     """The plans worth having at every size, from the smallest to about six bits.
 
     `points` budgets are tried, evenly spread, and `measure` of the plans put together and measured.
-    `output` receives `pareto.json`, `pareto.svg` and `pareto.html`. The other arguments and the
-    errors are those of `quantize`; it is a `UsageError` where there is nothing to search.
+    `output` receives `pareto.json`, the figure as `.svg` and `.png`, and `pareto.html`. The other
+    arguments and the errors are those of `quantize`; it is a `UsageError` where there is nothing to
+    search.
     """
     if points < 2 or measure < 0:
         raise UsageError(

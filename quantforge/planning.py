@@ -1,10 +1,11 @@
 """From a budget in any unit of size to a plan.
 
 Search knows one limit, in stored bits. A limit in bytes is that limit and what comes on top: kept
-tensors, headers, padding. The top depends on the plan only through the headers (a kept layer has
-one tensor, a quantized one three), so it is taken from the plan found last: as long as a plan is
-too large, the limit in bits is lowered by just what it is too large by. It takes two or three
-rounds, ends within every limit, and leaves at most a difference of headers unused.
+tensors, headers, padding. The top hardly depends on the plan: through the headers (a kept layer has
+one tensor, a quantized one three or, with zero-points, four) and padded rows. So it is taken from
+the smallest plan first, and as long as a plan is too large all the same, the limit in bits is
+lowered by just what it is too large by. It ends within every limit, mostly in the first round, and
+leaves at most a difference of headers unused.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ def find_plan(
         return search(sensitivity, budget, config)
     weights = sum(layer.numel for layer in sensitivity.layers)
     smallest = _smallest(sensitivity, budget, config)
-    over = [limit for limit in budget.sizes if excess(limit, footprint, smallest.assignment) > 0]
-    if over:
-        raise BudgetError(_cannot(budget, over[0], footprint, smallest.assignment))
-    total, floor = budget.total_bits(weights), _spent(sensitivity.layers, smallest.assignment)
+    require_within(budget, footprint, smallest.assignment, "the smallest plan")
+    room = min(-excess(limit, footprint, smallest.assignment) for limit in budget.sizes)
+    floor = _spent(sensitivity.layers, smallest.assignment)
+    total = min(budget.total_bits(weights), floor + 8 * room)
     for _ in range(_MOST_ROUNDS):
         plan = search(sensitivity, budget.in_bits(Fraction(total, weights)), config)
         too_large = max(excess(limit, footprint, plan.assignment) for limit in budget.sizes)
@@ -90,7 +91,7 @@ def excess(limit: Limit, footprint: Footprint, assignment: Assignment) -> int:
 def require_within(
     budget: Budget, footprint: Footprint, assignment: Assignment, what: str = "the only plan"
 ) -> None:
-    """Refuse a plan that is over a limit in bytes.
+    """Refuse a plan that is over a limit in bytes; `what` is its name in the message.
 
     Raises:
         BudgetError: it is; names what it takes.
@@ -105,7 +106,7 @@ def _cannot(
     limit: Limit,
     footprint: Footprint,
     assignment: Assignment,
-    what: str = "the smallest plan",
+    what: str,
 ) -> str:
     """Says what a plan takes of a limit, and which budget it would fit."""
     size = taken(limit, footprint, assignment)

@@ -120,7 +120,7 @@ def pareto(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", metavar="DIR", help="Folder for pareto.json, .svg and .html."
+            "-o", "--output", metavar="DIR", help="Folder for pareto.json, .svg, .png, .html."
         ),
     ] = None,
     seed: Seed = 0,

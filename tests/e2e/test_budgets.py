@@ -132,9 +132,9 @@ def test_an_edited_plan_comes_back_in(run, small, compiled, checkpoint, text, tm
     assert "those of a plan that was given; none was searched" in page
 
 
-def test_a_given_plan_is_kept_even_where_a_uniform_network_is_better(call):
+def test_a_given_plan_is_kept_even_where_a_uniform_network_is_better(call, tmp_path):
     plan = dict.fromkeys(call(quantforge.plan, budget="3bit").plan.assignment, "2b-g32")
-    report = call(quantforge.quantize, plan=plan)
+    report = call(quantforge.quantize, plan=plan, output=tmp_path / "out")
     assert set(map(str, report.plan.assignment.values())) == {"2b-g32"}
     assert report.plan.budget == "2.5bit"
     one_pass = {point.name: point.quality.kl for point in report.curve}
@@ -162,7 +162,7 @@ def test_the_frontier_as_files(run, small, compiled, checkpoint, text):
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     names = {path.name for path in (folder.parent / "frontier").iterdir()}
-    assert names == {"pareto.json", "pareto.svg", "pareto.html"}
+    assert names == {"pareto.json", "pareto.svg", "pareto.png", "pareto.html"}
     points = json.loads((folder.parent / "frontier" / "pareto.json").read_text())["points"]
     assert points[0]["plan"]["stored_bits"] == printed["points"][0]["plan"]["stored_bits"]
     measured = [point["quality"]["kl"] for point in points if point["quality"]]

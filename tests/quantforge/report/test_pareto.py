@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from quantforge.report.pareto import pareto_drawing, pareto_figure, pareto_page, predicted
+from quantforge.report.pareto_image import pareto_image
 from quantforge.results import CurvePoint, FrontierPoint, ParetoReport, Quality
 from quantforge.types import BitPlan, QuantSpec
 
@@ -92,6 +93,24 @@ def test_the_page_lists_every_plan_and_escapes_what_it_is_told(report):
     assert predicted(report.points[0]) == "0.800\u00a0±\u00a00.080"
 
 
+def test_the_bitmap_holds_the_marks_in_their_colours(report):
+    from io import BytesIO
+
+    from matplotlib.image import imread
+
+    image = imread(BytesIO(pareto_image(report)))[..., :3]
+    assert image.shape == (615, 1230, 3)
+
+    def share(colour):
+        red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4))
+        return float((abs(image - (red, green, blue)).max(axis=-1) < 0.02).mean())
+
+    assert share("b9480e") > 5e-4  # the plans
+    assert share("55606e") > 5e-4  # uniform networks
+    assert share("ffffff") > 0.8
+    assert pareto_image(report) == pareto_image(report)
+
+
 def test_nothing_to_draw_is_no_error():
     empty = ParetoReport(
         model="m", source="s", points=(point(16.0, 0.0),), uniform=(), reference_bytes=1,
@@ -100,3 +119,4 @@ def test_nothing_to_draw_is_no_error():
     assert pareto_figure(empty) == ""
     ElementTree.fromstring(pareto_drawing(empty))
     assert "16.000" in pareto_page(empty)
+    assert pareto_image(empty).startswith(b"\x89PNG")
