@@ -15,9 +15,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantforge.pipeline import evaluate, generate, inspect, load, plan, quantize
+    from quantforge.pipeline import evaluate, generate, inspect, load, pareto, plan, quantize
 
-__all__ = ["__version__", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
+__all__ = ["__version__", "evaluate", "generate", "inspect", "load", "pareto", "plan", "quantize"]
 
 _DISTRIBUTION = "quantforge-compiler"
 

@@ -208,6 +208,7 @@ class Calibrator:
             final_hidden=final,
             uniform=uniform,
             output_grams=partial(load_output_gram, folder / OUTPUT_GRAMS),
+            factors=factors,
         )
 
     def _read_needed(self, needs: Needs, folder: Path | None) -> Measurement:

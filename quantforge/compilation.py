@@ -5,9 +5,10 @@ The order of the calls is in `pipeline.py`; what each of them needs from the oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -15,12 +16,15 @@ import torch
 
 from quantforge.calibration import Calibrator
 from quantforge.decision import Chosen, Measurement, choose
+from quantforge.errors import InputError
 from quantforge.evaluate.generate import greedy
 from quantforge.evaluate.quality import ReferenceOutputs
 from quantforge.evaluate.quality import measure as measure_quality
+from quantforge.format.footprint import Footprint
 from quantforge.format.store import CandidateStore
 from quantforge.memory import StageTimer, release_freed
 from quantforge.models import Model
+from quantforge.planning import excess, find_plan, priced, require_within
 from quantforge.progress import Monitor
 from quantforge.quantize.sequential import (
     QuantizedLayer,
@@ -30,11 +34,12 @@ from quantforge.quantize.sequential import (
 )
 from quantforge.quantize.tune import tune_scales
 from quantforge.recipe import Recipe
-from quantforge.results import Generation, Quality
-from quantforge.search.allocate import search, table_row
-from quantforge.search.budget import Budget
+from quantforge.results import Generation, Quality, TargetOutcome
+from quantforge.search.allocate import reachable_bits, table_row, uniform_plans
+from quantforge.search.budget import Budget, Limit
 from quantforge.search.settled import settled_plan
-from quantforge.types import BitPlan, CalibrationSet, Sensitivity
+from quantforge.targets import Met, meet
+from quantforge.types import BitPlan, CalibrationSet, QuantSpec, Sensitivity
 
 
 @dataclass(kw_only=True)
@@ -50,6 +55,7 @@ class Job:
         monitor: progress and cancellation.
         timings: stage → seconds of wall time.
         notes: warnings that came up on the way, one line each.
+        given: layer name → spec, where the plan is the user's own and not searched.
     """
 
     model: Model
@@ -60,6 +66,7 @@ class Job:
     monitor: Monitor
     timings: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    given: Mapping[str, QuantSpec | None] | None = None
 
     @property
     def settled(self) -> bool:
@@ -81,13 +88,13 @@ class Job:
             seed=self.seed,
             monitor=self.monitor,
             timings=self.timings,
-            measure_plans=self._measure_plans,
+            measure_plans=self.measure_plans,
         )
         make = calibrator.settled if self.settled else calibrator.searched
         return make(fresh=fresh)
 
     def find(self, sensitivity: Sensitivity | None, budget: Budget | None) -> BitPlan:
-        """The plan within a budget.
+        """The plan within a budget's limits of size, or the one that was given.
 
         Args:
             sensitivity: of all candidates; None where the recipe leaves nothing to search.
@@ -97,26 +104,115 @@ class Job:
             BudgetError: no plan is within the budget.
             InputError: the only plan there is does not fit every layer.
         """
+        if self.given is not None:
+            return self._given_plan(self.given, sensitivity)
         if sensitivity is None:
-            return settled_plan(self.model.layers, self.recipe.search, budget)
+            only = settled_plan(self.model.layers, self.recipe.search, budget)
+            if budget is not None:
+                require_within(budget, self.footprint, only.assignment)
+            return only
         if budget is None:
             only = settled_plan(self.model.layers, self.recipe.search, None)
             budget = Budget.parse(only.budget)
-        return search(sensitivity, budget, self.recipe.search)
+        return find_plan(sensitivity, budget, self.footprint, self.recipe.search)
+
+    def decide(
+        self, measured: Measurement, budget: Budget | None
+    ) -> tuple[BitPlan, tuple[TargetOutcome, ...]]:
+        """The plan within all limits of a budget and inside its targets, and how it met those.
+
+        Raises:
+            BudgetError: there is none.
+        """
+        if budget is None or not budget.targets or self.given is not None:
+            return self.find(measured.sensitivity, budget), ()
+        met = self._meet(measured, budget)
+        return met.plan, met.outcomes
 
     def search(self, measured: Measurement, budget: Budget | None) -> Chosen:
         """The plan for a budget, measured beside the uniform networks.
 
         Never worse than uniform: where a uniform plan that fits is better on held-out tokens, it is
-        taken instead and the report says so. A plan that is not searched is not measured either.
+        taken instead and the report says so. A plan that is not searched is not measured either;
+        one that is given is measured if its integers are known, and always taken.
         """
         with self._timed("search"):
-            plan = self.find(measured.sensitivity, budget)
+            plan, targets = self.decide(measured, budget)
             if measured.sensitivity is None:
                 return Chosen(plan=plan, measured=measured)
+            if plan.predicted_loss is None:
+                note = "the plan has specs that are no candidates: it was not compared with uniform"
+                return Chosen(plan=plan, measured=measured, warnings=(note,))
             _, store = measured.needed_for_search()
-            (quality,) = self._measure_plans([plan], store, "measure the plan")
-        return choose(plan, quality, measured, Budget.parse(plan.budget))
+            (quality,) = self.measure_plans([plan], store, "measure the plan")
+        room = self._room(plan, measured.sensitivity, budget)
+        chosen = choose(plan, quality, measured, room, given=self.given is not None)
+        return replace(chosen, targets=targets)
+
+    def _given_plan(
+        self, given: Mapping[str, QuantSpec | None], sensitivity: Sensitivity | None
+    ) -> BitPlan:
+        plan = priced(self.model.layers, given, sensitivity)
+        if plan.predicted_loss is None and not self.recipe.quantize.sequential:
+            known = set() if sensitivity is None else set(sensitivity.specs)
+            name, spec = next((n, s) for n, s in given.items() if s is not None and s not in known)
+            raise InputError(
+                f"{name} is {spec}, which is no candidate: without quantize.sequential=true the "
+                "plan can only have specs of search.bits and search.group_sizes"
+            )
+        return plan
+
+    def _meet(self, measured: Measurement, budget: Budget) -> Met:
+        """The fewest bits whose measured quality is inside the targets."""
+        sensitivity, store = measured.needed_for_search()
+        weights = sum(layer.numel for layer in sensitivity.layers)
+        low, high = (
+            Fraction(round(bits * weights), weights)
+            for bits in reachable_bits(sensitivity, self.recipe.search)
+        )
+
+        def find(bits: Fraction) -> BitPlan:
+            limits = (*budget.limits, Limit("bits", bits))
+            return self.find(sensitivity, replace(budget, limits=limits))
+
+        def measure(plan: BitPlan) -> Quality:
+            what = "measure plans for the target"
+            return self.measure_plans([plan], store, what, all_windows=True)[0]
+
+        limit = min(target.nats for target in budget.targets)
+        promising = {point.name for point in measured.uniform if point.quality.kl <= limit}
+        return meet(
+            budget.targets,
+            find,
+            measure,
+            self.reference.window_nll,
+            bits=(low, min(high, budget.bits)),
+            also=[
+                replace(plan, budget=budget.text)
+                for plan in self.fitting_uniform(sensitivity, budget)
+                if plan.budget in promising
+            ],
+        )
+
+    def fitting_uniform(self, sensitivity: Sensitivity, budget: Budget) -> list[BitPlan]:
+        """Uniform plans within all limits of a budget."""
+        return [
+            plan
+            for plan in uniform_plans(sensitivity)
+            if plan.stored_bits <= budget.bits
+            and all(excess(x, self.footprint, plan.assignment) <= 0 for x in budget.sizes)
+        ]
+
+    def _room(self, plan: BitPlan, sensitivity: Sensitivity, budget: Budget | None) -> Budget:
+        """A budget as one limit in bits, by which uniform plans are let in beside `plan`."""
+        if budget is None or self.given is not None:
+            return Budget.parse(plan.budget)
+        if not budget.sizes and not budget.targets:
+            return budget
+        bits = [plan.stored_bits]
+        if not budget.targets:
+            bits += [one.stored_bits for one in self.fitting_uniform(sensitivity, budget)]
+        return budget.in_bits(Fraction(max(bits)))
 
     def quantize(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
         """Quantized layers in forward order; the network holds the dequantized weights after."""
@@ -204,6 +300,11 @@ class Job:
         )
 
     @cached_property
+    def footprint(self) -> Footprint:
+        """Shapes of everything the checkpoint will hold."""
+        return Footprint.of(self.model, shard_bytes=self.recipe.export.shard_bytes)
+
+    @cached_property
     def reference(self) -> ReferenceOutputs:
         """The float network on the held-out tokens; first used before anything changes it."""
         return ReferenceOutputs.collect(
@@ -237,16 +338,29 @@ class Job:
         rows = zip(self.recipe.evaluate.prompts, self.float_continuations, after, strict=False)
         return tuple(Generation(prompt=p, reference=f, quantized=q) for p, f, q in rows)
 
-    def _measure_plans(
-        self, plans: list[BitPlan], store: CandidateStore, what: str
+    def measure_plans(
+        self,
+        plans: list[BitPlan],
+        store: CandidateStore,
+        what: str,
+        *,
+        all_windows: bool = False,
     ) -> list[Quality]:
-        """Held-out quality of networks put together from the store; the network is restored."""
+        """Held-out quality of networks put together from the store; the network is restored.
+
+        Args:
+            plans: whose specs are all in the store.
+            store: integers of the candidates.
+            what: stage for the monitor.
+            all_windows: take every held-out sequence instead of `evaluate.curve_windows`.
+        """
         _ = self.float_continuations  # before anything changes the network
         modules: dict[str, Any] = {
             layer.name: self.model.module.get_submodule(layer.name) for layer in self.model.layers
         }
         floats = {name: module.weight.detach().clone() for name, module in modules.items()}
-        windows, text = self.recipe.evaluate.curve_windows, self.calibration.description
+        windows = None if all_windows else self.recipe.evaluate.curve_windows
+        text = self.calibration.description
         qualities = []
         try:
             for index, plan in enumerate(plans):

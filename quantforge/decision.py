@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from quantforge.format.store import CandidateStore
 from quantforge.hull import read_hull
-from quantforge.results import CurvePoint, Quality
-from quantforge.search.allocate import table_row, uniform_plans
+from quantforge.results import CurvePoint, Quality, TargetOutcome
+from quantforge.search.allocate import known_losses, uniform_plans
 from quantforge.search.budget import Budget
-from quantforge.types import BitPlan, Sensitivity
+from quantforge.search.correction import relative_error
+from quantforge.types import BitPlan, QuantSpec, Sensitivity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class Measurement:
             where nothing is searched.
         store: integers of every candidate, read to the network's device; None likewise.
         uniform: measured uniform networks, by stored bits.
+        factors: by which the losses of every spec were multiplied to correct them.
     """
 
     channel_weights: tuple[Tensor, ...]
@@ -39,6 +41,7 @@ class Measurement:
     sensitivity: Sensitivity | None = None
     store: CandidateStore | None = None
     uniform: tuple[CurvePoint, ...] = ()
+    factors: Mapping[QuantSpec, float] = field(default_factory=dict)
 
     def needed_for_search(self) -> tuple[Sensitivity, CandidateStore]:
         """Both, where they were made.
@@ -54,7 +57,18 @@ class Measurement:
         """Layer name → predicted loss in nats a token, 0 where kept; None where not estimated."""
         if self.sensitivity is None:
             return dict.fromkeys(plan.assignment)
-        return {**table_row(self.sensitivity, self.sensitivity.loss, plan.assignment)}
+        return known_losses(self.sensitivity, plan.assignment)
+
+    def predicted_error(self, plan: BitPlan) -> float | None:
+        """Standard error of a plan's predicted loss in nats, see `correction.relative_error`."""
+        if self.sensitivity is None or plan.predicted_loss is None:
+            return None
+        measured = {
+            QuantSpec.parse(p.name.removeprefix("uniform ")): (p.quality.kl, p.quality.kl_stderr)
+            for p in self.uniform
+        }
+        share = relative_error(self.sensitivity, self.factors, measured)
+        return None if share is None else share * plan.predicted_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +82,7 @@ class Chosen:
         hull_kl: KL of the uniform lower hull at the plan's bits; None outside what was measured.
         cheapest_uniform: name and KL of the cheapest uniform plan of ceil(budget) bits.
         warnings: one line each.
+        targets: how the budget's targets were met.
     """
 
     plan: BitPlan
@@ -76,9 +91,17 @@ class Chosen:
     hull_kl: float | None = None
     cheapest_uniform: tuple[str, float] | None = None
     warnings: tuple[str, ...] = ()
+    targets: tuple[TargetOutcome, ...] = ()
 
 
-def choose(plan: BitPlan, quality: Quality, measured: Measurement, budget: Budget) -> Chosen:
+def choose(
+    plan: BitPlan,
+    quality: Quality,
+    measured: Measurement,
+    budget: Budget,
+    *,
+    given: bool = False,
+) -> Chosen:
     """Compare a plan with the uniform networks and take whichever fits and is better.
 
     The curve's "plan", the hull and the warnings are about the plan that is taken, whichever it is.
@@ -87,13 +110,19 @@ def choose(plan: BitPlan, quality: Quality, measured: Measurement, budget: Budge
         plan: from the search.
         quality: of the network it gives, one-pass compensation as for the uniform ones.
         measured: holds the uniform networks.
-        budget: decides which uniform plans fit.
+        budget: decides which uniform plans fit, by its limit in bits.
+        given: the plan is the user's own: it is taken, and a better uniform network only named.
     """
     warnings = []
     uniform = measured.uniform
     fitting = [point for point in uniform if point.stored_bits <= budget.bits]
     best = min(fitting, key=lambda point: point.quality.kl, default=None)
-    if best is not None and best.quality.kl < quality.kl:
+    if best is not None and best.quality.kl < quality.kl and given:
+        warnings.append(
+            f"{best.name} has a held-out KL of {best.quality.kl:.4f} with no more bits, the plan "
+            f"that was given {quality.kl:.4f}"
+        )
+    elif best is not None and best.quality.kl < quality.kl:
         warnings.append(
             f"{best.name} has a held-out KL of {best.quality.kl:.4f}, the plan that was found "
             f"{quality.kl:.4f} at {plan.stored_bits:.2f} bits: the uniform network is used"

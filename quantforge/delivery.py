@@ -7,7 +7,6 @@ the file (kept tensors rounded to 16 bits) before it may take its final name.
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from collections.abc import Iterable
@@ -20,7 +19,9 @@ import yaml
 
 from quantforge.calibrate.artefact import save_sensitivity
 from quantforge.compilation import Job
-from quantforge.decision import Chosen
+from quantforge.decision import Chosen, Measurement
+from quantforge.estimate import estimate
+from quantforge.export.servers import server_support
 from quantforge.export.verify import verify_checkpoint
 from quantforge.export.writer import CheckpointWriter
 from quantforge.files import write_json
@@ -34,18 +35,21 @@ from quantforge.results import (
     LayerReport,
     PlannedLayer,
     PlanReport,
+    Quality,
     Report,
     SizeReport,
+    TargetOutcome,
     UniformPlan,
 )
 from quantforge.search.allocate import (
     candidate_bytes,
+    known_losses,
     reachable_bits,
     stored_cost,
-    table_row,
     uniform_plans,
 )
 from quantforge.search.budget import Budget
+from quantforge.targets import bound
 from quantforge.types import BitPlan, LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
 from quantforge.workspace import machine_traits
 
@@ -70,7 +74,7 @@ def deliver(
     """
     if staged is None:
         rows = [layer.report for layer in layers]
-        sizes = planned_sizes(job, chosen.plan)
+        sizes = job.footprint.sizes(chosen.plan.assignment)
     else:
         rows, sizes = write_checkpoint(job, layers, chosen.plan, staged)
     round_kept_tensors(job)
@@ -95,7 +99,9 @@ def deliver(
             *job.notes,
             *asymmetry_warnings(chosen.plan),
             *layer_warnings(rows),
+            *target_warnings(job, chosen, quality),
         ),
+        targets=chosen.targets,
     )
     if staged is not None:
         write_documents(job, report, chosen.measured.sensitivity, staged)
@@ -178,49 +184,72 @@ def write_documents(
 
 
 def dry_run(
-    job: Job, sensitivity: Sensitivity | None, budget: Budget | None, output: Path | None
+    job: Job, measured: Measurement | None, budget: Budget | None, output: Path | None
 ) -> PlanReport:
     """What `quantize` would do, with `plan.json` written to `output` if given.
 
     Args:
         job: the compilation.
-        sensitivity: None where the recipe leaves nothing to search.
+        measured: None where the recipe leaves nothing to search.
         budget: likewise.
         output: folder for the plan.
     """
-    plan = job.find(sensitivity, budget)
-    losses: dict[str, float | None] = dict.fromkeys(plan.assignment)
-    reachable, uniform = (plan.stored_bits, plan.stored_bits), []
-    if sensitivity is not None:
-        losses = {**table_row(sensitivity, sensitivity.loss, plan.assignment)}
-        reachable = reachable_bits(sensitivity, job.recipe.search)
-        uniform = uniform_plans(sensitivity)
+    targets: tuple[TargetOutcome, ...] = ()
+    if measured is None:
+        plan = job.find(None, budget)
+    else:
+        plan, targets = job.decide(measured, budget)
+    sensitivity = None if measured is None else measured.sensitivity
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "plan.json", plan_to_dict(plan))
         if sensitivity is not None:
             save_sensitivity(sensitivity, output / "sensitivity.json")
-    limit = Budget.parse(plan.budget).bits
-    layers = job.model.layers
+    layers, assignment = job.model.layers, plan.assignment
+    losses: dict[str, float | None] = dict.fromkeys(assignment)
+    if sensitivity is not None:
+        losses = known_losses(sensitivity, assignment)
+    memory = [x for x in (() if budget is None else budget.sizes) if x.kind == "vram"]
+    searched = sensitivity is not None and job.given is None
     return PlanReport(
         model=job.model.source.name,
         source=job.model.source.description,
         plan=plan,
-        layers=tuple(planned_layer(x, plan.assignment[x.name], losses[x.name]) for x in layers),
-        reachable=reachable,
-        sizes=planned_sizes(job, plan),
-        uniform=tuple(
-            UniformPlan(
-                name=one.budget,
-                stored_bits=one.stored_bits,
-                predicted_loss=one.predicted_loss,
-                fits=one.stored_bits <= limit,
-            )
-            for one in uniform
-        ),
+        layers=tuple(planned_layer(x, assignment[x.name], losses[x.name]) for x in layers),
+        reachable=reachable_bits(sensitivity, job.recipe.search)
+        if sensitivity is not None and searched
+        else (plan.stored_bits, plan.stored_bits),
+        sizes=job.footprint.sizes(assignment),
+        uniform=uniform_rows(job, sensitivity, plan, budget),
         scratch_bytes=0 if sensitivity is None else candidate_bytes(sensitivity),
         calibration=job.calibration.description,
         settings=job.recipe.model_dump(mode="json"),
+        warnings=tuple(asymmetry_warnings(plan)),
+        predicted_error=None if measured is None else measured.predicted_error(plan),
+        memory=job.footprint.memory_bytes(assignment, memory[0].context) if memory else None,
+        targets=targets,
+        servers=server_support(layers, assignment),
+        work=estimate(job.model, job.calibration, job.recipe),
+    )
+
+
+def uniform_rows(
+    job: Job, sensitivity: Sensitivity | None, plan: BitPlan, budget: Budget | None
+) -> tuple[UniformPlan, ...]:
+    """Uniform plans beside a plan, and whether they are within the limits of the budget."""
+    if sensitivity is None:
+        return ()
+    if budget is None or job.given is not None:
+        budget = Budget.parse(plan.budget)
+    fitting = {one.budget for one in job.fitting_uniform(sensitivity, budget)}
+    return tuple(
+        UniformPlan(
+            name=one.budget,
+            stored_bits=one.stored_bits,
+            predicted_loss=one.predicted_loss,
+            fits=one.budget in fitting,
+        )
+        for one in uniform_plans(sensitivity)
     )
 
 
@@ -232,23 +261,6 @@ def planned_layer(layer: LayerInfo, spec: QuantSpec | None, loss: float | None) 
         weights=layer.numel,
         stored_bits=stored_cost(layer, spec) / layer.numel,
         predicted_loss=loss,
-    )
-
-
-def planned_sizes(job: Job, plan: BitPlan) -> SizeReport:
-    """Sizes computed from a plan: tensors only, without the files' headers."""
-    planned = sum(layer.numel for layer in job.model.layers)
-    total = sum(parameter.numel() for parameter in job.model.module.parameters())
-    stored = sum(stored_cost(one, plan.assignment[one.name]) for one in job.model.layers)
-    size = math.ceil(stored / 8) + 2 * (total - planned)
-    return SizeReport(
-        planned_weights=planned,
-        code_bits=plan.code_bits,
-        stored_bits=plan.stored_bits,
-        kept_weights=total - planned,
-        checkpoint_bytes=size,
-        checkpoint_bits=8 * size / total,
-        reference_bytes=2 * total,
     )
 
 
@@ -266,6 +278,22 @@ def asymmetry_warnings(plan: BitPlan) -> list[str]:
         f"{len(names)} layers are asymmetric, first {names[0]}: quantforge.load reads the "
         "checkpoint, stock transformers with compressed-tensors does not"
     ]
+
+
+def target_warnings(job: Job, chosen: Chosen, quality: Quality) -> list[str]:
+    """One line for every target that the finished network does not keep, for all its tuning."""
+    if not chosen.targets:
+        return []
+    targets = Budget.parse(chosen.plan.budget).targets
+    found = []
+    for target in targets:
+        after = bound(target, quality, job.reference.window_nll)
+        if after.upper > target.nats:
+            found.append(
+                f"{target.text} held for the plan before tuning, but the finished network's upper "
+                f"bound is {after.upper:.4g} nats a token, above {target.nats:.4g}"
+            )
+    return found
 
 
 def layer_warnings(rows: Iterable[LayerReport]) -> list[str]:

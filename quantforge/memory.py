@@ -52,6 +52,15 @@ def peak_bytes() -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def resident_bytes() -> int | None:
+    """What this process holds now; None where the system does not tell."""
+    with suppress(OSError):
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmRSS:"):
+                return 1024 * int(line.split()[1])
+    return peak_bytes()
+
+
 @dataclass(slots=True)
 class StageTimer:
     """Adds the wall time of its body to a table, and gives freed memory back after it.

@@ -13,12 +13,15 @@ from typing import Any
 from torch import nn
 
 from quantforge.compilation import Job
-from quantforge.errors import InputError
+from quantforge.errors import InputError, UsageError
 from quantforge.load.huggingface import from_module
 from quantforge.load.text import calibration_set, from_batches
 from quantforge.loading import load_source
+from quantforge.plan_file import GivenPlan, read_assignment
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe, Target, compose, resolve_target
+from quantforge.search.budget import Budget
+from quantforge.search.settled import needed_budget
 
 Source = str | Path | nn.Module
 
@@ -50,10 +53,32 @@ def configure(
     return compose(target_of(model), effort=effort, settings=changes)
 
 
+def limit_of(recipe: Recipe, budget: str | None, plan: GivenPlan | None) -> Budget | None:
+    """The budget of a call; None where a plan is given, or where none is needed.
+
+    Args:
+        recipe: holds the call's budget or its own; a plan takes the place of the latter.
+        budget: as given to the call.
+        plan: likewise.
+
+    Raises:
+        InputError: the plan is a file that does not exist.
+        UsageError: there is both a plan and a budget, or neither though one is needed.
+    """
+    if plan is None:
+        return needed_budget(recipe.budget, recipe.search)
+    if budget is not None:
+        raise UsageError("there is a plan and a budget; a plan says what it takes: give one")
+    if isinstance(plan, str | Path) and not Path(plan).is_file():
+        raise InputError(f"the plan {plan} is not a file")
+    return None
+
+
 def open_job(
     model: Source,
     recipe: Recipe,
     *,
+    plan: GivenPlan | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
     effort: str = "balanced",
     seed: int = 0,
@@ -68,6 +93,7 @@ def open_job(
     Args:
         model: as given to the call.
         recipe: from `configure`.
+        plan: the user's own plan, if there is one.
         calibration: batches of tokens; anything else is in the recipe already.
         effort: what the recipe was made with, for the record.
         seed: of everything random.
@@ -78,13 +104,16 @@ def open_job(
         monitor: progress and cancellation.
 
     Raises:
-        InputError: a model or text that is missing, broken or empty.
+        InputError: a model or text that is missing, broken or empty, or a plan that does not fit.
     """
     monitor = monitor or Monitor()
     if isinstance(model, nn.Module):
         loaded = from_module(model, tokenizer=tokenizer)
     else:
         loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
+    given = None
+    if plan is not None:  # before the text, which may have to be sampled
+        given = read_assignment(plan, loaded.layers, independent=recipe.search.independent)
     if calibration is None or isinstance(calibration, str | Path):
         if loaded.tokenizer is None:
             raise InputError("a network in memory needs a tokenizer, or batches as calibration")
@@ -103,4 +132,5 @@ def open_job(
         effort=effort,
         seed=seed,
         monitor=monitor,
+        given=given,
     )

@@ -20,13 +20,14 @@ from quantforge.borrowing import in_float32, restored_on_error
 from quantforge.delivery import deliver, dry_run
 from quantforge.errors import UsageError
 from quantforge.evaluation import evaluate, generate, inspect, load
-from quantforge.opening import Source, configure, open_job, target_of
+from quantforge.frontier import frontier_report, write_frontier
+from quantforge.opening import Source, configure, limit_of, open_job, target_of
+from quantforge.plan_file import GivenPlan
 from quantforge.progress import Monitor, ProgressEvent
-from quantforge.results import PlanReport, Report
-from quantforge.search.settled import needed_budget
+from quantforge.results import ParetoReport, PlanReport, Report
 from quantforge.workspace import check_output, staging
 
-__all__ = ["evaluate", "generate", "inspect", "load", "plan", "quantize"]
+__all__ = ["evaluate", "generate", "inspect", "load", "pareto", "plan", "quantize"]
 
 Progress = Callable[[ProgressEvent], None]
 
@@ -35,6 +36,7 @@ def quantize(
     model: Source,
     *,
     budget: str | None = None,
+    plan: GivenPlan | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
     output: str | Path | None = None,
     effort: str = "balanced",
@@ -54,8 +56,12 @@ def quantize(
         model: recipe name, recipe file, Hugging Face folder, .gguf file, hub id, or a network in
             memory, whose linears then hold the dequantized weights afterwards, in its own dtype;
             one in half precision takes the memory of float32 meanwhile.
-        budget: "3bit", "3.25bpw", ...: stored bits a weight over the planned weights; None takes
-            the recipe's, and needs none where the recipe leaves nothing to search.
+        budget: "3bit" or "3.25bpw", stored bits a weight over the planned weights; "120MB" or
+            "0.4x", of the whole checkpoint; "vram:8GB@4096", weights and keys and values in memory;
+            "kl:0.05" or "ppl:+2%", the fewest bits measured to lose no more; several joined by a
+            comma. None takes the recipe's, and needs none where that leaves nothing to search.
+        plan: in the place of a budget: a `plan.json`, maybe edited, its contents, or layer name →
+            spec ("3b-g64", "kept").
         calibration: text file (.txt, .jsonl, .parquet), hub id, "pydoc", "self", or an iterable of
             token batches; None takes the recipe's.
         output: folder to write; `./<name>-<budget>` for a source on disk (`./<name>-quantized`
@@ -77,22 +83,23 @@ def quantize(
 
     Raises:
         UsageError: a wrong or missing budget, a wrong recipe, setting or output.
-        InputError: a model or text that is missing, broken or empty.
+        InputError: a model, text or plan that is missing, broken or does not fit.
         BudgetError: the budget is below what the candidates can reach.
         CancelledError: `cancel` was set.
     """
     recipe = configure(
         model, budget=budget, calibration=calibration, effort=effort, settings=settings
     )
-    limit = needed_budget(recipe.budget, recipe.search)
+    limit = limit_of(recipe, budget, plan)
     folder = None if output is None else Path(output)
     if folder is None and not isinstance(model, nn.Module):
-        folder = target_of(model).output(recipe.budget)
+        folder = target_of(model).output(None if limit is None else limit.text)
     stage = staging(folder, force=force) if folder else nullcontext()
     with stage as staged, _borrowed(model):
         job = open_job(
             model,
             recipe,
+            plan=plan,
             calibration=calibration,
             effort=effort,
             seed=seed,
@@ -112,6 +119,7 @@ def plan(
     model: Source,
     *,
     budget: str | None = None,
+    plan: GivenPlan | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
     output: str | Path | None = None,
     effort: str = "balanced",
@@ -129,18 +137,74 @@ def plan(
 
     What is measured for it is kept in the cache, so a plan for another budget, or `quantize` after
     it, starts from there; where there is nothing to search, nothing is measured. Arguments and
-    errors are those of `quantize`; `output` receives `plan.json` and, if there was a search,
-    `sensitivity.json`.
+    errors are those of `quantize`; `output` receives `plan.json`,
+    which may be edited and given to `quantize`, and, if there was a search, `sensitivity.json`.
     """
     recipe = configure(
         model, budget=budget, calibration=calibration, effort=effort, settings=settings
     )
-    limit = needed_budget(recipe.budget, recipe.search)
+    limit = limit_of(recipe, budget, plan)
     folder = None if output is None else Path(output)
     if folder:
         check_output(folder, force=force)
         if (folder / "quantforge.json").is_file():
             raise UsageError(f"{folder} holds a checkpoint; give plan another --output")
+    with _borrowed(model):
+        job = open_job(
+            model,
+            recipe,
+            plan=plan,
+            calibration=calibration,
+            effort=effort,
+            seed=seed,
+            device=device,
+            fresh=fresh,
+            trust_remote_code=trust_remote_code,
+            tokenizer=tokenizer,
+            monitor=Monitor(progress=progress, cancel=cancel),
+        )
+        if job.settled:
+            return dry_run(job, None, limit, folder)
+        with job.measure(fresh=fresh) as measured:
+            return dry_run(job, measured, limit, folder)
+
+
+def pareto(
+    model: Source,
+    *,
+    points: int = 41,
+    measure: int = 0,
+    calibration: str | Path | Iterable[Any] | None = None,
+    output: str | Path | None = None,
+    effort: str = "balanced",
+    seed: int = 0,
+    device: str = "cpu",
+    settings: Mapping[str, Any] | None = None,
+    force: bool = False,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    cancel: threading.Event | None = None,
+) -> ParetoReport:
+    """The plans worth having at every size, from the smallest to about six bits.
+
+    `points` budgets are tried, evenly spread, and `measure` of the plans put together and measured.
+    `output` receives `pareto.json`, the figure as `.svg` and `.png`, and `pareto.html`. The other
+    arguments and the errors are those of `quantize`; it is a `UsageError` where there is nothing to
+    search.
+    """
+    if points < 2 or measure < 0:
+        raise UsageError(
+            f"a frontier needs two points or more and no negative number of "
+            f"measurements, got {points} and {measure}"
+        )
+    recipe = configure(model, calibration=calibration, effort=effort, settings=settings)
+    if recipe.search.settled is not None:
+        raise UsageError("search has one candidate: there is one plan and no frontier")
+    folder = None if output is None else Path(output)
+    if folder:
+        check_output(folder, force=force, mark="pareto.json")
     with _borrowed(model):
         job = open_job(
             model,
@@ -154,10 +218,11 @@ def plan(
             tokenizer=tokenizer,
             monitor=Monitor(progress=progress, cancel=cancel),
         )
-        if job.settled:
-            return dry_run(job, None, limit, folder)
         with job.measure(fresh=fresh) as measured:
-            return dry_run(job, measured.sensitivity, limit, folder)
+            report = frontier_report(job, measured, points, measure)
+    if folder:
+        write_frontier(report, folder)
+    return report
 
 
 @contextmanager

@@ -60,8 +60,8 @@ class Recipe(Config):
         description: one line for people.
         architecture: registered architecture; None takes it from the model's class.
         model: a checkpoint that a package carries, or a folder, .gguf file or hub id.
-        budget: most stored bits a weight on average ("3bit"); not needed where `search` leaves
-            nothing to choose.
+        budget: what may be spent ("3bit", "120MB", "kl:0.05", see `search.budget`); not needed
+            where `search` leaves nothing to choose, or a plan is given.
         calibration: which text is read.
         calibrate: how sensitivities are estimated.
         search: which plans are considered.

@@ -79,6 +79,31 @@ class CurvePoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TargetOutcome:
+    """How a target of quality was met: by plans measured before any tuning.
+
+    Attributes:
+        text: the target as the user wrote it.
+        limit: most nats a token, of KL or of rise in cross-entropy.
+        predicted: what the search predicted for the plan; None where it had no prediction.
+        measured: mean over the held-out windows.
+        stderr: its standard error over windows.
+        upper: upper end of the one-sided 95 % interval, which is within the limit.
+        windows: how many windows.
+        plans: how many plans were measured to find this one.
+    """
+
+    text: str
+    limit: float
+    predicted: float | None
+    measured: float
+    stderr: float
+    upper: float
+    windows: int
+    plans: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
     """What happened to one layer.
 
@@ -164,6 +189,7 @@ class Report:
         settings: the effective recipe.
         versions: library versions.
         warnings: one line each.
+        targets: how the budget's targets of quality were met, before tuning.
     """
 
     model: str
@@ -182,6 +208,7 @@ class Report:
     versions: Mapping[str, str]
     warnings: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
+    targets: tuple[TargetOutcome, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +248,38 @@ class UniformPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSupport:
+    """Whether a program loads the checkpoint that a plan makes, by its rules.
+
+    Attributes:
+        name: program and version.
+        loads: whether it does.
+        why: the rule that decides.
+    """
+
+    name: str
+    loads: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkEstimate:
+    """What `quantize` will take after this plan, see `quantforge.estimate`.
+
+    Attributes:
+        multiply_adds: of all forward and backward passes, grams and compensation.
+        rate: multiply-adds a second of this network's forward pass, measured here.
+        seconds: their quotient: the products alone, so a lower bound.
+        memory_bytes: largest resident size, the process as it is now included.
+    """
+
+    multiply_adds: float
+    rate: float
+    seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
     """The outcome of `plan`, a run that stops before any weight is quantized.
 
@@ -236,6 +295,12 @@ class PlanReport:
         calibration: description of the calibration text.
         settings: the effective recipe.
         warnings: one line each.
+        predicted_error: standard error of the plan's predicted loss, in nats; None where there is
+            no prediction or nothing was measured to judge it by.
+        memory: with a budget of memory: weights, keys and values together, in bytes.
+        targets: how the budget's targets of quality were met.
+        servers: which programs load the checkpoint.
+        work: time and memory of `quantize`.
     """
 
     model: str
@@ -246,6 +311,53 @@ class PlanReport:
     sizes: SizeReport
     uniform: tuple[UniformPlan, ...]
     scratch_bytes: int
+    calibration: str
+    settings: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+    predicted_error: float | None = None
+    memory: int | None = None
+    targets: tuple[TargetOutcome, ...] = ()
+    servers: tuple[ServerSupport, ...] = ()
+    work: WorkEstimate | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierPoint:
+    """One plan of the frontier.
+
+    Attributes:
+        plan: of least predicted loss for its bits.
+        predicted_error: standard error of its predicted loss, in nats; None if unknown.
+        checkpoint_bytes: bytes of its safetensors files.
+        quality: held-out measurement before tuning; None where it was not measured.
+    """
+
+    plan: BitPlan
+    predicted_error: float | None
+    checkpoint_bytes: int
+    quality: Quality | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParetoReport:
+    """The outcome of `pareto`: the plans worth having, from the smallest on.
+
+    Attributes:
+        model: name of the source model.
+        source: where it came from, as printed to the user.
+        points: by stored bits; each predicted to lose less than the ones before it.
+        uniform: measured uniform networks, by stored bits.
+        reference_bytes: bytes of the same network in 16 bits.
+        calibration: description of the calibration text.
+        settings: the effective recipe.
+        warnings: one line each.
+    """
+
+    model: str
+    source: str
+    points: tuple[FrontierPoint, ...]
+    uniform: tuple[CurvePoint, ...]
+    reference_bytes: int
     calibration: str
     settings: Mapping[str, Any]
     warnings: tuple[str, ...] = ()

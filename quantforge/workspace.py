@@ -20,8 +20,13 @@ import torch
 from quantforge.errors import ResourceError, UsageError
 
 
-def check_output(output: Path, *, force: bool) -> None:
+def check_output(output: Path, *, force: bool, mark: str = "plan.json") -> None:
     """Refuse an output that exists and is not empty, before any work is done.
+
+    Args:
+        output: folder to write.
+        force: replace one that holds `mark`.
+        mark: file by which a folder of ours is known.
 
     Raises:
         UsageError: it is a file, or a folder with something in it and `force` is not given, or a
@@ -33,7 +38,7 @@ def check_output(output: Path, *, force: bool) -> None:
         return
     if not force:
         raise UsageError(f"{output} exists; give another --output, or --force to replace it")
-    if not (output / "plan.json").is_file():
+    if not (output / mark).is_file():
         raise UsageError(f"{output} was not written by quantforge; --force does not replace it")
 
 

@@ -18,6 +18,15 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
             "quantforge plan llama --budget 3bit",
             "quantforge plan ./my-model --budget 3.25bpw --json > plan.json",
             "quantforge plan llama --budget 2.5bit --set search.group_sizes='[64, 128]'",
+            "quantforge plan llama --budget vram:1GB@4096 -o planned",
+        ),
+    ),
+    (
+        commands.pareto,
+        "pareto",
+        (
+            "quantforge pareto llama",
+            "quantforge pareto ./my-model --measure 5 -o frontier",
         ),
     ),
     (
@@ -27,6 +36,8 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
             "quantforge quantize llama --budget 3bit -o out",
             "quantforge quantize ./my-model --budget 4bit --effort fast",
             "quantforge quantize llama --model org/name --budget 4bit --calibration text.txt",
+            "quantforge quantize ./my-model --budget kl:0.05,90MB",
+            "quantforge quantize ./my-model --plan plan.json -o out",
             "quantforge quantize gptq-w4g128 --model ./my-model -o out",
         ),
     ),

@@ -24,6 +24,7 @@ from quantforge.cli.options import (
     Json,
     Model,
     Override,
+    Plan,
     Precision,
     Seed,
     Settings,
@@ -69,6 +70,7 @@ def plan(
     model: Model,
     *,
     budget: Budget = None,
+    plan: Plan = None,
     effort: EffortOption = Effort.balanced,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder for plan.json.")
@@ -92,6 +94,7 @@ def plan(
         report = pipeline.plan(
             model,
             budget=budget,
+            plan=plan,
             calibration=calibration,
             output=output,
             effort=effort.value,
@@ -106,10 +109,59 @@ def plan(
     print_result("plan", report, json, partial(render.show_plan, report))
 
 
+def pareto(
+    model: Model,
+    *,
+    points: Annotated[int, typer.Option(min=2, help="Budgets to try, evenly spread.")] = 41,
+    measure: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Measure so many of the plans.")
+    ] = 0,
+    effort: EffortOption = Effort.balanced,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="DIR", help="Folder for pareto.json, .svg, .png, .html."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    calibration: Calibration = None,
+    device: Device = "cpu",
+    settings: Settings = None,
+    json: Json = False,
+    force: Force = False,
+    fresh: Fresh = False,
+    trust_remote_code: Trust = False,
+    override: Override = None,
+) -> None:
+    """Find the plans worth having at every size, up to six bits; quantize nothing."""
+    from quantforge.cli import render
+
+    with _watched() as monitoring:
+        from quantforge import pipeline
+
+        report = pipeline.pareto(
+            model,
+            points=points,
+            measure=measure,
+            calibration=calibration,
+            output=output,
+            effort=effort.value,
+            seed=seed,
+            device=device,
+            settings=_settings(settings, override),
+            force=force,
+            fresh=fresh,
+            trust_remote_code=trust_remote_code,
+            **monitoring,
+        )
+    print_result("pareto", report, json, partial(render.show_frontier, report))
+
+
 def quantize(
     model: Model,
     *,
     budget: Budget = None,
+    plan: Plan = None,
     effort: EffortOption = Effort.balanced,
     output: Annotated[
         Path | None,
@@ -141,6 +193,7 @@ def quantize(
         report = pipeline.quantize(
             model,
             budget=budget,
+            plan=plan,
             calibration=calibration,
             output=output,
             effort=effort.value,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -39,8 +40,19 @@ Budget = Annotated[
     typer.Option(
         metavar="SIZE",
         show_default=False,
-        help="Most stored bits a weight (codes, scales, zero-points), on average: 3bit, 3.25bpw. "
-        "Not needed where the recipe says it, or has one width and one group size.",
+        help="Stored bits a weight (3bit, 3.25bpw), bytes of the whole checkpoint (120MB, 0.4x of "
+        "bfloat16), memory with keys and values (vram:8GB@4096), or the fewest bits measured to "
+        "lose no more (kl:0.05, ppl:+2%); several joined by commas. "
+        "Not needed with --plan, or where the recipe says it or leaves nothing to search.",
+    ),
+]
+Plan = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="FILE",
+        show_default=False,
+        help="plan.json to follow instead of a budget; its specs may be edited.",
     ),
 ]
 EffortOption = Annotated[Effort, typer.Option(help="How much time to spend on quality.")]

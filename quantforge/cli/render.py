@@ -18,17 +18,22 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from quantforge.cli.text import estimate, number, one_line, size, with_error
+from quantforge.cli.text import duration, estimate, number, one_line, size, with_error
 
 if TYPE_CHECKING:
     from quantforge.results import (
         EvaluationReport,
+        FrontierPoint,
         InspectReport,
+        ParetoReport,
         PlannedLayer,
         PlanReport,
         Quality,
         Report,
+        ServerSupport,
         SizeReport,
+        TargetOutcome,
+        WorkEstimate,
     )
 
 JSON_VERSION = 1
@@ -76,6 +81,7 @@ def show_quantized(report: Report, out: Console) -> None:
         *_plan_rows(report.plan.budget, report.plan.stored_bits, report.plan.code_bits),
         *_size_rows(report.sizes),
         *_quality_rows(report.quality),
+        *_target_rows(report.targets),
     ]
     plan = next((point for point in report.curve if not point.name.startswith("uniform ")), None)
     if plan is not None:  # like the uniform networks: one-pass compensation, the same windows
@@ -112,17 +118,21 @@ def show_quantized(report: Report, out: Console) -> None:
 
 def show_plan(report: PlanReport, out: Console) -> None:
     """The plan, what it costs, and what uniform plans would cost."""
-    (low, high), loss = report.reachable, report.plan.predicted_loss
+    low, high = report.reachable
     rows = [
         ("model", report.source),
         ("calibration", report.calibration),
         *_plan_rows(report.plan.budget, report.plan.stored_bits, report.plan.code_bits),
         *([("reachable", f"{low:.3f} to {high:.3f} stored bits a weight")] if low < high else []),
-        ("predicted loss", "not estimated" if loss is None else f"+{number(loss)} nats a token"),
+        ("predicted loss", _predicted(report.plan.predicted_loss, report.predicted_error)),
+        *_target_rows(report.targets),
         *_size_rows(report.sizes),
     ]
+    if report.memory is not None:
+        rows.append(("memory when run", f"{size(report.memory)} with keys and values"))
     if report.scratch_bytes:
         rows.append(("disk in the cache", size(report.scratch_bytes)))
+    rows += _work_rows(report.work)
     _pairs(rows, out)
     _specs([(layer.spec, layer.weights) for layer in report.layers], out)
     _layers(report.layers, out)
@@ -131,6 +141,33 @@ def show_plan(report: PlanReport, out: Console) -> None:
         for plan in report.uniform:
             fits = "yes" if plan.fits else "no"
             _row(table, plan.name, f"{plan.stored_bits:.3f}", estimate(plan.predicted_loss), fits)
+        _print_table(table, out)
+    _servers(report.servers, out)
+    _warnings(report.warnings, out)
+
+
+def show_frontier(report: ParetoReport, out: Console) -> None:
+    """The plans worth having, and the uniform networks beside them."""
+    _pairs([("model", report.source), ("calibration", report.calibration)], out)
+    measured = any(point.quality is not None for point in report.points)
+    heads = ["checkpoint", "of 16 bits", "predicted KL (nats)"]
+    table = _table("stored bits", *heads, *(["measured KL (nats)"] if measured else []))
+    for point in report.points:
+        share = point.checkpoint_bytes / max(report.reference_bytes, 1)
+        loss = _predicted(point.plan.predicted_loss, point.predicted_error, unit="")
+        cells = [size(point.checkpoint_bytes), f"{share:.1%}", loss]
+        _row(
+            table,
+            f"{point.plan.stored_bits:.3f}",
+            *cells,
+            *([_measured(point)] if measured else []),
+        )
+    _print_table(table, out)
+    if report.uniform:
+        table = _table("uniform network", "stored bits", "measured KL (nats)")
+        for one in report.uniform:
+            kl = with_error(one.quality.kl, one.quality.kl_stderr)
+            _row(table, one.name, f"{one.stored_bits:.3f}", kl)
         _print_table(table, out)
     _warnings(report.warnings, out)
 
@@ -200,6 +237,52 @@ def _quality_rows(quality: Quality) -> list[tuple[str, str]]:
         ),
         ("same first token", f"{quality.top1:.1%}"),
     ]
+
+
+def _predicted(loss: float | None, error: float | None, unit: str = " nats a token") -> str:
+    if loss is None:
+        return "not estimated"
+    sign = "+" if unit else ""
+    return f"{sign}{number(loss) if error is None else with_error(loss, error)}{unit}"
+
+
+def _measured(point: FrontierPoint) -> str:
+    quality = point.quality
+    return "" if quality is None else with_error(quality.kl, quality.kl_stderr)
+
+
+def _target_rows(targets: Sequence[TargetOutcome]) -> list[tuple[str, str]]:
+    return [
+        (
+            f"target {one.text}",
+            f"measured {with_error(one.measured, one.stderr)} nats before tuning, at most "
+            f"{number(one.upper)} (95 %) of {number(one.limit)}; predicted "
+            f"{estimate(one.predicted)}; {one.windows} windows, {one.plans} plans measured",
+        )
+        for one in targets
+    ]
+
+
+def _work_rows(work: WorkEstimate | None) -> list[tuple[str, str]]:
+    if work is None:
+        return []
+    products = f"{work.multiply_adds / 1e9:,.1f} G multiply-adds, {work.rate / 1e9:,.1f} G a second"
+    return [
+        ("quantize takes", f"at least {duration(work.seconds)} ({products})"),
+        ("  and memory", f"about {size(work.memory_bytes)}"),
+    ]
+
+
+def _servers(servers: Sequence[ServerSupport], out: Console) -> None:
+    """Which programs load the checkpoint."""
+    if not servers:
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for head in ("loads in", "", "by its rules"):
+        table.add_column(head, overflow="fold")
+    for one in servers:
+        _row(table, one.name, "yes" if one.loads else "no", one.why)
+    _print_table(table, out)
 
 
 def _specs(specs: Sequence[tuple[str, int | None]], out: Console) -> None:

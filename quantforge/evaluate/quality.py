@@ -128,6 +128,12 @@ class ReferenceOutputs:
             batch=batch,
         )
 
+    @property
+    def window_nll(self) -> tuple[float, ...]:
+        """Mean cross-entropy of the float network on every window."""
+        means = self.scores.nll.view(len(self.windows), -1).double().mean(dim=-1)
+        return tuple(means.tolist())
+
     def rows(self, rows: slice, device: torch.device) -> tuple[ReferenceScores, Tensor]:
         """Scores and float32 hidden states [tokens, hidden] of some windows, on `device`."""
         per_window = self.windows.shape[1] - 1

@@ -49,6 +49,21 @@ def to_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
     return tensors
 
 
+def stored_shapes(
+    out_features: int, in_features: int, spec: QuantSpec
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of what `to_tensors` gives for a weight of this shape, in its order."""
+    groups = spec.groups(in_features)
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        PACKED: (torch.int32, (out_features, packed_words(in_features, spec.bits))),
+        SCALE: (torch.bfloat16, (out_features, groups)),
+        SHAPE: (torch.int64, (2,)),
+    }
+    if not spec.symmetric:
+        shapes[ZERO_POINT] = (torch.int32, (packed_words(out_features, spec.bits), groups))
+    return shapes
+
+
 def from_tensors(name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QuantizedWeight:
     """Inverse of `to_tensors`.
 

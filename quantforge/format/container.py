@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -166,6 +166,38 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
+_Entry = tuple[str, str, list[int], int]
+"""Name, dtype, shape and bytes of a tensor."""
+
+
+def container_bytes(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> int:
+    """Bytes of the file that `ContainerWriter` makes of tensors, from their shapes alone.
+
+    Args:
+        tensors: (name, dtype, shape) in the order in which they would be added.
+    """
+    entries: dict[int, list[_Entry]] = {size: [] for size in _ITEM_SIZES}
+    for name, dtype, shape in tensors:
+        size = dtype.itemsize
+        entries[size].append((name, DTYPE_NAMES[dtype], list(shape), size * math.prod(shape)))
+    data = sum(count for rows in entries.values() for *_, count in rows)
+    return len(_header(entries)) + data
+
+
+def _header(entries: Mapping[int, Sequence[_Entry]]) -> bytes:
+    """The header with its length in front, for tensors by the size of their items."""
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    position = 0
+    for size in _ITEM_SIZES:
+        for name, dtype, shape, count in entries[size]:
+            offsets = [position, position + count]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+            position += count
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)  # the data starts aligned
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
 class ContainerWriter:
     """Writes one safetensors file in bounded memory: `add` tensors, then leave the `with` block.
 
@@ -176,9 +208,7 @@ class ContainerWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size_bytes = 0
-        self._entries: dict[int, list[tuple[str, str, list[int], int]]] = {
-            size: [] for size in _ITEM_SIZES
-        }
+        self._entries: dict[int, list[_Entry]] = {size: [] for size in _ITEM_SIZES}
         self._names: set[str] = set()
         self._spools: dict[int, BinaryIO] = {}
 
@@ -221,17 +251,8 @@ class ContainerWriter:
         return hashlib.sha256(data).hexdigest()
 
     def _assemble(self) -> None:
-        header: dict[str, Any] = {_METADATA: {"format": "pt"}}
-        position = 0
-        for size in _ITEM_SIZES:
-            for name, dtype, shape, count in self._entries[size]:
-                offsets = [position, position + count]
-                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-                position += count
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % _LENGTH_BYTES)  # the data starts aligned
         with self.path.open("wb") as stream:
-            stream.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+            stream.write(_header(self._entries))
             for size in _ITEM_SIZES:
                 if size in self._spools:
                     self._spools[size].seek(0)

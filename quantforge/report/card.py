@@ -41,7 +41,9 @@ def _front_matter(report: Report) -> str:
 def _intro(report: Report) -> str:
     kind = "Mixed-precision quantization" if _mixed(report) else "Quantization"
     how = f"for a budget of {_inline(report.plan.budget)}"
-    if report.plan.predicted_loss is None and report.layers:  # nothing was searched
+    if report.plan.solver == "file":
+        how = f"after a given plan of {report.plan.stored_bits:.2f} bits a weight"
+    elif report.plan.predicted_loss is None and report.layers:  # nothing was searched
         how = f"with {_inline(report.layers[0].spec)} for all layers"
     compared = " and the comparison with uniform networks" if report.curve else ""
     lines = [

@@ -99,27 +99,28 @@ def curve_figure(report: Report) -> str:
     axes = Axes.around([p.stored_bits for p in drawn], [p.quality.kl for p in on_scale])
     uniform = [p for p in drawn if is_uniform(p)]
     hull = lower_hull((p.stored_bits, p.quality.kl) for p in uniform)
-    parts = [_grid(axes)]
+    parts = [grid(axes)]
     if len(hull) > 1:
         path = " ".join(f"{axes.x(b):.2f},{axes.y(kl):.2f}" for b, kl in hull)
         parts.append(f'<polyline class="hull" points="{path}"/>')
-    labels = _Labels(axes)
+    labels = Labels(axes)
     labels.keep_off_points([(p.stored_bits, p.quality.kl) for p in drawn])
     labels.keep_off_line(hull)
-    parts.extend(_uniform_mark(p, axes) for p in uniform)
+    parts.extend(uniform_mark(p, axes) for p in uniform)
     for point in (p for p in drawn if not is_uniform(p)):
         kind = "final" if point is final else "plan"
-        parts.append(_diamond(point, axes, kind))
+        parts.append(diamond(point, axes, kind))
         text = point.name if point is final else f"{point.name}, one pass"
         parts.append(labels.place(point, text, f"label {kind}"))
     on_hull = {b for b, _ in hull}
     ordered = sorted(uniform, key=lambda p: (p.stored_bits not in on_hull, p.stored_bits))
     parts.extend(labels.place(p, p.name.removeprefix("uniform").strip(), "label") for p in ordered)
     title = "Stored bits per weight against held-out KL divergence"
-    return _svg("curve", title, axes.bottom + 42, parts)
+    return svg("curve", title, axes.bottom + 42, parts)
 
 
-def _grid(axes: Axes) -> str:
+def grid(axes: Axes) -> str:
+    """Axes, their ticks and titles."""
     left, right, bottom = axes.left, axes.right, axes.bottom
     parts = [_line("axis", left, bottom, right, bottom)]
     for kl in axes.kl_ticks():
@@ -172,7 +173,8 @@ def _error_bar(point: CurvePoint, axes: Axes) -> str:
     )
 
 
-def _uniform_mark(point: CurvePoint, axes: Axes) -> str:
+def uniform_mark(point: CurvePoint, axes: Axes) -> str:
+    """A circle for a uniform network."""
     x, y = axes.x(point.stored_bits), axes.y(point.quality.kl)
     return (
         f'<g class="uniform" {_numbers(point)}>{_tooltip(point)}{_error_bar(point, axes)}'
@@ -180,7 +182,8 @@ def _uniform_mark(point: CurvePoint, axes: Axes) -> str:
     )
 
 
-def _diamond(point: CurvePoint, axes: Axes, kind: str) -> str:
+def diamond(point: CurvePoint, axes: Axes, kind: str) -> str:
+    """A diamond for a plan; `kind` is its style, "plan" or "final"."""
     x, y = axes.x(point.stored_bits), axes.y(point.quality.kl)
     corners = " ".join(
         f"{x + dx:.2f},{y + dy:.2f}" for dx, dy in ((0, -8), (8, 0), (0, 8), (-8, 0))
@@ -191,7 +194,7 @@ def _diamond(point: CurvePoint, axes: Axes, kind: str) -> str:
     )
 
 
-class _Labels:
+class Labels:
     """Places labels beside their marks, first come first served; one that collides is left out."""
 
     _OFFSETS = (
@@ -276,7 +279,7 @@ def layers_figure(layers: Sequence[LayerReport]) -> str:
             parts.append(_text("tick mid", x, bottom + 16, str(block)))
     middle = left + len(blocks) * cell_width / 2
     parts.append(_text("title mid", middle, bottom + 34, "block"))
-    return _svg("strip", "Bits and predicted loss by block and layer", bottom + 42, parts)
+    return svg("strip", "Bits and predicted loss by block and layer", bottom + 42, parts)
 
 
 def _sums(pairs: Iterable[tuple[int | str, LayerReport]]) -> dict[int | str, float]:
@@ -342,7 +345,8 @@ def _kind_bars(
     return "".join(parts)
 
 
-def _svg(name: str, title: str, height: float, parts: Sequence[str]) -> str:
+def svg(name: str, title: str, height: float, parts: Sequence[str]) -> str:
+    """A figure put together from its parts."""
     return (
         f'<svg class="figure {name}" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
         f'aria-label="{escape(title)}">{"".join(parts)}</svg>'

@@ -34,7 +34,6 @@ from quantforge.results import LayerReport, Report
 
 def render(report: Report) -> str:
     """The whole page as text; write it as UTF-8."""
-    style = resources.files("quantforge.report").joinpath("report.css").read_text("utf-8")
     title = f"{report.model} at {report.sizes.stored_bits:.2f} bits"
     body = "\n".join(
         (
@@ -50,12 +49,22 @@ def render(report: Report) -> str:
             _run(report),
         )
     )
+    return page(title, body)
+
+
+def page(title: str, body: str) -> str:
+    """A whole page in the house's style."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)} - quantforge</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<title>{escape(title)} - quantforge</title>\n<style>\n{style()}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def style() -> str:
+    """The style sheet of pages and of figures that stand alone."""
+    return resources.files("quantforge.report").joinpath("report.css").read_text("utf-8")
 
 
 def _header(report: Report) -> str:
@@ -112,8 +121,13 @@ def _headline(report: Report) -> str:
 
 def _decisions(report: Report) -> str:
     layers = report.layers
-    sentences = [*against_uniform(report), *_spread(layers)]
-    if report.plan.predicted_loss is None:
+    sentences = [*_targets(report), *against_uniform(report), *_spread(layers)]
+    if report.plan.solver == "file":
+        intro = (
+            f"The widths and groupings of all {len(layers)} layers are those of a plan that was "
+            "given; none was searched."
+        )
+    elif report.plan.predicted_loss is None:
         intro = (
             f"All {len(layers)} layers have the width and the grouping that the recipe asks for. "
             "There was nothing to search, so sensitivities were not measured, losses not "
@@ -132,6 +146,18 @@ def _decisions(report: Report) -> str:
         f"<section><h2>What was decided, and why</h2><p>{escape(intro)}</p><ul>{items}</ul>\n"
         f"{_kind_table(layers)}</section>"
     )
+
+
+def _targets(report: Report) -> Iterator[str]:
+    """Sentences on how the budget's targets were met."""
+    for one in report.targets:
+        yield (
+            f"Target {one.text}: of {one.plans} plans measured, the one of fewest bits whose upper "
+            f"95 % bound is within {significant(one.limit)} nats a token. Put together without "
+            f"tuning it measures {with_error(one.measured, one.stderr)}, at most "
+            f"{significant(one.upper)} ({one.windows} held-out windows); predicted "
+            f"{estimate(one.predicted)}."
+        )
 
 
 def _spread(layers: Sequence[LayerReport]) -> Iterator[str]:
@@ -204,7 +230,7 @@ def _kind_table(layers: Sequence[LayerReport]) -> str:
     heads = ["layer type", "layers", "mean code bits", "range"]
     if total is not None:
         heads += ["predicted loss", "share of loss"]
-    return _table("by-kind", heads, rows, names=1, short=True)
+    return html_table("by-kind", heads, rows, names=1, short=True)
 
 
 def _curve(report: Report) -> str:
@@ -218,7 +244,7 @@ def _curve(report: Report) -> str:
         "standard error. On the lower edge: no KL above the rounding of the arithmetic. Lower and "
         "further left is better."
     )
-    return _figure("Size and quality against uniform networks", figure, caption)
+    return figure_section("Size and quality against uniform networks", figure, caption)
 
 
 def _strip(report: Report) -> str:
@@ -234,12 +260,13 @@ def _strip(report: Report) -> str:
         "page). Grey bars: predicted loss added up over a block (above) or a layer type (right), "
         "in nats a token." + (f" Outside the blocks:{note}" if note else "")
     )
-    return _figure("Bits by layer", figure, caption)
+    return figure_section("Bits by layer", figure, caption)
 
 
-def _figure(title: str, figure: str, caption: str) -> str:
+def figure_section(title: str, drawing: str, caption: str) -> str:
+    """A section with a drawing and what it shows."""
     return (
-        f'<section><h2>{escape(title)}</h2><figure><div class="drawing">{figure}</div>'
+        f'<section><h2>{escape(title)}</h2><figure><div class="drawing">{drawing}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure></section>"
     )
 
@@ -248,7 +275,7 @@ def _generations(report: Report) -> str:
     if not report.generations:
         return ""
     rows = [(g.prompt, g.reference, g.quantized) for g in report.generations]
-    table = _table("generations", ("prompt", "float", "quantized"), rows, texts=3, short=True)
+    table = html_table("generations", ("prompt", "float", "quantized"), rows, texts=3, short=True)
     return f"<section><h2>Short continuations, before and after</h2>{table}</section>"
 
 
@@ -263,7 +290,7 @@ def _sizes(report: Report) -> str:
         ("checkpoint, bits over all weights", f"{sizes.checkpoint_bits:.4f}"),
         ("the same network in 16 bits", f"{sizes.reference_bytes:,} bytes"),
     )
-    table = _table("sizes", ("size", "value"), rows, numbers_from=1, short=True)
+    table = html_table("sizes", ("size", "value"), rows, numbers_from=1, short=True)
     return f"<section><h2>Sizes</h2><p>Counted from the written files.</p>{table}</section>"
 
 
@@ -292,7 +319,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> str:
     return (
         "<section><h2>Layers</h2><p>Errors are squared and relative; output errors are on the "
         f"calibration inputs, RTN is rounding to nearest on the same kind of grid.{units}</p>"
-        f"{_table('layers', heads, rows, names=2, numbers_from=2, numbers_to=len(heads) - 1)}"
+        f"{html_table('layers', heads, rows, names=2, numbers_from=2, numbers_to=len(heads) - 1)}"
         "</section>"
     )
 
@@ -303,8 +330,8 @@ def _run(report: Report) -> str:
     return (
         "<section><h2>How it was made</h2>"
         f"<p>Calibrated on: {escape(report.calibration)}</p>\n"
-        f"<h3>Settings</h3>{_table('settings', ('key', 'value'), settings, names=1, texts=2)}\n"
-        f"<h3>Versions</h3>{_table('versions', ('library', 'version'), versions, short=True)}"
+        f"<h3>Settings</h3>{html_table('settings', ('key', 'value'), settings, names=1, texts=2)}\n"
+        f"<h3>Versions</h3>{html_table('versions', ('library', 'version'), versions, short=True)}"
         "</section>"
     )
 
@@ -320,7 +347,7 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{key}", text
 
 
-def _table(
+def html_table(
     name: str,
     heads: Sequence[str],
     rows: Iterable[Sequence[str]],

@@ -60,6 +60,16 @@ def table_row(
     return found
 
 
+def known_losses(
+    sensitivity: Sensitivity, assignment: Mapping[str, QuantSpec | None]
+) -> dict[str, float | None]:
+    """Layer name → predicted loss of its spec; 0 where kept, None where it is no candidate."""
+    candidates = set(sensitivity.specs)
+    known = {n: s for n, s in assignment.items() if s is None or s in candidates}
+    losses = table_row(sensitivity, sensitivity.loss, {**dict.fromkeys(assignment), **known})
+    return {name: losses[name] if name in known else None for name in assignment}
+
+
 def make_plan(
     sensitivity: Sensitivity,
     assignment: Mapping[str, QuantSpec | None],

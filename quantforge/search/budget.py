@@ -1,41 +1,188 @@
-"""What a user may spend, parsed once."""
+"""What a user may spend and what has to be reached, parsed once.
+
+A budget is one or several parts, joined by a comma or a plus, all of which must hold:
+
+| part            | limits |
+| --------------- | ------ |
+| `3bit`, `3.25bpw` | average stored bits (codes, scales, zero-points) a planned weight |
+| `120MB`, `1.2GiB` | bytes of the whole checkpoint: embeddings, norms, head and headers too |
+| `0.4x`          | the same, as a share of the network's weights in bfloat16 |
+| `vram:8GB@4096` | weights in memory and the keys and values of that many tokens, batch 1 |
+| `kl:0.05`       | KL to the float network in nats a token, measured on held-out tokens |
+| `ppl:+2%`       | rise of the perplexity over the float network's, likewise |
+
+The first four are sizes, which a plan meets by arithmetic. Bytes are a constant and the stored
+bits over eight, but for the headers, so they become a limit in bits once the network's shapes are
+known (`quantforge.planning`). The last two are found by measuring plans (`quantforge.targets`).
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Literal
 
 from quantforge.errors import UsageError
+from quantforge.types import KEPT_BITS
+
+UNITS = {
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+EXAMPLES = "3bit, 3.25bpw, 120MB, 0.4x, vram:8GB@4096, kl:0.05 or ppl:+2%"
+
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_SIZE = rf"{_NUMBER}\s*([kmgt]i?b)"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The most that may be taken of one kind of size.
+
+    Attributes:
+        kind: "bits" a planned weight; "bytes" of the checkpoint; "share" of the bfloat16 weights;
+            "vram", bytes of memory.
+        amount: the limit, exact.
+        context: tokens whose keys and values are in memory; only of "vram".
+    """
+
+    kind: Literal["bits", "bytes", "share", "vram"]
+    amount: Fraction
+    context: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """How close the network must stay to the float one, on held-out tokens.
+
+    Attributes:
+        kind: "kl" or "ppl".
+        nats: most KL a token; of "ppl" the most that the cross-entropy a token may rise, the
+            logarithm of the perplexities' ratio.
+        text: as the user wrote it.
+    """
+
+    kind: Literal["kl", "ppl"]
+    nats: float
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A limit on the average stored bits a planned weight (codes + scales + zero-points).
+    """Limits and targets that must all hold.
 
     Attributes:
-        bits: the limit, exact.
         text: as the user wrote it.
+        limits: of size.
+        targets: of quality.
     """
 
-    bits: Fraction
     text: str
+    limits: tuple[Limit, ...] = ()
+    targets: tuple[Target, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Parse "3bit", "3.25bit", "3.25bits" or "3.25bpw".
+        """Parse what the module describes.
 
         Raises:
-            UsageError: the text has another form or is not a positive number up to 16.
+            UsageError: a part has another form or an impossible value.
         """
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:bits?|bpw)\s*", text, re.IGNORECASE)
-        if match is None:
-            raise UsageError(f"budget {text!r} is not understood; write e.g. 3bit or 3.25bpw")
-        bits = Fraction(match[1])
-        if not 0 < bits <= 16:
-            raise UsageError(f"budget {text!r} is out of range; give 0 to 16 bits a weight")
-        return cls(bits, text.strip())
+        limits: list[Limit] = []
+        targets: list[Target] = []
+        tight = re.sub(r":\s+", ":", text.strip())
+        # a plus behind a colon is a sign, not a joint: "ppl:+2%"
+        for part in re.split(r"\s*,\s*|\s*(?<!:)\+\s*", tight):
+            found = _part(part, text)
+            if isinstance(found, Target):
+                targets.append(found)
+            else:
+                limits.append(found)
+        return cls(text.strip(), tuple(limits), tuple(targets))
+
+    @property
+    def bits(self) -> Fraction:
+        """Most stored bits a planned weight; 16 where no limit is in bits."""
+        found = [limit.amount for limit in self.limits if limit.kind == "bits"]
+        return min(found, default=Fraction(KEPT_BITS))
+
+    @property
+    def sizes(self) -> tuple[Limit, ...]:
+        """The limits in bytes, which need the network's shapes."""
+        return tuple(limit for limit in self.limits if limit.kind != "bits")
 
     def total_bits(self, weights: int) -> int:
         """Largest whole number of stored bits for `weights` weights."""
         return int(self.bits * weights)
+
+    def in_bits(self, bits: Fraction) -> Budget:
+        """The same text with one limit in bits in the place of all limits and targets."""
+        return replace(self, limits=(Limit("bits", bits),), targets=())
+
+
+def _part(text: str, whole: str) -> Limit | Target:
+    for pattern, read in _FORMS:
+        match = re.fullmatch(pattern, text, re.IGNORECASE)
+        if match is not None:
+            return read(match, text)
+    inside = "" if text == whole.strip() else f" of {whole!r}"
+    raise UsageError(f"budget {text!r}{inside} is not understood; write e.g. {EXAMPLES}")
+
+
+def _bits(match: re.Match[str], text: str) -> Limit:
+    bits = Fraction(match[1])
+    if not 0 < bits <= KEPT_BITS:
+        raise UsageError(f"budget {text!r} is out of range; give 0 to 16 bits a weight")
+    return Limit("bits", bits)
+
+
+def _bytes(number: str, unit: str, text: str) -> Fraction:
+    amount = Fraction(number) * UNITS[unit.upper()]
+    if amount <= 0:
+        raise UsageError(f"budget {text!r} leaves no room; give a positive size, e.g. 120MB")
+    return amount
+
+
+def _checkpoint(match: re.Match[str], text: str) -> Limit:
+    return Limit("bytes", _bytes(match[1], match[2], text))
+
+
+def _share(match: re.Match[str], text: str) -> Limit:
+    share = Fraction(match[1])
+    if not 0 < share <= 1:
+        raise UsageError(f"budget {text!r} is out of range; give a share above 0x and up to 1x")
+    return Limit("share", share)
+
+
+def _memory(match: re.Match[str], text: str) -> Limit:
+    context = int(match[3]) * (1024 if match[4] else 1)
+    if context < 1:
+        raise UsageError(f"budget {text!r} has no context; give a number of tokens, e.g. @4096")
+    return Limit("vram", _bytes(match[1], match[2], text), context)
+
+
+def _kl(match: re.Match[str], text: str) -> Target:
+    return Target("kl", _positive(float(match[1]), text), text)
+
+
+def _perplexity(match: re.Match[str], text: str) -> Target:
+    return Target("ppl", _positive(math.log1p(float(match[1]) / 100), text), text)
+
+
+def _positive(nats: float, text: str) -> float:
+    if nats <= 0:
+        raise UsageError(f"budget {text!r} allows no loss at all; give a number above 0")
+    return nats
+
+
+_FORMS: tuple[tuple[str, Callable[[re.Match[str], str], Limit | Target]], ...] = (
+    (rf"{_NUMBER}\s*(?:bits?|bpw)", _bits),
+    (_SIZE, _checkpoint),
+    (rf"{_NUMBER}\s*x", _share),
+    (rf"vram:\s*{_SIZE}\s*@\s*(\d+)(k?)", _memory),
+    (rf"kl:\s*{_NUMBER}", _kl),
+    (rf"ppl:\s*\+?\s*{_NUMBER}\s*%", _perplexity),
+)

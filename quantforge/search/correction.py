@@ -70,3 +70,42 @@ def corrected(sensitivity: Sensitivity, factors: Mapping[QuantSpec, float]) -> S
     scale: Sequence[float] = [factors[spec] for spec in sensitivity.specs]
     loss = sensitivity.loss * torch.tensor(scale, dtype=torch.float64)
     return replace(sensitivity, loss=loss)
+
+
+def relative_error(
+    sensitivity: Sensitivity,
+    factors: Mapping[QuantSpec, float],
+    measured: Mapping[QuantSpec, tuple[float, float]],
+) -> float | None:
+    """Relative standard error of a predicted loss, judged by the uniform networks.
+
+    Three things add up as squares. How far a factor is off for a spec that has none of its own: the
+    logarithm of a measured spec's factor over that of its nearest measured neighbour, root mean
+    square over specs. What the prediction still misses on the uniform networks themselves: the
+    logarithm of measured over predicted (0 once corrected). And the measurements' own standard
+    error. It does not see what only mixed networks have, such as errors of unlike layers that add
+    up otherwise than those of like ones.
+
+    Args:
+        sensitivity: predicted losses, as they are used.
+        factors: what they were multiplied by.
+        measured: KL of uniform networks in nats and its standard error.
+
+    Returns:
+        A share of the predicted loss; None where fewer than two networks were measured.
+    """
+    known = {}
+    for column, spec in enumerate(sensitivity.specs):
+        predicted = float(sensitivity.loss[:, column].sum())
+        kl, error = measured.get(spec, (0.0, 0.0))
+        if kl > LEAST_KL and 0 < predicted < math.inf and math.isfinite(error):
+            known[spec] = (kl / predicted, error / kl)
+    if len(known) < 2:
+        return None
+    squares = []
+    for spec, (residual, error) in known.items():
+        others = [other for other in known if other != spec]
+        near = min(others, key=lambda other: (distance(spec, other), other))
+        jump = factors.get(spec, 1.0) / factors.get(near, 1.0)
+        squares.append(math.log(jump) ** 2 + math.log(residual) ** 2 + error**2)
+    return math.sqrt(math.fsum(squares) / len(squares))

@@ -29,10 +29,17 @@ def needed_budget(text: str | None, config: SearchConfig) -> Budget | None:
         config: says whether there is anything to search.
 
     Raises:
-        UsageError: it is not understood, or missing though plans are searched.
+        UsageError: it is not understood, or missing though plans are searched, or a target of
+            quality though none are.
     """
     if text is not None:
-        return Budget.parse(text)
+        budget = Budget.parse(text)
+        if budget.targets and config.settled is not None:
+            raise UsageError(
+                f"{budget.targets[0].text} needs plans to choose among, but search has one "
+                "candidate; give a size, or more search.bits"
+            )
+        return budget
     if config.settled is None:
         raise UsageError(
             "no budget is given: say e.g. --budget 3bit, or leave nothing to search "

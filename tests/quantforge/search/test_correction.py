@@ -1,9 +1,16 @@
 """Correction factors from measured uniform networks."""
 
+import math
+
 import pytest
 import torch
 
-from quantforge.search.correction import corrected, correction_factors, distance
+from quantforge.search.correction import (
+    corrected,
+    correction_factors,
+    distance,
+    relative_error,
+)
 from quantforge.types import LayerInfo, QuantSpec, Sensitivity
 
 SPECS = (QuantSpec(2, 64), QuantSpec(3, 64), QuantSpec(3, 128), QuantSpec(3, -1), QuantSpec(8))
@@ -51,3 +58,18 @@ def test_bits_count_more_than_groups():
     assert distance(QuantSpec(3, 64), QuantSpec(3, 128)) < distance(
         QuantSpec(3, 64), QuantSpec(2, 64)
     )
+
+
+def test_the_relative_error_adds_up_jumps_residuals_and_noise():
+    raw = table()
+    measured = {SPECS[0]: (1.5, 0.03), SPECS[1]: (0.22, 0.011), SPECS[4]: (1e-4, 1e-5)}
+    factors = correction_factors(raw, {spec: kl for spec, (kl, _) in measured.items()})
+    jump = math.log(1.5 / 1.1) ** 2  # each is the other's neighbour; the last is too small
+    noise = (0.02**2 + 0.05**2) / 2
+    fixed = relative_error(corrected(raw, factors), factors, measured)
+    assert fixed == pytest.approx(math.sqrt(jump + noise))
+    misses = (math.log(1.5) ** 2 + math.log(1.1) ** 2) / 2
+    uncorrected = relative_error(raw, dict.fromkeys(SPECS, 1.0), measured)
+    assert uncorrected == pytest.approx(math.sqrt(misses + noise))
+    assert relative_error(raw, factors, {SPECS[0]: (1.5, 0.03)}) is None
+    assert relative_error(raw, factors, {}) is None

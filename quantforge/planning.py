@@ -1,0 +1,192 @@
+"""From a budget in any unit of size to a plan.
+
+Search knows one limit, in stored bits. A limit in bytes is that limit and what comes on top: kept
+tensors, headers, padding. The top hardly depends on the plan: through the headers (a kept layer has
+one tensor, a quantized one three or, with zero-points, four) and padded rows. So it is taken from
+the smallest plan first, and as long as a plan is too large all the same, the limit in bits is
+lowered by just what it is too large by. It ends within every limit, mostly in the first round, and
+leaves at most a difference of headers unused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+from quantforge.errors import BudgetError
+from quantforge.format.footprint import Footprint
+from quantforge.search.allocate import (
+    average_bits,
+    known_losses,
+    reachable_bits,
+    search,
+    stored_cost,
+)
+from quantforge.search.budget import Budget, Limit
+from quantforge.search.config import SearchConfig
+from quantforge.types import BitPlan, LayerInfo, QuantSpec, Sensitivity
+
+Assignment = Mapping[str, QuantSpec | None]
+_MOST_ROUNDS = 12
+
+
+def find_plan(
+    sensitivity: Sensitivity, budget: Budget, footprint: Footprint, config: SearchConfig
+) -> BitPlan:
+    """The plan of least predicted loss within all limits of a budget; targets are not looked at.
+
+    Raises:
+        BudgetError: no plan is within the limits; names what the smallest takes.
+    """
+    if not budget.sizes:
+        return search(sensitivity, budget, config)
+    weights = sum(layer.numel for layer in sensitivity.layers)
+    smallest = _smallest(sensitivity, budget, config)
+    require_within(budget, footprint, smallest.assignment, "the smallest plan")
+    room = min(-excess(limit, footprint, smallest.assignment) for limit in budget.sizes)
+    floor = _spent(sensitivity.layers, smallest.assignment)
+    total = min(budget.total_bits(weights), floor + 8 * room)
+    for _ in range(_MOST_ROUNDS):
+        plan = search(sensitivity, budget.in_bits(Fraction(total, weights)), config)
+        too_large = max(excess(limit, footprint, plan.assignment) for limit in budget.sizes)
+        if too_large <= 0:
+            return plan
+        total = _spent(sensitivity.layers, plan.assignment) - 8 * too_large
+        if total <= floor:
+            break
+    return smallest
+
+
+def _spent(layers: Sequence[LayerInfo], assignment: Assignment) -> int:
+    """Stored bits of all layers."""
+    return sum(stored_cost(layer, assignment[layer.name]) for layer in layers)
+
+
+def _smallest(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> BitPlan:
+    """The plan of fewest stored bits; refuses limits in bits that are below it."""
+    weights = sum(layer.numel for layer in sensitivity.layers)
+    low, _ = reachable_bits(sensitivity, config)
+    total = round(low * weights)
+    if budget.total_bits(weights) < total:  # raises, and names the range
+        search(sensitivity, budget, config)
+    return search(sensitivity, budget.in_bits(Fraction(total, weights)), config)
+
+
+def taken(limit: Limit, footprint: Footprint, assignment: Assignment) -> int:
+    """Bytes that a plan takes of what a limit in bytes counts."""
+    if limit.kind == "vram":
+        return footprint.memory_bytes(assignment, limit.context)
+    return footprint.checkpoint_bytes(assignment)
+
+
+def excess(limit: Limit, footprint: Footprint, assignment: Assignment) -> int:
+    """Bytes by which a plan is over a limit in bytes; negative where there is room."""
+    amount = limit.amount
+    if limit.kind == "share":
+        amount *= footprint.reference_bytes
+    return taken(limit, footprint, assignment) - math.floor(amount)
+
+
+def require_within(
+    budget: Budget, footprint: Footprint, assignment: Assignment, what: str = "the only plan"
+) -> None:
+    """Refuse a plan that is over a limit in bytes; `what` is its name in the message.
+
+    Raises:
+        BudgetError: it is; names what it takes.
+    """
+    for limit in budget.sizes:
+        if excess(limit, footprint, assignment) > 0:
+            raise BudgetError(_cannot(budget, limit, footprint, assignment, what))
+
+
+def _cannot(
+    budget: Budget,
+    limit: Limit,
+    footprint: Footprint,
+    assignment: Assignment,
+    what: str,
+) -> str:
+    """Says what a plan takes of a limit, and which budget it would fit."""
+    size = taken(limit, footprint, assignment)
+    if limit.kind == "share":
+        share = math.ceil(1000 * size / footprint.reference_bytes) / 1000
+        return (
+            f"budget {budget.text} cannot be met: the checkpoint of {what} takes {share:g} of the "
+            f"weights in 16 bits; raise --budget to at least {share:g}x"
+        )
+    shown = _rounded_up(size)
+    if limit.kind == "vram":
+        cache = footprint.memory_bytes(assignment, limit.context) - footprint.memory_bytes(
+            assignment, 0
+        )
+        return (
+            f"budget {budget.text} cannot be met: {what} takes {shown}, {_rounded_up(cache)} of it "
+            f"keys and values of {limit.context} tokens; raise --budget to at least "
+            f"vram:{shown}@{limit.context}, or take fewer tokens"
+        )
+    return (
+        f"budget {budget.text} cannot be met: the checkpoint of {what} takes {shown}, embeddings, "
+        f"head and norms in 16 bits included; raise --budget to at least {shown}"
+    )
+
+
+def _rounded_up(size: int) -> str:
+    """Bytes as a budget that is no smaller: 61_234_567 → "61.3MB"."""
+    unit, scale = ("GB", 10**9) if size >= 10**9 else ("MB", 10**6)
+    if size < 10**6:
+        unit, scale = "kB", 10**3
+    digits = 10 ** max(0, 3 - len(str(size // scale)))
+    return f"{math.ceil(size * digits / scale) / digits:g}{unit}"
+
+
+def cost_text(layers: Sequence[LayerInfo], assignment: Assignment) -> str:
+    """What an assignment costs, as a budget that it just meets: "3.053bit"."""
+    weights = sum(layer.numel for layer in layers)
+    return f"{math.ceil(Fraction(1000 * _spent(layers, assignment), weights)) / 1000:g}bit"
+
+
+def priced(
+    layers: Sequence[LayerInfo], assignment: Assignment, sensitivity: Sensitivity | None
+) -> BitPlan:
+    """A plan that was given, with what it costs and, where every spec was measured, its loss."""
+    stored, code = average_bits(layers, assignment)
+    losses = [] if sensitivity is None else list(known_losses(sensitivity, assignment).values())
+    known = [loss for loss in losses if loss is not None]
+    return BitPlan(
+        assignment=dict(assignment),
+        budget=cost_text(layers, assignment),
+        stored_bits=stored,
+        code_bits=code,
+        predicted_loss=math.fsum(known) if len(known) == len(layers) else None,
+        solver="file",
+    )
+
+
+def frontier(
+    sensitivity: Sensitivity, config: SearchConfig, *, points: int, most_bits: float = 6.0
+) -> list[BitPlan]:
+    """Plans from the smallest to `most_bits` stored bits a weight, each for a budget of its own.
+
+    Args:
+        sensitivity: predicted losses of all candidates.
+        config: solver and tying rules.
+        points: budgets, evenly spread; at least two.
+        most_bits: the largest, unless candidates end before.
+
+    Returns:
+        By stored bits; a plan that is not predicted better than a smaller one is left out.
+    """
+    low, high = reachable_bits(sensitivity, config)
+    least, most = math.ceil(1000 * low), max(math.floor(1000 * min(high, most_bits)), 0)
+    budgets = {
+        round(least + i * (most - least) / (points - 1)) for i in range(points) if most > least
+    } | {least}
+    found: list[BitPlan] = []
+    for bits in sorted(budgets):
+        plan = search(sensitivity, Budget.parse(f"{bits / 1000:g}bit"), config)
+        loss = plan.predicted_loss
+        if not found or (loss or 0.0) < (found[-1].predicted_loss or 0.0):
+            found.append(plan)
+    return found

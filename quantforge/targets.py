@@ -1,0 +1,197 @@
+"""The fewest bits whose measured quality is inside a target.
+
+A target is about the network, not about a prediction: plans are put together from the candidates
+that calibration stored and measured on all held-out tokens, which takes seconds each. The bits are
+bisected. It begins where the predicted loss equals the target, goes up or down in growing steps
+until one plan inside the target and one outside it are known, and then halves the interval between
+them until it is a hundredth of a bit.
+
+A plan is inside a target if the upper end of its one-sided 95 % interval is: mean plus 1.645
+standard errors over the held-out windows, of the KL, or of the cross-entropy's paired difference to
+the float network. Two things this does not promise. What is measured has the one-pass compensation
+of the candidates; `quantize` then compensates block by block and tunes, which lowers the loss, so
+that the finished network is usually better than asked for and a little larger than it had to be.
+And the interval is of this text, by the normal law, which is a little narrow for a handful of
+windows: on another text the loss may be larger.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from quantforge.errors import BudgetError, InputError
+from quantforge.results import Quality, TargetOutcome
+from quantforge.search.budget import Target
+from quantforge.types import BitPlan, QuantSpec
+
+ONE_SIDED_95 = 1.645
+RESOLUTION = Fraction(1, 100)
+FIRST_STEP = Fraction(1, 4)
+_PREDICTED_ROUNDS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """A loss measured over windows, in nats a token, and the upper end of its interval."""
+
+    mean: float
+    stderr: float
+
+    @property
+    def upper(self) -> float:
+        """One-sided 95 %."""
+        return self.mean + ONE_SIDED_95 * self.stderr
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Met:
+    """A plan inside all targets.
+
+    Attributes:
+        plan: of the fewest bits that were found.
+        outcomes: one a target.
+    """
+
+    plan: BitPlan
+    outcomes: tuple[TargetOutcome, ...]
+
+
+def bound(target: Target, quality: Quality, reference_nll: Sequence[float]) -> Bound:
+    """How far a measured network is from the float one, by what a target looks at.
+
+    Args:
+        target: says what.
+        quality: of the network.
+        reference_nll: mean cross-entropy of the float network on the same windows.
+
+    Raises:
+        InputError: there is one window, which says nothing of a spread.
+    """
+    if quality.windows < 2:
+        raise InputError(
+            f"{target.text} needs at least two held-out sequences, the calibration text has "
+            f"{quality.windows}; raise calibration.sequences or calibration.held_out_share"
+        )
+    if target.kind == "kl":
+        return Bound(mean=quality.kl, stderr=quality.kl_stderr)
+    rises = [a - b for a, b in zip(quality.window_nll, reference_nll, strict=True)]
+    return Bound(
+        mean=statistics.fmean(rises), stderr=statistics.stdev(rises) / math.sqrt(len(rises))
+    )
+
+
+def meet(
+    targets: Sequence[Target],
+    find: Callable[[Fraction], BitPlan],
+    measure: Callable[[BitPlan], Quality],
+    reference_nll: Sequence[float],
+    *,
+    bits: tuple[Fraction, Fraction],
+    also: Sequence[BitPlan] = (),
+) -> Met:
+    """The plan of fewest bits inside all targets, by bisection on measured quality.
+
+    Args:
+        targets: at least one.
+        find: the best plan within so many stored bits a weight, and within whatever else limits.
+        measure: held-out quality of a plan.
+        reference_nll: mean cross-entropy of the float network on every window.
+        bits: fewest and most stored bits a weight.
+        also: plans that are taken if they are inside with fewer bits, e.g. uniform ones.
+
+    Raises:
+        BudgetError: even the plan of the most bits is outside.
+        InputError: there are too few held-out windows.
+    """
+    known: dict[tuple[tuple[str, QuantSpec | None], ...], Quality] = {}
+
+    def measured(plan: BitPlan) -> Quality:
+        key = tuple(plan.assignment.items())
+        if key not in known:
+            known[key] = measure(plan)
+        return known[key]
+
+    def inside(plan: BitPlan) -> bool:
+        quality = measured(plan)
+        return all(bound(t, quality, reference_nll).upper <= t.nats for t in targets)
+
+    low, high = bits
+    guess, step = _predicted(targets, find, low, high), FIRST_STEP
+    outside: Fraction | None = None
+    while not inside(best := find(guess)):
+        if guess >= high:
+            raise BudgetError(_unreachable(targets, best, measured(best), reference_nll))
+        outside, guess, step = guess, min(guess + step, high), 2 * step
+    step = FIRST_STEP
+    while Fraction(best.stored_bits) - (low if outside is None else outside) > RESOLUTION:
+        fewest = Fraction(best.stored_bits)
+        guess = max(fewest - step, low) if outside is None else (fewest + outside) / 2
+        plan = find(guess)
+        if inside(plan):
+            best, step = plan, 2 * step
+        else:
+            outside = guess
+    for other in sorted(also, key=lambda plan: plan.stored_bits):
+        if other.stored_bits < best.stored_bits and inside(other):
+            best = other
+            break
+    outcomes = _outcomes(targets, best, measured(best), reference_nll, len(known))
+    return Met(plan=best, outcomes=outcomes)
+
+
+def _predicted(
+    targets: Sequence[Target], find: Callable[[Fraction], BitPlan], low: Fraction, high: Fraction
+) -> Fraction:
+    """The fewest bits at which the predicted loss is inside all targets; `high` if none."""
+    limit = min(target.nats for target in targets)
+    top = high
+    for _ in range(_PREDICTED_ROUNDS):
+        middle = (low + top) / 2
+        loss = find(middle).predicted_loss
+        if loss is not None and loss <= limit:
+            top = middle
+        else:
+            low = middle
+    return top
+
+
+def _outcomes(
+    targets: Sequence[Target],
+    plan: BitPlan,
+    quality: Quality,
+    reference_nll: Sequence[float],
+    plans: int,
+) -> tuple[TargetOutcome, ...]:
+    found = []
+    for target in targets:
+        one = bound(target, quality, reference_nll)
+        found.append(
+            TargetOutcome(
+                text=target.text,
+                limit=target.nats,
+                predicted=plan.predicted_loss,
+                measured=one.mean,
+                stderr=one.stderr,
+                upper=one.upper,
+                windows=quality.windows,
+                plans=plans,
+            )
+        )
+    return tuple(found)
+
+
+def _unreachable(
+    targets: Sequence[Target], plan: BitPlan, quality: Quality, reference_nll: Sequence[float]
+) -> str:
+    """Names the target that the plan of the most bits misses, and by what."""
+    bounds = [(target, bound(target, quality, reference_nll)) for target in targets]
+    target, one = next((t, b) for t, b in bounds if b.upper > t.nats)
+    return (
+        f"budget {plan.budget} cannot be met: with the most bits that its limits allow, "
+        f"{plan.stored_bits:.3f}, the upper bound for {target.text} is {one.upper:.4g} nats a "
+        f"token, above {target.nats:.4g}; allow more bits or more loss"
+    )

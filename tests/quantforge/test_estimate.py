@@ -1,0 +1,91 @@
+"""Work counted in closed form for a network of one block."""
+
+import copy
+
+import pytest
+import torch
+
+from quantforge.estimate import Shape, added_bytes, estimate, forward_rate, multiply_adds
+from quantforge.load.huggingface import from_module
+from quantforge.recipe import Recipe
+from quantforge.testing import markov_tokens, tiny_llama
+from quantforge.types import CalibrationSet
+
+# q, k, v: 64, 32 and 32 rows of 64; o: 64 of 64; gate and up: 128 of 64; down: 64 of 128.
+WEIGHTS = 64 * 128 + 64 * 64 + 2 * 128 * 64 + 64 * 128
+HEAD = 96 * 64
+FITTING, LENGTH, HELD_OUT, CURVE = 14 * 24, 24, 4 * 24, 2 * 24
+PASSES = FITTING * WEIGHTS
+GRAMS = FITTING * (3 * 64**2 + 128**2)
+FACTORS = 3 * 64**3 + 128**3
+ROWS = (128 + 64 + 256) * 64**2 + 64 * 128**2
+FEEDBACK = (64**2 + 2 * 32**2) * 64 + 64**2 * 64 + 2 * 128**2 * 64 + 64**2 * 128
+SCORED = (3 * CURVE + 2 * HELD_OUT) * (WEIGHTS + 2 * HEAD)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return from_module(tiny_llama(blocks=1))
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    tokens = markov_tokens(18, LENGTH)
+    return CalibrationSet(fitting=tokens[:14], held_out=tokens[14:], description="", fingerprint="")
+
+
+def recipe(**quantize):
+    tuning = {"steps": quantize.pop("steps", 0), "batch": 2}
+    return Recipe.model_validate(
+        {"quantize": {"tuning": tuning, **quantize}, "evaluate": {"curve_windows": 2}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"sequential": False}, 0),
+        ({"method": "rtn"}, 2 * PASSES + GRAMS + FACTORS),
+        (
+            {"method": "gptq", "output_feedback": False},
+            2 * PASSES + GRAMS + FACTORS + ROWS,
+        ),
+        ({"method": "gptq"}, 2 * PASSES + GRAMS + FACTORS + ROWS + FEEDBACK),
+        ({}, 3 * PASSES + 2 * GRAMS + FACTORS + ROWS + FEEDBACK),
+        (
+            {"true_sequential": True},
+            6 * PASSES + 2 * GRAMS + FACTORS + ROWS + FEEDBACK,
+        ),
+        ({"sequential": False, "steps": 5}, 4 * 5 * 2 * LENGTH * (WEIGHTS + HEAD)),
+    ],
+)
+def test_multiply_adds_in_closed_form(model, calibration, options, expected):
+    chosen = recipe(**options)
+    shape = Shape.of(model, calibration, chosen)
+    assert (shape.weights, shape.head, shape.hidden) == (WEIGHTS, HEAD, 64)
+    assert multiply_adds(shape, chosen) == expected + SCORED
+
+
+def test_memory_in_closed_form(model, calibration):
+    shape = Shape.of(model, calibration, recipe())
+    assert added_bytes(shape, recipe(sequential=False)) == WEIGHTS
+    streams = 4 * FITTING * 64
+    plain = recipe(method="gptq", output_feedback=False)
+    assert added_bytes(shape, plain) == WEIGHTS + streams + 16 * 128**2
+    assert added_bytes(shape, recipe()) == WEIGHTS + 2 * streams + 16 * 2 * 128**2
+    taught = 2 * FITTING * 64
+    kept = 4 * LENGTH * (64 + 3 * 64 + 64 + 2 * 64 + 128 + 128 + 64 + 256 + 64)
+    tuning = 2 * HEAD + 12 * 128 * 96 + kept
+    blocks = 2 * streams + 16 * 2 * 128**2
+    assert added_bytes(shape, recipe(steps=5)) == WEIGHTS + taught + max(blocks, tuning)
+
+
+def test_the_rate_is_measured_on_the_network_and_leaves_it_alone(model, calibration):
+    before = copy.deepcopy(model.module.state_dict())
+    rate = forward_rate(model, calibration, recipe())
+    assert 1e5 < rate < 1e15
+    found = estimate(model, calibration, recipe())
+    assert found.seconds == pytest.approx(found.multiply_adds / found.rate)
+    assert found.memory_bytes > 50_000_000  # the interpreter and torch are part of it
+    for name, tensor in model.module.state_dict().items():
+        assert torch.equal(tensor, before[name])
