@@ -28,8 +28,9 @@ from quantforge.calibrate.artefact import (
     save_sensitivity,
     save_traces,
 )
-from quantforge.calibrate.candidates import final_hidden, measure
-from quantforge.calibrate.fisher import OutputGram, output_gradient_moments
+from quantforge.calibrate.candidates import final_hidden, quantize_candidates, weight_errors
+from quantforge.calibrate.fisher import GradientStatistics, gradient_statistics
+from quantforge.calibrate.sensitivity import predict
 from quantforge.decision import Measurement
 from quantforge.errors import InputError
 from quantforge.files import fingerprint
@@ -44,11 +45,11 @@ from quantforge.recipe import Recipe
 from quantforge.results import CurvePoint, Quality
 from quantforge.search.allocate import uniform_plans
 from quantforge.search.correction import corrected, correction_factors
-from quantforge.types import BitPlan, CalibrationSet, QuantSpec, Sensitivity
+from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantSpec, Sensitivity
 from quantforge.workspace import machine_traits
 
 # Raised with every change of what calibration computes: older measurements are then not used.
-MEASUREMENT_VERSION = 5
+MEASUREMENT_VERSION = 6
 CANDIDATES = "candidates"
 TRACES = "traces.safetensors"
 OUTPUT_GRAMS = "output_grams.safetensors"
@@ -156,38 +157,34 @@ class Calibrator:
     def _measure_candidates(self, specs: Sequence[QuantSpec], key: str, folder: Path) -> None:
         """Fill a folder for `searched`."""
         store = CandidateStore(folder / CANDIDATES, self.model.device)
+        options = self.recipe.calibrate
         with StageTimer(self.timings, "calibrate"):
-            coupled = self.recipe.quantize.needs_output_grams
-            moments, grams = self.gradient_moments(layers=True, blocks=True, coupled=coupled)
-            save_output_grams(grams, folder / OUTPUT_GRAMS)
+            errors, final = quantize_candidates(
+                self.model, self.calibration.fitting, specs, options,
+                store=store, monitor=self.monitor,
+            )  # fmt: skip
             release_freed()
-            sensitivity, final = measure(
-                self.model,
-                self.calibration.fitting,
-                moments,
-                specs,
-                self.recipe.calibrate,
-                store=store,
-                fingerprint=key,
-                monitor=self.monitor,
+            found = self.gradients(
+                coupled=self.recipe.quantize.needs_output_grams,
+                errors=weight_errors(self.model, specs, store) if options.reads_products else None,
             )
-            save_traces([moments[name] for name in self._block_names()], final, folder / TRACES)
+            save_output_grams(found.grams, folder / OUTPUT_GRAMS)
+            save_traces(found.channels, final, folder / TRACES)
+            length = self.calibration.fitting.shape[1]
+            sensitivity = predict(errors, found, specs, length, options.estimator, key)
+            release_freed()
             save_curve(self._measure_uniform(sensitivity, store), folder / UNIFORM)
         save_sensitivity(sensitivity, folder / SENSITIVITY)  # last: says that all is there
 
     def _measure_needed(self, needs: Needs, folder: Path) -> None:
         """Fill a folder for `settled`."""
-        weights: list[Tensor] = []
+        weights: tuple[Tensor, ...] = ()
         with StageTimer(self.timings, "calibrate"):
             if needs.output_grams or needs.channel_weights:
-                moments, grams = self.gradient_moments(
-                    layers=needs.output_grams,
-                    blocks=needs.channel_weights,
-                    coupled=needs.output_grams,
-                )
-                save_output_grams(grams, folder / OUTPUT_GRAMS)
+                found = self.gradients(coupled=needs.output_grams)
+                save_output_grams(found.grams, folder / OUTPUT_GRAMS)
                 release_freed()
-                weights = [moments[name] for name in self._block_names() if name in moments]
+                weights = found.channels if needs.channel_weights else ()
             final = torch.empty(0)
             if needs.final_hidden:
                 final = final_hidden(
@@ -245,27 +242,20 @@ class Calibrator:
             for plan, quality in zip(plans, qualities, strict=True)
         )
 
-    def gradient_moments(
-        self, *, layers: bool, blocks: bool, coupled: bool
-    ) -> tuple[dict[str, Tensor], dict[str, OutputGram]]:
-        """E[g²] at the outputs of layers and blocks, and the layers' output grams if `coupled`."""
+    def gradients(
+        self, *, coupled: bool, errors: Callable[[LayerInfo], Tensor] | None = None
+    ) -> GradientStatistics:
+        """One backward pass; with output grams if `coupled`, with inner products with `errors`."""
         options = self.recipe.calibrate
-        features: dict[str, int] = {}
-        if layers:
-            features = {layer.name: layer.out_features for layer in self.model.layers}
-        names = set(features) if coupled else set()
-        if blocks:
-            features.update(dict.fromkeys(self._block_names(), self._hidden_features()))
-        return output_gradient_moments(
+        return gradient_statistics(
             self.model,
-            features,
             self.calibration.fitting[: options.gradient_sequences],
             batch_size=options.gradient_batch,
             precision=options.precision,
             generator=torch.Generator(self.model.device).manual_seed(self.seed),
             monitor=self.monitor,
-            coupled=names,
-            recompute=options.recompute,
+            coupled={layer.name for layer in self.model.layers} if coupled else (),
+            errors=errors,
         )
 
     def _hidden_features(self) -> int:

@@ -219,6 +219,8 @@ class Sensitivity:
         error: [layers, specs] float64, relative squared output error of the candidate.
         estimator: name of the estimator that made `loss`.
         fingerprint: of everything that made it.
+        stderr: [layers, specs] float64, standard error of `loss`; +inf where the candidate does not
+            fit. None where the estimator has none.
     """
 
     layers: tuple[LayerInfo, ...]
@@ -227,3 +229,4 @@ class Sensitivity:
     error: Tensor
     estimator: str
     fingerprint: str
+    stderr: Tensor | None = None

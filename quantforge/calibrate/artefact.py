@@ -18,7 +18,7 @@ from quantforge.files import atomic_path, write_json
 from quantforge.results import CurvePoint, Quality
 from quantforge.types import LayerInfo, QuantSpec, Sensitivity
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def save_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
@@ -35,6 +35,7 @@ def save_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
         "layers": [asdict(layer) for layer in sensitivity.layers],
         "loss_nats": rows(sensitivity.loss),
         "relative_output_error": rows(sensitivity.error),
+        "loss_stderr_nats": None if sensitivity.stderr is None else rows(sensitivity.stderr),
     }
     write_json(path, document)
 
@@ -61,6 +62,7 @@ def load_sensitivity(path: Path) -> Sensitivity:
             error=table(document["relative_output_error"]),
             estimator=document["estimator"],
             fingerprint=document["fingerprint"],
+            stderr=None if (spread := document["loss_stderr_nats"]) is None else table(spread),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a sensitivity file ({error}); delete it") from error

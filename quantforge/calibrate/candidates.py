@@ -1,4 +1,4 @@
-"""Every candidate of every layer, really quantized: its predicted loss and its integers.
+"""Every candidate of every layer, really quantized: its integers and its output errors.
 
 One walk through the float network gathers each block's grams; each gram is factored once and
 serves all candidates of all layers that read it. The integers are kept in a store on disk, so
@@ -8,7 +8,8 @@ that `fast` effort has its final weights already.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,98 +22,125 @@ from quantforge.methods.gptq import gptq
 from quantforge.models import Model
 from quantforge.numerics import Factor, factorize, output_error, relative
 from quantforge.progress import Monitor
-from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
+from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec
 
 
-def predicted_loss(error: Tensor, moments: Tensor) -> float:
-    """½ Σ_o E[g_o²] d_o gram d_oᵀ in nats a token (see `fisher`).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateErrors:
+    """Output errors of one layer's candidates.
 
-    Args:
-        error: [out] d_o gram d_oᵀ, from `output_error`.
-        moments: [out] E[g_o²].
+    Attributes:
+        layer: the layer.
+        rows: [candidates, out] float32 d_o gram d_oᵀ; +inf for candidates that do not fit.
+        relative: [candidates] float64, their sum over that of the weight itself; likewise.
     """
-    return 0.5 * float((moments.double() * error.double()).sum())
+
+    layer: LayerInfo
+    rows: Tensor
+    relative: Tensor
 
 
 def measure_layer(
+    layer: LayerInfo,
     weight: Tensor,
     gram: Tensor,
     factor: Factor,
-    moments: Tensor,
     specs: Sequence[QuantSpec],
     config: CalibrateConfig,
-) -> tuple[list[float], list[float], dict[QuantSpec, QuantizedWeight]]:
-    """Predicted loss, relative output error and integers of every candidate of one layer.
+) -> tuple[CandidateErrors, dict[QuantSpec, QuantizedWeight]]:
+    """Output errors and integers of every candidate of one layer.
 
     A candidate that does not divide the row gets +inf and no integers.
     """
-    losses, errors, quantized = [], [], {}
+    rows = torch.full((len(specs), len(weight)), torch.inf)
+    shares, quantized = [], {}
     reference = output_error(weight, gram)
-    for spec in specs:
+    for index, spec in enumerate(specs):
         if not spec.divides(weight.shape[1]):
-            losses.append(torch.inf)
-            errors.append(torch.inf)
+            shares.append(torch.inf)
             continue
         quantized[spec] = gptq(weight, factor, spec, grid=config.grid)
         error = output_error(quantized[spec].dequantize() - weight, gram)
-        losses.append(predicted_loss(error, moments))
-        errors.append(relative(error, reference))
-    return losses, errors, quantized
+        rows[index] = error.cpu()
+        shares.append(relative(error, reference))
+    table = torch.tensor(shares, dtype=torch.float64)
+    return CandidateErrors(layer=layer, rows=rows, relative=table), quantized
 
 
-def measure(
+def quantize_candidates(
     model: Model,
     tokens: Tensor,
-    moments: Mapping[str, Tensor],
     specs: Sequence[QuantSpec],
     config: CalibrateConfig,
     *,
     store: CandidateStore,
-    fingerprint: str,
     monitor: Monitor,
-) -> tuple[Sensitivity, Tensor]:
+) -> tuple[list[CandidateErrors], Tensor]:
     """Quantize every layer at every candidate on the float network's inputs.
 
     Args:
         model: the float network; not changed.
         tokens: [sequences, length] fitting tokens.
-        moments: layer name → [out] E[g_o²], from `fisher.output_gradient_moments`.
         specs: the candidates.
         config: calibration options.
         store: receives the integers of every candidate.
-        fingerprint: of everything that determines the result.
         monitor: progress and cancellation.
 
     Returns:
-        The table, and [sequences, length, hidden] bfloat16: what enters the head of the float
-        network, from which its predictions can be formed again.
+        Errors of every layer, in forward order, and [sequences, length, hidden] bfloat16: what
+        enters the head of the float network, from which its predictions can be formed again.
     """
     walk = _walk(model, tokens, config)
-    rows: list[tuple[LayerInfo, list[float], list[float]]] = []
+    found: list[CandidateErrors] = []
     for index, block in enumerate(walk.blocks):
         grams = stage_grams(walk, block, model.architecture, advance=True)
         factors = [factorize(gram, damping=config.damping) for gram in grams]
         for layer in (one for one in model.layers if one.block == index):
-            weight: Any = model.module.get_submodule(layer.name).weight
-            losses, errors, quantized = measure_layer(
-                weight.detach().float(),
+            errors, quantized = measure_layer(
+                layer,
+                float_weight(model, layer),
                 grams[layer.stage],
                 factors[layer.stage],
-                moments[layer.name],
                 specs,
                 config,
             )
             if quantized:  # a layer that no group size divides can only be kept
                 store.put(layer.name, quantized)
-            rows.append((layer, losses, errors))
+            found.append(errors)
         monitor.step("candidates", index + 1, len(walk.blocks))
-    return _table(rows, specs, config, fingerprint), _head_inputs(model, walk)
+    return found, _head_inputs(model, walk)
+
+
+def weight_errors(
+    model: Model, specs: Sequence[QuantSpec], store: CandidateStore
+) -> Callable[[LayerInfo], Tensor]:
+    """A function that gives D = Q(W) − W of a layer's candidates, [candidates, out, in] float32.
+
+    Zero for candidates that do not fit the layer.
+    """
+
+    def errors(layer: LayerInfo) -> Tensor:
+        weight = float_weight(model, layer)
+        table = weight.new_zeros(len(specs), *weight.shape)
+        for index, spec in enumerate(specs):
+            if spec.divides(layer.in_features):
+                torch.sub(store.get(layer.name, spec).dequantize(), weight, out=table[index])
+        return table
+
+    return errors
+
+
+def float_weight(model: Model, layer: LayerInfo) -> Tensor:
+    """[out, in] float32 weight of a layer, without its history."""
+    module: Any = model.module.get_submodule(layer.name)
+    weight: Tensor = module.weight.detach().float()
+    return weight
 
 
 def final_hidden(model: Model, tokens: Tensor, config: CalibrateConfig, monitor: Monitor) -> Tensor:
     """[sequences, length, hidden] bfloat16: what enters the float network's head, and no more.
 
-    Equal to what `measure` returns beside its table.
+    Equal to what `quantize_candidates` returns beside the errors.
 
     Args:
         model: the float network.
@@ -135,23 +163,6 @@ def _walk(model: Model, tokens: Tensor, config: CalibrateConfig) -> BlockWalk:
         tokens,
         batch_size=config.batch_size,
         precision=config.precision,
-    )
-
-
-def _table(
-    rows: Sequence[tuple[LayerInfo, list[float], list[float]]],
-    specs: Sequence[QuantSpec],
-    config: CalibrateConfig,
-    fingerprint: str,
-) -> Sensitivity:
-    """Losses and errors of all layers as one table."""
-    return Sensitivity(
-        layers=tuple(layer for layer, _, _ in rows),
-        specs=tuple(specs),
-        loss=torch.tensor([losses for _, losses, _ in rows], dtype=torch.float64),
-        error=torch.tensor([errors for _, _, errors in rows], dtype=torch.float64),
-        estimator=config.estimator,
-        fingerprint=fingerprint,
     )
 
 

@@ -1,57 +1,66 @@
 """Second moments of output gradients: the output side of the Fisher information.
 
-For a layer y = W x the increase of the token loss caused by a weight error D is, to second order
-and averaged over tokens, ½ E[(gᵀ D x)²], where g is the gradient of the log-likelihood of a label
-sampled from the network itself (so that the expectation is the Fisher information, which equals
-the curvature of the KL divergence). Taking outputs as uncorrelated and g as independent of x:
+For a layer y = W x the increase of the token loss caused by a weight error D is, to second order,
+½ E[(Σ_t g_tᵀ D x_t)²] a sequence, where g_t is the gradient of the log-likelihood of labels sampled
+from the network itself (so that the expectation is the Fisher information, which equals the
+curvature of the KL divergence). Gradients are of the sum over a sequence's tokens, so an error's
+effect on later tokens counts in full. Units are nats; divided by the length, nats a token.
+
+Two estimates rest on one backward pass. The **exact** one evaluates that expression for every
+candidate as it really is: G = Σ_t g_t x_tᵀ is the layer's weight gradient of one sequence, and
+Σ_t g_tᵀ D x_t its inner product with D. It is unbiased, and as noisy as squares of so many normal
+numbers are. The **factored** one takes outputs as uncorrelated, and g as independent of x and from
+token to token,
 
     ½ Σ_o E[g_o²] · d_o gram d_oᵀ        d_o: row o of D
 
-so one first-order pass a batch serves every layer and every candidate. Units are nats a token.
-Gradients are of the sum over tokens, so an error's effect on later tokens counts in full.
+which averages over all tokens, so it has little noise, but is off by a factor that depends on the
+kind of layer and on the grid: 1.4 for gates at 3 bits, 0.5 for values at 2 (SmolLM2-135M).
+`sensitivity.combine` takes the best of both.
 
-Where outputs are not taken as uncorrelated, all of G = E[g gᵀ] is wanted, the output gram, whose
-diagonal these are: error feedback between rows rests on it (`methods.output_feedback`).
+Where rows answer for each other, all of E[g gᵀ] is wanted, the output gram, whose diagonal the
+moments are: error feedback between rows rests on it (`methods.output_feedback`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from quantforge.capture import Precision, compute_in, product_dtype, recomputed
+from quantforge.calibrate.backward import BlockGradients, backward_blocks
+from quantforge.capture import Precision, product_dtype
 from quantforge.models import Model
 from quantforge.numerics import GramAccumulator
 from quantforge.progress import Monitor
+from quantforge.types import LayerInfo
 
-HEAD_CHUNK = 512
 # Rows beyond this do not answer for each other: an output gram has that many squared entries.
 LARGEST_OUTPUT_BLOCK = 4096
+# Bytes of hidden states that are kept for the way back.
+STATES_LIMIT = 512 << 20
 
 
-def sampled_label_gradient(hidden: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of Σ_t −log p(y_t) with y_t ~ p, with respect to the head's input.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientStatistics:
+    """What one backward pass over some sequences tells.
 
-    Args:
-        hidden: [tokens, hidden] input of the head.
-        head: [vocabulary, hidden] weight of the head.
-        generator: draws the labels; of the device of `hidden`.
-
-    Returns:
-        [tokens, hidden] (p − onehot(y)) · head, in the dtype of `hidden`.
+    Attributes:
+        moments: layer name → [out] float32 E[g²] in (nats / output unit)² a token, on the network's
+            device.
+        channels: per block [hidden] float32, the same at the block's output.
+        grams: layer name → output gram; empty where none was asked for.
+        products: [sequences, layers, candidates] float64 Σ_t g_tᵀ D x_t in nats; None where no
+            candidates were given.
     """
-    pieces = []
-    for chunk in torch.split(hidden, HEAD_CHUNK):
-        probability = torch.softmax((chunk @ head.T).float(), -1)
-        label = torch.multinomial(probability, 1, generator=generator)
-        one = torch.ones_like(label, dtype=probability.dtype)
-        residual = probability.scatter_add_(1, label, -one)
-        pieces.append(residual.to(head.dtype) @ head)
-    return torch.cat(pieces).to(hidden.dtype)
+
+    moments: dict[str, Tensor]
+    channels: tuple[Tensor, ...]
+    grams: dict[str, OutputGram]
+    products: Tensor | None
 
 
 class _Squares:
@@ -59,21 +68,16 @@ class _Squares:
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.total = torch.zeros(features, device=device)
+        self.tokens = 0
 
     def add(self, gradient: Tensor, _: torch.dtype) -> None:
         """Add a batch of gradients."""
         self.total.add_(gradient.float().flatten(0, -2).square().sum(0))
+        self.tokens += gradient[..., 0].numel()
 
-
-def _accumulate_into(total: _Squares | OutputGram, dtype: torch.dtype) -> Any:
-    def on_gradient(gradient: Tensor) -> None:
-        total.add(gradient.detach(), dtype)
-
-    def on_output(_: nn.Module, __: Any, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple) else output
-        states.register_hook(on_gradient)
-
-    return on_output
+    def squares(self) -> Tensor:
+        """[out] E[g²] a token."""
+        return self.total / self.tokens
 
 
 class OutputGram:
@@ -103,9 +107,8 @@ class OutputGram:
         return [block.mean() for block in self.blocks]
 
 
-def output_gradient_moments(
+def gradient_statistics(
     model: Model,
-    features: Mapping[str, int],
     tokens: Tensor,
     *,
     batch_size: int,
@@ -113,67 +116,114 @@ def output_gradient_moments(
     generator: torch.Generator,
     monitor: Monitor,
     coupled: Collection[str] = (),
-    recompute: int = 0,
-) -> tuple[dict[str, Tensor], dict[str, OutputGram]]:
-    """Moments of the gradients at the named modules' outputs, with labels drawn from the model.
+    errors: Callable[[LayerInfo], Tensor] | None = None,
+    states_limit: int = STATES_LIMIT,
+) -> GradientStatistics:
+    """Moments of the gradients at the layers' outputs, with labels drawn from the model.
 
     Args:
         model: the float network; its parameters are frozen while this runs.
-        features: module path → size of its output's last axis.
         tokens: [sequences, length] int64.
         batch_size: sequences a pass.
         precision: of the matrix products.
         generator: draws the labels; of the network's device.
         monitor: progress and cancellation.
-        coupled: the modules whose whole output gram is wanted.
-        recompute: every so many-th block runs again in the backward pass; 0 keeps all activations.
-
-    Returns:
-        module path → [features] float32 E[g²] over all tokens, on the network's device, in
-        (nats / output unit)² a token; and module path → output gram of the coupled ones.
+        coupled: the layers whose whole output gram is wanted.
+        errors: gives a layer's D of every candidate, [candidates, out, in].
+        states_limit: bytes of hidden states kept at a time; `errors` is asked once a layer for
+            every portion of the sequences that keeps within it.
     """
-    module, architecture = model.module, model.architecture
-    sums: dict[str, _Squares | OutputGram] = {
-        name: (OutputGram if name in coupled else _Squares)(size, model.device)
-        for name, size in features.items()
-    }
-    projection: Any = module.get_submodule(architecture.head)
-    head: Tensor = projection.weight.detach()
-    if precision == "bfloat16":
-        head = head.bfloat16()
-    seen: dict[str, Tensor] = {}
-    body = module.get_submodule(architecture.blocks.rpartition(".")[0])
-    batches = torch.split(tokens, batch_size)
-    with ExitStack() as stack:
-        stack.enter_context(_frozen(module))
-        stack.enter_context(recomputed(architecture.block_list(module), recompute))
-
-        def watch(name: str, hook: Any) -> None:
-            stack.callback(module.get_submodule(name).register_forward_hook(hook).remove)
-
-        for name, total in sums.items():
-            watch(name, _accumulate_into(total, product_dtype(precision)))
-        watch(architecture.embedding, lambda _, __, output: output.requires_grad_())
-        watch(architecture.final_norm, lambda _, __, output: seen.update(hidden=output))
-        for index, batch in enumerate(batches):
-            with torch.enable_grad(), compute_in(precision, head.device):
-                body(input_ids=batch.to(head.device), use_cache=False)
-            _back_from_samples(seen.pop("hidden"), head, generator)
-            monitor.step("gradients", index + 1, len(batches))
-    grams = {name: total for name, total in sums.items() if isinstance(total, OutputGram)}
-    squares = {
-        name: total.squares() if isinstance(total, OutputGram) else total.total / tokens.numel()
-        for name, total in sums.items()
-    }
-    return squares, grams
+    collector = _Collector(model, set(coupled), errors, len(tokens), product_dtype(precision))
+    blocks = len(model.architecture.block_list(model.module))
+    portion = _portion(model, tokens, collector.product, states_limit, batch_size)
+    done = 0
+    with _frozen(model.module):
+        for found in backward_blocks(
+            model, tokens, batch_size=batch_size, portion=portion, precision=precision,
+            generator=generator,
+        ):  # fmt: skip
+            collector.add(found)
+            done += found.rows.stop - found.rows.start
+            monitor.step("gradients", done, len(tokens) * blocks)
+    return collector.result()
 
 
-def _back_from_samples(hidden: Tensor, head: Tensor, generator: torch.Generator) -> None:
-    """Run backwards from the head's input [batch, length, hidden], with labels drawn there."""
-    with torch.no_grad():
-        flat = hidden.detach().flatten(0, 1).to(head.dtype)
-        gradient = sampled_label_gradient(flat, head, generator)
-    torch.autograd.backward(hidden, gradient.view_as(hidden).to(hidden.dtype))
+class _Collector:
+    """Sums over what the backward pass of every block leaves."""
+
+    def __init__(
+        self,
+        model: Model,
+        coupled: Collection[str],
+        errors: Callable[[LayerInfo], Tensor] | None,
+        sequences: int,
+        product: torch.dtype,
+    ) -> None:
+        self.product, self.layers, self.sequences = product, model.layers, sequences
+        self.sums: dict[str, _Squares | OutputGram] = {
+            layer.name: (OutputGram if layer.name in coupled else _Squares)(
+                layer.out_features, model.device
+            )
+            for layer in model.layers
+        }
+        self.channels: dict[int, _Squares] = {}
+        self.products: Tensor | None = None
+        self._errors = errors
+        self._errors_of = -1
+        self._known: dict[int, Tensor] = {}
+
+    def add(self, found: BlockGradients) -> None:
+        """Add one batch of one block."""
+        features, device = found.output.shape[-1], found.output.device
+        squares = self.channels.setdefault(found.block, _Squares(features, device))
+        squares.add(found.output, self.product)
+        for name, gradient in found.gradients.items():
+            self.sums[name].add(gradient, self.product)
+        if self._errors is None:
+            return
+        if found.block != self._errors_of:  # the batches of a block come one after the other
+            self._errors_of = found.block
+            self._known = {
+                index: self._errors(layer).to(self.product)
+                for index, layer in enumerate(self.layers)
+                if layer.block == found.block
+            }
+        for index, errors in self._known.items():
+            inner = inner_products(found, self.layers[index], errors)
+            if self.products is None:
+                shape = (self.sequences, len(self.layers), inner.shape[1])
+                self.products = torch.zeros(shape, dtype=torch.float64)
+            self.products[found.rows, index] = inner.double().cpu()
+
+    def result(self) -> GradientStatistics:
+        """The sums as means."""
+        return GradientStatistics(
+            moments={name: total.squares() for name, total in self.sums.items()},
+            channels=tuple(total.squares() for _, total in sorted(self.channels.items())),
+            grams={name: one for name, one in self.sums.items() if isinstance(one, OutputGram)},
+            products=self.products,
+        )
+
+
+def inner_products(found: BlockGradients, layer: LayerInfo, errors: Tensor) -> Tensor:
+    """Σ_t g_tᵀ D x_t of one layer, [sequences, candidates] float32.
+
+    Args:
+        found: gradients and inputs of the layer's block.
+        layer: the layer.
+        errors: [candidates, out, in] D, in the dtype of the gradients.
+    """
+    gradient = found.gradients[layer.name].transpose(1, 2) @ found.inputs[layer.stage]
+    return (gradient.flatten(1) @ errors.flatten(1).T).float()
+
+
+def _portion(model: Model, tokens: Tensor, dtype: torch.dtype, limit: int, batch_size: int) -> int:
+    """Sequences, in whole batches, whose states at all blocks take at most `limit` bytes."""
+    embedding = model.module.get_submodule(model.architecture.embedding)
+    hidden = int(getattr(embedding, "embedding_dim", 1))
+    blocks = len(model.architecture.block_list(model.module))
+    a_batch = batch_size * tokens.shape[1] * hidden * blocks * dtype.itemsize
+    return batch_size * max(1, limit // a_batch)
 
 
 @contextmanager

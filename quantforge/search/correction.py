@@ -67,9 +67,10 @@ def _nearest(spec: QuantSpec, known: Mapping[QuantSpec, float]) -> float:
 
 def corrected(sensitivity: Sensitivity, factors: Mapping[QuantSpec, float]) -> Sensitivity:
     """The same table with every spec's losses multiplied by its factor."""
-    scale: Sequence[float] = [factors[spec] for spec in sensitivity.specs]
-    loss = sensitivity.loss * torch.tensor(scale, dtype=torch.float64)
-    return replace(sensitivity, loss=loss)
+    factor: Sequence[float] = [factors[spec] for spec in sensitivity.specs]
+    scale = torch.tensor(factor, dtype=torch.float64)
+    stderr = None if sensitivity.stderr is None else sensitivity.stderr * scale
+    return replace(sensitivity, loss=sensitivity.loss * scale, stderr=stderr)
 
 
 def relative_error(

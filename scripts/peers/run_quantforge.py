@@ -104,24 +104,22 @@ def channel_weights(model: Model, calibration: CalibrationSet, recipe: Recipe) -
     """Per block, how much the loss depends on its output's channels; ones where nobody asks."""
     import torch
 
-    from quantforge.calibrate.fisher import output_gradient_moments
+    from quantforge.calibrate.fisher import gradient_statistics
     from quantforge.progress import Monitor
 
-    blocks = model.architecture.block_names(model.module)
-    embedding: Any = model.module.get_submodule(model.architecture.embedding)
-    features = dict.fromkeys(blocks, int(embedding.embedding_dim))
     if recipe.quantize.rounding.steps == 0:
-        return [torch.ones(size) for size in features.values()]
-    moments, _ = output_gradient_moments(
+        embedding: Any = model.module.get_submodule(model.architecture.embedding)
+        blocks = model.architecture.block_names(model.module)
+        return [torch.ones(int(embedding.embedding_dim)) for _ in blocks]
+    found = gradient_statistics(
         model,
-        features,
         calibration.fitting[: recipe.calibrate.gradient_sequences],
         batch_size=recipe.calibrate.gradient_batch,
         precision=recipe.calibrate.precision,
         generator=torch.Generator().manual_seed(SEED),
         monitor=Monitor(),
     )
-    return [moments[name] for name in blocks]
+    return list(found.channels)
 
 
 if __name__ == "__main__":

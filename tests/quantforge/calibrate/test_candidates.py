@@ -5,8 +5,9 @@ import torch
 
 from quantforge.calibrate.candidates import measure_layer
 from quantforge.calibrate.config import CalibrateConfig
+from quantforge.calibrate.sensitivity import factored_losses
 from quantforge.numerics import factorize
-from quantforge.types import QuantSpec
+from quantforge.types import LayerInfo, QuantSpec
 
 SPECS = [QuantSpec(b, g, s) for b in (2, 4) for g in (16, 20, -1) for s in (True, False)]
 
@@ -17,9 +18,9 @@ def test_predictions_are_those_of_the_integers_and_zero_points_pay_for_a_mean():
     weight = 1.5 + torch.randn(8, 48, generator=generator)
     moments = torch.rand(8, generator=generator) + 0.1
     gram = inputs.T @ inputs / 300
-    losses, errors, quantized = measure_layer(
-        weight, gram, factorize(gram), moments, SPECS, CalibrateConfig()
-    )
+    layer = LayerInfo(name="a", out_features=8, in_features=48, block=0, stage=0, fused_group="a")
+    found, quantized = measure_layer(layer, weight, gram, factorize(gram), SPECS, CalibrateConfig())
+    losses, errors = factored_losses(found.rows, moments).tolist(), found.relative.tolist()
     fitting = [spec for spec in SPECS if spec.group_size != 20]  # 20 does not divide 48
     assert list(quantized) == fitting
     for spec, loss, error in zip(SPECS, losses, errors, strict=True):

@@ -1,0 +1,174 @@
+"""Gradients of a decoder one block at a time: the way back of `capture.BlockWalk`.
+
+The hidden states at every block's entrance are kept from the forward pass; from the head backwards
+each block then runs again, forward and backward, and is done with. What is resident is the states,
+in the precision of the products, and one block's activations for one batch. Sequences are taken in
+portions, so that the states stay within a limit; a portion costs its readers one visit of every
+block. In float32 the gradients are those of plain autograd.
+
+The loss is Σ_t −log p(y_t) with labels drawn from the network itself (see `fisher`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from quantforge.capture import (
+    BlockWalk,
+    Precision,
+    compute_in,
+    input_hooks,
+    product_dtype,
+    stage_readers,
+)
+from quantforge.models import Model
+
+HEAD_CHUNK = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockGradients:
+    """What a block's backward pass over one batch of sequences leaves.
+
+    Attributes:
+        block: index of the block.
+        rows: the batch, as positions among all sequences.
+        inputs: per stage, [sequences, length, in] in the products' precision.
+        gradients: layer name → [sequences, length, out] at the layer's output, likewise.
+        output: [sequences, length, hidden] float32, at the block's output.
+    """
+
+    block: int
+    rows: slice
+    inputs: tuple[Tensor, ...]
+    gradients: Mapping[str, Tensor]
+    output: Tensor
+
+
+def backward_blocks(
+    model: Model,
+    tokens: Tensor,
+    *,
+    batch_size: int,
+    portion: int,
+    precision: Precision,
+    generator: torch.Generator,
+) -> Iterator[BlockGradients]:
+    """Every batch of every block, from the last block to the first; portions one after another.
+
+    Args:
+        model: the float network; its parameters must not ask for gradients.
+        tokens: [sequences, length] int64.
+        batch_size: sequences a pass through a block.
+        portion: sequences whose states are kept at a time.
+        precision: of the matrix products.
+        generator: draws the labels, batch by batch; of the network's device.
+    """
+    product = product_dtype(precision)
+    for start in range(0, len(tokens), portion):
+        part = tokens[start : start + portion]
+        walk = BlockWalk(
+            model.module, model.architecture, part, batch_size=batch_size, precision=precision
+        )
+        entrances = []
+        for block in walk.blocks:
+            entrances.append([hidden.to(product) for hidden in walk.hidden])
+            walk.advance(block)
+        states = [_head_gradient(model, hidden, precision, generator) for hidden in walk.hidden]
+        for index in range(len(walk.blocks) - 1, -1, -1):
+            first = start
+            for batch, entrance in enumerate(entrances.pop()):
+                at_output, rows = states[batch], slice(first, first + len(entrance))
+                inputs, gradients, states[batch] = _block_backward(
+                    model, index, entrance, at_output, walk.kwargs[batch], precision
+                )
+                first = rows.stop
+                yield BlockGradients(
+                    block=index, rows=rows, inputs=inputs, gradients=gradients, output=at_output
+                )
+
+
+def _block_backward(
+    model: Model,
+    index: int,
+    entrance: Tensor,
+    at_output: Tensor,
+    kwargs: Mapping[str, Any],
+    precision: Precision,
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor], Tensor]:
+    """Run one block on one batch forward and backward.
+
+    Returns:
+        Inputs by stage, gradients by layer name, and the gradient at the block's input.
+    """
+    block = model.architecture.block_list(model.module)[index]
+    prefix = f"{model.architecture.block_names(model.module)[index]}."
+    readers = list(stage_readers(block, model.architecture))
+    paths = [one.name.removeprefix(prefix) for one in model.layers if one.block == index]
+    inputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    product = product_dtype(precision)
+
+    def watch(path: str) -> RemovableHandle:
+        def on_gradient(gradient: Tensor) -> None:
+            gradients[prefix + path] = gradient.detach().to(product)
+
+        def on_output(_: nn.Module, __: Any, output: Tensor) -> None:
+            output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+        return block.get_submodule(path).register_forward_hook(on_output)
+
+    start = entrance.float().requires_grad_()
+    with ExitStack() as stack:
+        stack.enter_context(input_hooks(block, readers, inputs.__setitem__))
+        for path in paths:
+            stack.callback(watch(path).remove)
+        with torch.enable_grad(), compute_in(precision, start.device):
+            output = block(start, **kwargs)
+        states = output[0] if isinstance(output, tuple) else output
+        (at_input,) = torch.autograd.grad(states, start, at_output)
+    return tuple(inputs[path].to(product) for path in readers), gradients, at_input
+
+
+def _head_gradient(
+    model: Model, hidden: Tensor, precision: Precision, generator: torch.Generator
+) -> Tensor:
+    """[batch, length, hidden] float32: the loss's gradient at the last block's output."""
+    projection: Any = model.module.get_submodule(model.architecture.head)
+    head = projection.weight.detach().to(product_dtype(precision))
+    norm = model.module.get_submodule(model.architecture.final_norm)
+    start = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        normed: Tensor = norm(start)
+    flat = normed.detach().flatten(0, 1).to(head.dtype)
+    gradient = sampled_label_gradient(flat, head, generator).view_as(normed).to(normed.dtype)
+    (found,) = torch.autograd.grad(normed, start, gradient)
+    return found
+
+
+def sampled_label_gradient(hidden: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of Σ_t −log p(y_t) with y_t ~ p, with respect to the head's input.
+
+    Args:
+        hidden: [tokens, hidden] input of the head.
+        head: [vocabulary, hidden] weight of the head.
+        generator: draws the labels; of the device of `hidden`.
+
+    Returns:
+        [tokens, hidden] (p − onehot(y)) · head, in the dtype of `hidden`.
+    """
+    pieces = []
+    for chunk in torch.split(hidden, HEAD_CHUNK):
+        probability = torch.softmax((chunk @ head.T).float(), -1)
+        label = torch.multinomial(probability, 1, generator=generator)
+        one = torch.ones_like(label, dtype=probability.dtype)
+        residual = probability.scatter_add_(1, label, -one)
+        pieces.append(residual.to(head.dtype) @ head)
+    return torch.cat(pieces).to(hidden.dtype)
