@@ -178,7 +178,7 @@ class BitPlan:
         code_bits: average code bits a weight.
         predicted_loss: predicted increase of the loss, in nats a token; None where it was not
             estimated, because nothing was searched.
-        solver: what found it ("dynamic-program", "uniform", "file"; "given" where there was nothing
+        solver: what found it (a name of `search.solver`, or "file"; "given" where there was nothing
             to search).
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from torch import Tensor
 from quantforge.errors import BudgetError
 from quantforge.search.budget import Budget
 from quantforge.search.config import SearchConfig
-from quantforge.search.knapsack import solve
+from quantforge.search.solvers import SOLVERS
 from quantforge.types import KEPT_BITS, BitPlan, LayerInfo, QuantSpec, Sensitivity
 
 
@@ -117,29 +117,8 @@ def _tables(
     return loss, cost
 
 
-def _dynamic_program(
-    loss: NDArray[np.float64], cost: NDArray[np.int64], limit: int
-) -> tuple[int, ...] | None:
-    choice = solve(loss, cost, limit)
-    return None if choice is None else choice.picks
-
-
-def _best_uniform(
-    loss: NDArray[np.float64], cost: NDArray[np.int64], limit: int
-) -> tuple[int, ...] | None:
-    total = np.where(cost.sum(axis=0) <= limit, loss.sum(axis=0), np.inf)
-    pick = int(total.argmin())
-    return (pick,) * len(loss) if np.isfinite(total[pick]) else None
-
-
-SOLVERS: dict[str, Callable[..., tuple[int, ...] | None]] = {
-    "dynamic-program": _dynamic_program,
-    "uniform": _best_uniform,
-}
-
-
 def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> BitPlan:
-    """The plan of least predicted loss within the budget, found exactly.
+    """The plan of least predicted loss within the budget that the configured solver finds.
 
     Args:
         sensitivity: predicted losses of all candidates.
@@ -153,8 +132,8 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
     loss, cost = _tables(sensitivity, items)
     weights = sum(layer.numel for layer in sensitivity.layers)
     limit = budget.total_bits(weights)
-    picks = SOLVERS[config.solver](loss, cost, limit)
-    if picks is None:
+    choice = SOLVERS[config.solver](loss, cost[None], [limit])
+    if choice is None:
         low, high = reachable_bits(sensitivity, config)
         floor = math.ceil(low * 1000) / 1000
         kind = "uniform plans" if config.solver == "uniform" else "plans"
@@ -163,7 +142,7 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
             f"bits a weight; raise --budget to at least {floor:.3f}bit"
         )
     assignment: dict[str, QuantSpec | None] = {}
-    for rows, pick in zip(items, picks, strict=True):
+    for rows, pick in zip(items, choice.picks, strict=True):
         spec = sensitivity.specs[pick] if pick < len(sensitivity.specs) else None
         for row in rows:
             assignment[sensitivity.layers[row].name] = spec

@@ -17,6 +17,7 @@ def _checked_group_size(size: int) -> int:
 
 
 Bits = Annotated[int, Field(ge=SUPPORTED_BITS[0], le=SUPPORTED_BITS[-1])]
+SolverName = Literal["dynamic-program", "integer-program", "lagrangian", "pareto", "uniform"]
 GroupSize = Annotated[int, AfterValidator(_checked_group_size)]
 
 
@@ -30,7 +31,10 @@ class SearchConfig(Config):
         asymmetric: add every candidate with zero-points, which cost `bits` more a group; "only"
             takes these alone. Stock transformers does not load checkpoints that hold such weights;
             `quantforge.load` does.
-        solver: how the plan is found.
+        solver: how the plan is found: exactly, by "dynamic-program" (default), "integer-program"
+            (HiGHS) or "pareto" (HAWQ-V2's enumeration, thinned where it grows too large); by
+            "lagrangian" prices, within one layer's step of the best; or "uniform", one grid for
+            all layers.
         correct: multiply predicted losses by what measured uniform networks say of their spec.
         independent: let layers that servers fuse (q/k/v, gate/up) have different specs.
     """
@@ -38,7 +42,7 @@ class SearchConfig(Config):
     bits: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
     group_sizes: tuple[GroupSize, ...] = (32, 64, 128, 192, PER_CHANNEL)
     asymmetric: bool | Literal["only"] = False
-    solver: Literal["dynamic-program", "uniform"] = "dynamic-program"
+    solver: SolverName = "dynamic-program"
     correct: bool = True
     independent: bool = False
 

@@ -1,112 +1,95 @@
 """Multiple-choice knapsack: one candidate an item, least loss within a cost. Pure arithmetic.
 
 The additive objective makes HAWQ-V2's Pareto enumeration a multiple-choice knapsack, which a
-dynamic program over integer costs solves exactly: best[c] is the least loss of the items so far
-with total cost at most c. Costs share a large common divisor (whole rows of scales and codes), by
-which they are divided first; if the table would still be too long, costs are rounded up to a
-coarser unit, which can only leave budget unused, never exceed it.
+dynamic program solves exactly: items join one by one, and of partial plans only those are kept that
+no other one dominates. With one budget to meet and a good plan at hand, the Lagrangian bound keeps
+that list short. At the price λ of the budget every candidate has a reduced cost r ≥ 0, by which
+loss + λ cost exceeds the least of its item, and a plan loses at least the bound plus its sum of r.
+So no plan with a larger sum of r than the plan at hand is above the bound can be better:
+
+- candidates with a larger r drop out; of ten thousand layers a few dozen are left with more than
+  one (Dembo and Hammer 1980; Pisinger 1995 calls these the core),
+- and so do partial plans whose r add up to more.
+
+If the list would still be too long it is thinned, which can only miss plans, never exceed the
+budget; what a thinned pass gains shortens the list of the next one, and in the end the bound says
+how much can have been lost.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_STATES = 400_000
+from quantforge.search.choice import (
+    Choice,
+    Costs,
+    Losses,
+    additive_choice,
+    chosen,
+    single_exchanges,
+)
+from quantforge.search.frontier import sweep
+from quantforge.search.pareto import pareto_front
+
+# Partial plans that may be formed in all: some seconds.
+MAX_PLANS = 20_000_000
+MAX_PASSES = 4
+# Rounding of sums of losses, relative to their size: what is this near to a threshold stays.
+ROUNDING = 1e-12
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A solution.
-
-    Attributes:
-        picks: chosen candidate of every item.
-        loss: sum of the chosen losses.
-        cost: sum of the chosen costs, in the caller's units.
-        exact: whether no cost was rounded.
-    """
-
-    picks: tuple[int, ...]
-    loss: float
-    cost: int
-    exact: bool
-
-
-def solve(
-    loss: NDArray[np.float64],
-    cost: NDArray[np.int64],
-    budget: int,
-    *,
-    max_states: int = MAX_STATES,
-) -> Choice | None:
+def solve(loss: Losses, cost: Costs, budget: float, *, max_plans: int = MAX_PLANS) -> Choice | None:
     """Pick one candidate an item with the least total loss at total cost ≤ `budget`.
 
-    Ties go to the cheaper total, then to the earlier candidate.
+    Exact unless partial plans have to be thinned. Ties go to the cheaper total.
 
     Args:
         loss: [items, candidates]; +inf where an item has no such candidate.
-        cost: [items, candidates], non-negative.
+        cost: [items, candidates], non-negative. Sums of whole numbers are exact.
         budget: limit on the total cost.
-        max_states: longest table before costs are rounded up.
+        max_plans: partial plans formed in a pass before they are thinned.
 
     Returns:
         The choice, or None if even the cheapest candidates exceed the budget.
     """
-    feasible = np.isfinite(loss)
-    if not feasible.any(axis=1).all():
+    frontier = sweep(loss, cost)
+    if frontier is None or frontier.corner(budget) < 0:
         return None
-    cheapest = np.where(feasible, cost, np.iinfo(np.int64).max).min(axis=1)
-    spare = budget - int(cheapest.sum())
-    if spare < 0:
-        return None
-    extra = np.where(feasible, cost - cheapest[:, None], 0)
-    most = int(extra.max(axis=1).sum())
-    spare = min(spare, most)
-    unit = max(1, int(np.gcd.reduce(extra[feasible])))
-    exact = True
-    if spare // unit + 1 > max_states:
-        unit, exact = -(-spare // (max_states - 1)), False
-    steps = -(-extra // unit)
-    states = spare // unit + 1
-    best = np.zeros(states)
-    picks = np.zeros((len(loss), states), dtype=np.int16)
-    for item in range(len(loss)):
-        updated = np.full(states, np.inf)
-        for candidate in np.flatnonzero(feasible[item]):
-            step = int(steps[item, candidate])
-            if step >= states:
-                continue
-            trial = best[: states - step] + loss[item, candidate]
-            better = trial < updated[step:]
-            updated[step:][better] = trial[better]
-            picks[item, step:][better] = candidate
-        best = updated
-    return _trace(best, picks, steps, loss, cost, exact=exact)
+    start = frontier.picks(frontier.corner(budget))
+    if budget >= frontier.cost[-1]:
+        return additive_choice(loss, cost[None], start)
+    price, bound = frontier.price(budget), frontier.bound(budget)
+    best = single_exchanges(loss, cost[None], [budget], start)
+    reduced, rounding = _reduced(loss, cost, price)
+    for _ in range(MAX_PASSES):
+        reached = float(chosen(loss, best).sum())
+        slack = max(0.0, reached - bound) + rounding
+        core = reduced <= slack
+        several = core.sum(axis=1) > 1
+        picks = core.argmax(axis=1)
+        settled = chosen(cost, picks)[~several].sum()
+        front = pareto_front(
+            np.where(core, loss, np.inf)[several],
+            cost[several],
+            budget=budget - settled,
+            price=price,
+            slack=slack,
+            most=max(2, max_plans // max(1, int(core[several].sum()))),
+        )
+        if len(front.cost):
+            picks[several] = front.picks(len(front.cost) - 1)
+            if front.dropped == 0:
+                return additive_choice(loss, cost[None], picks)
+            picks = single_exchanges(loss, cost[None], [budget], picks)
+        if not len(front.cost) or chosen(loss, picks).sum() >= reached:
+            break
+        best = picks
+    return additive_choice(loss, cost[None], best, bound=bound)
 
 
-def _trace(
-    best: NDArray[np.float64],
-    picks: NDArray[np.int16],
-    steps: NDArray[np.int64],
-    loss: NDArray[np.float64],
-    cost: NDArray[np.int64],
-    *,
-    exact: bool,
-) -> Choice:
-    """Walk the table back from the cheapest state that reaches the least loss."""
-    state = int(np.flatnonzero(best == best.min())[0])
-    chosen = []
-    for item in range(len(picks) - 1, -1, -1):
-        candidate = int(picks[item, state])
-        chosen.append(candidate)
-        state -= int(steps[item, candidate])
-    chosen.reverse()
-    rows = np.arange(len(chosen))
-    return Choice(
-        picks=tuple(chosen),
-        loss=float(loss[rows, chosen].sum()),
-        cost=int(cost[rows, chosen].sum()),
-        exact=exact,
-    )
+def _reduced(loss: Losses, cost: Costs, price: float) -> tuple[NDArray[np.float64], float]:
+    """[items, candidates] reduced costs, and what rounding can make of sums of them."""
+    priced = loss + price * np.where(np.isfinite(loss), cost, 0)
+    least = priced.min(axis=1)
+    return priced - least[:, None], ROUNDING * float(np.abs(least).sum())

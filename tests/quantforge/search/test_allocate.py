@@ -74,6 +74,24 @@ def test_equals_exhaustive_search_over_whole_assignments(bits, independent):
         assert plan.assignment["0.q"] == plan.assignment["0.k"]
 
 
+@pytest.mark.parametrize("solver", ["integer-program", "lagrangian", "pareto"])
+def test_other_solvers_plan_from_the_same_table(solver):
+    sensitivity = table(blocks=3)
+    for bits in ("2.3bit", "3bit", "5bit"):
+        budget = Budget.parse(bits)
+        exact = search(sensitivity, budget, SearchConfig())
+        plan = search(sensitivity, budget, SearchConfig(solver=solver))
+        assert plan.solver == solver
+        assert plan.stored_bits <= budget.bits
+        assert plan.assignment["0.q"] == plan.assignment["0.k"]
+        if solver == "lagrangian":
+            assert exact.predicted_loss <= plan.predicted_loss <= 1.2 * exact.predicted_loss
+        else:
+            assert plan.predicted_loss == pytest.approx(exact.predicted_loss)
+    with pytest.raises(BudgetError, match=r"plans reach 2\.250"):
+        search(sensitivity, Budget.parse("2.2bit"), SearchConfig(solver=solver))
+
+
 def test_a_budget_below_the_floor_names_the_floor():
     with pytest.raises(BudgetError, match=r"at least 2\.250bit") as caught:
         search(table(), Budget.parse("2.2bit"), SearchConfig())
