@@ -227,3 +227,18 @@ def recomputed(blocks: Iterable[nn.Module], every: int) -> Iterator[None]:
     finally:
         for block in changed:
             del block.forward  # the class's own shows again
+
+
+@contextmanager
+def plain_attention(module: nn.Module) -> Iterator[None]:
+    """Attention as plain matrix products inside; the module's own choice after it.
+
+    Fused kernels have no second derivative, and differ between machines in their last digits.
+    """
+    network: Any = module
+    chosen = network.config._attn_implementation
+    network.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        network.set_attn_implementation(chosen)

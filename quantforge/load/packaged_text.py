@@ -10,16 +10,17 @@ query a row, plain matrix products are twice as fast on CPUs as the fused attent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from quantforge.capture import plain_attention
 from quantforge.files import atomic_path, cache_root, fingerprint
 from quantforge.memory import release_freed
 from quantforge.models import Model
@@ -55,7 +56,7 @@ def sampled_tokens(
     opening = _chat_opening(model.tokenizer)
     chat_pieces = pieces // 2 if opening else 0
     jobs: list[list[int]] = [[]] * (pieces - chat_pieces) + [opening] * chat_pieces
-    with _plain_attention(model.module):
+    with plain_attention(model.module):
         rows = _sample(model, jobs, generator, monitor, temperature)
     free, chat = rows[: pieces - chat_pieces], rows[pieces - chat_pieces :]
     if not chat_pieces:
@@ -154,18 +155,6 @@ def _ordinary_tokens(model: Model) -> Tensor:
     if model.tokenizer is not None:
         size = min(size, len(model.tokenizer))
     return torch.tensor([token for token in range(size) if token not in special])
-
-
-@contextmanager
-def _plain_attention(module: nn.Module) -> Iterator[None]:
-    """Attention as plain matrix products inside the block; the module's own choice after it."""
-    network: Any = module
-    chosen = network.config._attn_implementation
-    network.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        network.set_attn_implementation(chosen)
 
 
 def _new_cache(model: Model, capacity: int) -> Any:

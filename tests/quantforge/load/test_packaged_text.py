@@ -3,6 +3,7 @@ import threading
 import pytest
 import torch
 
+from quantforge.capture import plain_attention
 from quantforge.errors import CancelledError, InputError
 from quantforge.load import packaged_text, text
 from quantforge.load.huggingface import from_module
@@ -47,7 +48,7 @@ def test_a_prompt_gives_the_logits_of_a_plain_pass_and_the_head_sees_one_positio
     seen = []
     head = learned.module.get_submodule(learned.architecture.head)
     handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    with packaged_text._plain_attention(learned.module):
+    with plain_attention(learned.module):
         step, cache = packaged_text._step_function(learned), packaged_text._new_cache(learned, 16)
         found = [
             step(tokens[:, :8], cache),
