@@ -101,6 +101,8 @@ def combined_losses(
 ) -> tuple[Tensor, Tensor]:
     """Both estimates as one, and its standard error, [layers, candidates] float64.
 
+    The error takes those of a, b and c as independent, which makes it somewhat too large.
+
     Args:
         factored: [layers, candidates] factored estimate; +inf for candidates that do not fit.
         products: [sequences, layers, candidates] Σ_t g_tᵀ D x_t, at least two sequences.
@@ -109,7 +111,8 @@ def combined_losses(
     """
     fits = factored.isfinite()
     samples = products.square() / (2 * length)
-    base = factored * _kind_factors(factored, samples.mean(0), kinds)
+    factor, kind_error = _kind_factors(factored, samples, kinds)
+    base = factored * factor
     ratios = torch.where(fits, samples / base.where(fits, torch.ones(())).clamp_min(LEAST), 0.0)
     by_layer = ratios.sum(2) / fits.sum(1).clamp_min(1)
     layer, layer_error = _shrunk(by_layer.mean(0), _standard_error(by_layer), fits.any(1))
@@ -119,22 +122,29 @@ def combined_losses(
     noise = _standard_error(apart) / by_layer.mean(0).clamp_min(LEAST)[:, None]
     candidate, candidate_error = _shrunk(own, noise, fits)
     loss = torch.where(fits, base * layer[:, None] * candidate, torch.inf)
-    error = (layer_error[:, None].square() + candidate_error.square()).sqrt()
+    parts = (kind_error, layer_error[:, None], candidate_error)
+    error = sum((part.square() for part in parts), torch.zeros_like(loss)).sqrt()
     return loss, torch.where(fits, loss * error, torch.inf)
 
 
-def _kind_factors(factored: Tensor, exact: Tensor, kinds: Sequence[str]) -> Tensor:
-    """Exact over factored sum of all layers of a kind, [layers, candidates]; 1 where unknown."""
-    factors = torch.ones_like(factored)
+def _kind_factors(factored: Tensor, samples: Tensor, kinds: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Exact over factored sum of all layers of a kind, and its relative standard error.
+
+    Returns:
+        Two [layers, candidates] tables; 1 and 0 where nothing is known.
+    """
+    factors, errors = torch.ones_like(factored), torch.zeros_like(factored)
     fits = factored.isfinite()
     for kind in dict.fromkeys(kinds):
         rows = torch.tensor([other == kind for other in kinds])
         known = fits & rows[:, None]
         below = factored.where(known, torch.zeros(())).sum(0)
-        above = exact.where(known, torch.zeros(())).sum(0)
+        sums = samples.where(known, torch.zeros(())).sum(1)
+        above = sums.mean(0)
         usable = (below > LEAST) & (above > LEAST)
         factors[rows] = torch.where(usable, above / below.clamp_min(LEAST), 1.0)
-    return factors
+        errors[rows] = torch.where(usable, _standard_error(sums) / above.clamp_min(LEAST), 0.0)
+    return factors, errors
 
 
 def _shrunk(measured: Tensor, error: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:

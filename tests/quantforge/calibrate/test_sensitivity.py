@@ -69,7 +69,7 @@ def test_with_many_sequences_it_is_the_exact_estimate_and_with_one_each_kind_is_
     combined, error = combined_losses(factored, products, LENGTH, KINDS)
     exact, exact_error = exact_losses(products, LENGTH)
     torch.testing.assert_close(combined, exact, rtol=0.02, atol=0.0)
-    torch.testing.assert_close(error, exact_error, rtol=0.25, atol=0.0)
+    torch.testing.assert_close(error, exact_error, rtol=0.4, atol=0.0)
     combined, _ = combined_losses(factored, products[:1], LENGTH, KINDS)
     exact, _ = exact_losses(products[:1], LENGTH)
     for first in range(4):
