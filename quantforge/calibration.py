@@ -31,6 +31,7 @@ from quantforge.calibrate.artefact import (
 from quantforge.calibrate.candidates import final_hidden, quantize_candidates, weight_errors
 from quantforge.calibrate.fisher import GradientStatistics, gradient_statistics
 from quantforge.calibrate.sensitivity import predict
+from quantforge.capture import product_dtype
 from quantforge.decision import Measurement
 from quantforge.errors import InputError
 from quantforge.files import fingerprint
@@ -166,7 +167,9 @@ class Calibrator:
             release_freed()
             found = self.gradients(
                 coupled=self.recipe.quantize.needs_output_grams,
-                errors=weight_errors(self.model, specs, store) if options.reads_products else None,
+                errors=weight_errors(self.model, specs, store, product_dtype(options.precision))
+                if options.reads_products
+                else None,
             )
             save_output_grams(found.grams, folder / OUTPUT_GRAMS)
             save_traces(found.channels, final, folder / TRACES)

@@ -112,19 +112,19 @@ def quantize_candidates(
 
 
 def weight_errors(
-    model: Model, specs: Sequence[QuantSpec], store: CandidateStore
+    model: Model, specs: Sequence[QuantSpec], store: CandidateStore, dtype: torch.dtype
 ) -> Callable[[LayerInfo], Tensor]:
-    """A function that gives D = Q(W) − W of a layer's candidates, [candidates, out, in] float32.
+    """A function that gives D = Q(W) − W of a layer's candidates, [candidates, out, in] in `dtype`.
 
     Zero for candidates that do not fit the layer.
     """
 
     def errors(layer: LayerInfo) -> Tensor:
         weight = float_weight(model, layer)
-        table = weight.new_zeros(len(specs), *weight.shape)
+        table = weight.new_zeros(len(specs), *weight.shape, dtype=dtype)
         for index, spec in enumerate(specs):
             if spec.divides(layer.in_features):
-                torch.sub(store.get(layer.name, spec).dequantize(), weight, out=table[index])
+                table[index] = store.get(layer.name, spec).dequantize() - weight
         return table
 
     return errors

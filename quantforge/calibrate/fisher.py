@@ -41,7 +41,7 @@ from quantforge.types import LayerInfo
 # Rows beyond this do not answer for each other: an output gram has that many squared entries.
 LARGEST_OUTPUT_BLOCK = 4096
 # Bytes of hidden states that are kept for the way back.
-STATES_LIMIT = 512 << 20
+STATES_LIMIT = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -184,6 +184,6 @@ def test_table_rises_with_fewer_bits_and_the_store_gives_back_what_was_measured(
     difference = store.get(layer.name, QuantSpec(3, 32)).dequantize() - weight
     expected = ((difference @ grams[layer.stage]) * difference).sum(1)
     torch.testing.assert_close(errors[3].rows[1], expected, rtol=1e-4, atol=1e-7)
-    found = weight_errors(model, specs, store)(layer)
+    found = weight_errors(model, specs, store, torch.float32)(layer)
     torch.testing.assert_close(found[1], difference, rtol=0, atol=0)
     assert not found[3].any()
