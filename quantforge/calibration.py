@@ -166,6 +166,7 @@ class Calibrator:
             )  # fmt: skip
             release_freed()
             found = self.gradients(
+                folder,
                 coupled=self.recipe.quantize.needs_output_grams,
                 errors=weight_errors(self.model, specs, store, product_dtype(options.precision))
                 if options.reads_products
@@ -184,7 +185,7 @@ class Calibrator:
         weights: tuple[Tensor, ...] = ()
         with StageTimer(self.timings, "calibrate"):
             if needs.output_grams or needs.channel_weights:
-                found = self.gradients(coupled=needs.output_grams)
+                found = self.gradients(folder, coupled=needs.output_grams)
                 save_output_grams(found.grams, folder / OUTPUT_GRAMS)
                 release_freed()
                 weights = found.channels if needs.channel_weights else ()
@@ -246,7 +247,11 @@ class Calibrator:
         )
 
     def gradients(
-        self, *, coupled: bool, errors: Callable[[LayerInfo], Tensor] | None = None
+        self,
+        scratch: Path,
+        *,
+        coupled: bool,
+        errors: Callable[[LayerInfo], Tensor] | None = None,
     ) -> GradientStatistics:
         """One backward pass; with output grams if `coupled`, with inner products with `errors`."""
         options = self.recipe.calibrate
@@ -259,6 +264,7 @@ class Calibrator:
             monitor=self.monitor,
             coupled={layer.name for layer in self.model.layers} if coupled else (),
             errors=errors,
+            scratch=scratch,
         )
 
     def _hidden_features(self) -> int:

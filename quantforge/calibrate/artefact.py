@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantforge.calibrate.fisher import OutputGram
 from quantforge.errors import InputError
 from quantforge.files import atomic_path, write_json
 from quantforge.results import CurvePoint, Quality
@@ -89,15 +88,13 @@ def load_traces(path: Path) -> tuple[tuple[Tensor, ...], Tensor]:
     return tuple(weight for _, weight in sorted(tensors.items())), final
 
 
-def save_output_grams(grams: dict[str, OutputGram], path: Path) -> None:
-    """Write output grams in bfloat16, atomically; `grams` is emptied on the way, to free memory.
-
-    That is digits enough: whoever uses them adds a good part of their mean to the diagonal.
-    """
-    tensors = {}
-    for name in list(grams):
-        for index, block in enumerate(grams.pop(name).mean()):
-            tensors[f"{name}.{index}"] = block.bfloat16()
+def save_output_grams(grams: Mapping[str, Sequence[Tensor]], path: Path) -> None:
+    """Write output grams, a few blocks a layer, atomically."""
+    tensors = {
+        f"{name}.{index}": block
+        for name, blocks in grams.items()
+        for index, block in enumerate(blocks)
+    }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
 

@@ -1,10 +1,9 @@
 """Gradients of a decoder one block at a time: the way back of `capture.BlockWalk`.
 
-The hidden states at every block's entrance are kept from the forward pass; from the head backwards
-each block then runs again, forward and backward, and is done with. What is resident is the states,
-in the precision of the products, and one block's activations for one batch. Sequences are taken in
-portions, so that the states stay within a limit; a portion costs its readers one visit of every
-block. In float32 the gradients are those of plain autograd.
+The hidden states at every block's entrance are kept from the forward pass, in the precision of the
+products, on disk if there is a place for them; from the head backwards each block then runs again,
+forward and backward, and is done with. What is resident is the states of one block and the
+activations of one batch. In float32 the gradients are those of plain autograd.
 
 The loss is Σ_t −log p(y_t) with labels drawn from the network itself (see `fisher`).
 """
@@ -12,11 +11,14 @@ The loss is Σ_t −log p(y_t) with labels drawn from the network itself (see `f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -57,33 +59,33 @@ def backward_blocks(
     tokens: Tensor,
     *,
     batch_size: int,
-    portion: int,
     precision: Precision,
     generator: torch.Generator,
+    scratch: Path | None = None,
 ) -> Iterator[BlockGradients]:
-    """Every batch of every block, from the last block to the first; portions one after another.
+    """Every batch of every block, from the last block to the first.
 
     Args:
         model: the float network; its parameters must not ask for gradients.
         tokens: [sequences, length] int64.
         batch_size: sequences a pass through a block.
-        portion: sequences whose states are kept at a time.
         precision: of the matrix products.
         generator: draws the labels, batch by batch; of the network's device.
+        scratch: folder for states; None keeps them in memory.
     """
     product = product_dtype(precision)
-    for start in range(0, len(tokens), portion):
-        part = tokens[start : start + portion]
-        walk = BlockWalk(
-            model.module, model.architecture, part, batch_size=batch_size, precision=precision
-        )
-        entrances = []
+    walk = BlockWalk(
+        model.module, model.architecture, tokens, batch_size=batch_size, precision=precision
+    )
+    with nullcontext() if scratch is None else TemporaryDirectory(dir=scratch) as folder:
+        entrances = _KeptStates(None if folder is None else Path(folder))
         for block in walk.blocks:
-            entrances.append([hidden.to(product) for hidden in walk.hidden])
+            entrances.push([hidden.to(product) for hidden in walk.hidden])
             walk.advance(block)
         states = [_head_gradient(model, hidden, precision, generator) for hidden in walk.hidden]
+        walk.hidden.clear()  # from here on everything starts from what was kept
         for index in range(len(walk.blocks) - 1, -1, -1):
-            first = start
+            first = 0
             for batch, entrance in enumerate(entrances.pop()):
                 at_output, rows = states[batch], slice(first, first + len(entrance))
                 inputs, gradients, states[batch] = _block_backward(
@@ -93,6 +95,33 @@ def backward_blocks(
                 yield BlockGradients(
                     block=index, rows=rows, inputs=inputs, gradients=gradients, output=at_output
                 )
+
+
+class _KeptStates:
+    """A stack of the states at blocks' entrances, in a folder or in memory."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._kept: list[list[Tensor] | tuple[Path, torch.device]] = []
+        self._folder = folder
+
+    def push(self, batches: list[Tensor]) -> None:
+        """Keep the states of one block, [sequences, length, hidden] a batch."""
+        if self._folder is None:
+            self._kept.append(batches)
+            return
+        path = self._folder / f"{len(self._kept)}.safetensors"
+        save_file({f"{index:06d}": batch for index, batch in enumerate(batches)}, path)
+        self._kept.append((path, batches[0].device))
+
+    def pop(self) -> list[Tensor]:
+        """What was pushed last."""
+        last = self._kept.pop()
+        if isinstance(last, list):
+            return last
+        path, device = last
+        batches = load_file(path, str(device))
+        path.unlink()
+        return [batch for _, batch in sorted(batches.items())]
 
 
 def _block_backward(

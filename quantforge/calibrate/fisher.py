@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,6 @@ from quantforge.types import LayerInfo
 
 # Rows beyond this do not answer for each other: an output gram has that many squared entries.
 LARGEST_OUTPUT_BLOCK = 4096
-# Bytes of hidden states that are kept for the way back.
-STATES_LIMIT = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +51,15 @@ class GradientStatistics:
         moments: layer name → [out] float32 E[g²] in (nats / output unit)² a token, on the network's
             device.
         channels: per block [hidden] float32, the same at the block's output.
-        grams: layer name → output gram; empty where none was asked for.
+        grams: layer name → output gram, its blocks in bfloat16; empty where none was asked for.
+            That is digits enough: whoever uses them adds a good part of their mean to the diagonal.
         products: [sequences, layers, candidates] float64 Σ_t g_tᵀ D x_t in nats; None where no
             candidates were given.
     """
 
     moments: dict[str, Tensor]
     channels: tuple[Tensor, ...]
-    grams: dict[str, OutputGram]
+    grams: dict[str, list[Tensor]]
     products: Tensor | None
 
 
@@ -117,7 +117,7 @@ def gradient_statistics(
     monitor: Monitor,
     coupled: Collection[str] = (),
     errors: Callable[[LayerInfo], Tensor] | None = None,
-    states_limit: int = STATES_LIMIT,
+    scratch: Path | None = None,
 ) -> GradientStatistics:
     """Moments of the gradients at the layers' outputs, with labels drawn from the model.
 
@@ -130,26 +130,27 @@ def gradient_statistics(
         monitor: progress and cancellation.
         coupled: the layers whose whole output gram is wanted.
         errors: gives a layer's D of every candidate, [candidates, out, in].
-        states_limit: bytes of hidden states kept at a time; `errors` is asked once a layer for
-            every portion of the sequences that keeps within it.
+        scratch: folder for hidden states on the way; None keeps them in memory.
     """
     collector = _Collector(model, set(coupled), errors, len(tokens), product_dtype(precision))
-    blocks = len(model.architecture.block_list(model.module))
-    portion = _portion(model, tokens, collector.product, states_limit, batch_size)
-    done = 0
+    total, done = len(tokens) * len(model.architecture.block_list(model.module)), 0
     with _frozen(model.module):
         for found in backward_blocks(
-            model, tokens, batch_size=batch_size, portion=portion, precision=precision,
-            generator=generator,
+            model, tokens, batch_size=batch_size, precision=precision, generator=generator,
+            scratch=scratch,
         ):  # fmt: skip
             collector.add(found)
             done += found.rows.stop - found.rows.start
-            monitor.step("gradients", done, len(tokens) * blocks)
+            monitor.step("gradients", done, total)
     return collector.result()
 
 
 class _Collector:
-    """Sums over what the backward pass of every block leaves."""
+    """Sums over what the backward pass of every block leaves.
+
+    Batches of a block come one after the other. With the first of the next block the sums are made
+    means, so that accumulators and errors of one block alone are resident.
+    """
 
     def __init__(
         self,
@@ -159,49 +160,62 @@ class _Collector:
         sequences: int,
         product: torch.dtype,
     ) -> None:
-        self.product, self.layers, self.sequences = product, model.layers, sequences
-        self.sums: dict[str, _Squares | OutputGram] = {
-            layer.name: (OutputGram if layer.name in coupled else _Squares)(
-                layer.out_features, model.device
-            )
-            for layer in model.layers
-        }
-        self.channels: dict[int, _Squares] = {}
-        self.products: Tensor | None = None
-        self._errors = errors
-        self._errors_of = -1
+        self._product, self._layers, self._sequences = product, model.layers, sequences
+        self._coupled, self._errors = coupled, errors
+        self._block = -1
+        self._sums: dict[str, _Squares | OutputGram] = {}
+        self._channel = _Squares(0, torch.device("cpu"))
         self._known: dict[int, Tensor] = {}
+        self._moments: dict[str, Tensor] = {}
+        self._channels: list[Tensor] = []
+        self._grams: dict[str, list[Tensor]] = {}
+        self._products: Tensor | None = None
 
     def add(self, found: BlockGradients) -> None:
         """Add one batch of one block."""
-        features, device = found.output.shape[-1], found.output.device
-        squares = self.channels.setdefault(found.block, _Squares(features, device))
-        squares.add(found.output, self.product)
+        if found.block != self._block:
+            self._finish()
+            self._begin(found)
+        self._channel.add(found.output, self._product)
         for name, gradient in found.gradients.items():
-            self.sums[name].add(gradient, self.product)
-        if self._errors is None:
-            return
-        if found.block != self._errors_of:  # the batches of a block come one after the other
-            self._errors_of = found.block
-            self._known = {
-                index: self._errors(layer).to(self.product)
-                for index, layer in enumerate(self.layers)
-                if layer.block == found.block
-            }
+            self._sums[name].add(gradient, self._product)
         for index, errors in self._known.items():
-            inner = inner_products(found, self.layers[index], errors)
-            if self.products is None:
-                shape = (self.sequences, len(self.layers), inner.shape[1])
-                self.products = torch.zeros(shape, dtype=torch.float64)
-            self.products[found.rows, index] = inner.double().cpu()
+            inner = inner_products(found, self._layers[index], errors)
+            if self._products is None:
+                shape = (self._sequences, len(self._layers), inner.shape[1])
+                self._products = torch.zeros(shape, dtype=torch.float64)
+            self._products[found.rows, index] = inner.double().cpu()
+
+    def _begin(self, found: BlockGradients) -> None:
+        """Get ready for the block that `found` is the first batch of."""
+        self._block, device = found.block, found.output.device
+        self._channel = _Squares(found.output.shape[-1], device)
+        for index, layer in enumerate(self._layers):
+            if layer.block == found.block:
+                kind = OutputGram if layer.name in self._coupled else _Squares
+                self._sums[layer.name] = kind(layer.out_features, device)
+                if self._errors is not None:
+                    self._known[index] = self._errors(layer).to(self._product)
+
+    def _finish(self) -> None:
+        """Turn the sums of the block so far into means."""
+        for name, total in self._sums.items():
+            self._moments[name] = total.squares()
+            if isinstance(total, OutputGram):
+                self._grams[name] = [part.bfloat16() for part in total.mean()]
+        if self._block >= 0:
+            self._channels.append(self._channel.squares())
+        self._sums.clear()
+        self._known.clear()
 
     def result(self) -> GradientStatistics:
-        """The sums as means."""
+        """Means of everything, once all blocks are in."""
+        self._finish()
         return GradientStatistics(
-            moments={name: total.squares() for name, total in self.sums.items()},
-            channels=tuple(total.squares() for _, total in sorted(self.channels.items())),
-            grams={name: one for name, one in self.sums.items() if isinstance(one, OutputGram)},
-            products=self.products,
+            moments={layer.name: self._moments[layer.name] for layer in self._layers},
+            channels=tuple(reversed(self._channels)),
+            grams=self._grams,
+            products=self._products,
         )
 
 
@@ -215,15 +229,6 @@ def inner_products(found: BlockGradients, layer: LayerInfo, errors: Tensor) -> T
     """
     gradient = found.gradients[layer.name].transpose(1, 2) @ found.inputs[layer.stage]
     return (gradient.flatten(1) @ errors.flatten(1).T).float()
-
-
-def _portion(model: Model, tokens: Tensor, dtype: torch.dtype, limit: int, batch_size: int) -> int:
-    """Sequences, in whole batches, whose states at all blocks take at most `limit` bytes."""
-    embedding = model.module.get_submodule(model.architecture.embedding)
-    hidden = int(getattr(embedding, "embedding_dim", 1))
-    blocks = len(model.architecture.block_list(model.module))
-    a_batch = batch_size * tokens.shape[1] * hidden * blocks * dtype.itemsize
-    return batch_size * max(1, limit // a_batch)
 
 
 @contextmanager
