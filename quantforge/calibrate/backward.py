@@ -31,6 +31,7 @@ from quantforge.capture import (
     stage_readers,
 )
 from quantforge.models import Model
+from quantforge.numerics import draw_categorical
 
 HEAD_CHUNK = 512
 
@@ -119,9 +120,9 @@ class _KeptStates:
         if isinstance(last, list):
             return last
         path, device = last
-        batches = load_file(path, str(device))
+        batches = load_file(path)
         path.unlink()
-        return [batch for _, batch in sorted(batches.items())]
+        return [batch.to(device) for _, batch in sorted(batches.items())]
 
 
 def _block_backward(
@@ -196,7 +197,7 @@ def sampled_label_gradient(hidden: Tensor, head: Tensor, generator: torch.Genera
     pieces = []
     for chunk in torch.split(hidden, HEAD_CHUNK):
         probability = torch.softmax((chunk @ head.T).float(), -1)
-        label = torch.multinomial(probability, 1, generator=generator)
+        label = draw_categorical(probability, generator)
         one = torch.ones_like(label, dtype=probability.dtype)
         residual = probability.scatter_add_(1, label, -one)
         pieces.append(residual.to(head.dtype) @ head)

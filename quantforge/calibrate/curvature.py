@@ -33,6 +33,7 @@ from quantforge.errors import InputError, UsageError
 from quantforge.methods.curvature.operator import draw_probe
 from quantforge.methods.curvature.trace import BlockTraces
 from quantforge.models import Model
+from quantforge.numerics import draw_categorical
 from quantforge.progress import Monitor
 from quantforge.types import LayerInfo
 
@@ -260,7 +261,7 @@ def _labels(
         for batch in batches:
             logits = model.module(input_ids=batch, use_cache=False).logits
             probability = torch.softmax(logits.flatten(0, 1), -1)
-            drawn.append(torch.multinomial(probability, 1, generator=generator).view_as(batch))
+            drawn.append(draw_categorical(probability, generator).view_as(batch))
     return tuple(drawn)
 
 

@@ -24,6 +24,7 @@ from quantforge.capture import plain_attention
 from quantforge.files import atomic_path, cache_root, fingerprint
 from quantforge.memory import release_freed
 from quantforge.models import Model
+from quantforge.numerics import draw_categorical
 from quantforge.progress import Monitor
 
 PIECE_LENGTH = 128
@@ -130,7 +131,8 @@ def _sample(
             monitor.step(
                 "sample text", index * PIECE_LENGTH + len(pieces), len(batches) * PIECE_LENGTH
             )
-            given = _draw(step(given, cache), generator, temperature)
+            shares = torch.softmax(step(given, cache) / temperature, dim=-1)
+            given = draw_categorical(shares, generator)
             pieces.append(given)
         rows.append(torch.cat(pieces, dim=1))
     return torch.cat(rows)
@@ -198,10 +200,3 @@ def _fast_bfloat16(device: torch.device) -> bool:
     if device.type != "cpu":
         return True
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _draw(logits: Tensor, generator: torch.Generator, temperature: float) -> Tensor:
-    """[B, 1] tokens by inverting the cumulative distribution of softmax(logits / temperature)."""
-    cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(dim=-1)
-    point = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, point, right=True).clamp_(max=logits.shape[1] - 1)

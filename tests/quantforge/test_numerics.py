@@ -7,6 +7,7 @@ from quantforge.errors import InputError
 from quantforge.numerics import (
     GramAccumulator,
     WeightedGramAccumulator,
+    draw_categorical,
     factorize,
     output_error,
 )
@@ -172,3 +173,22 @@ def test_a_rescaled_factor_is_that_of_divided_inputs(act_order):
         assert torch.allclose(
             found.conditional_importance(), again.conditional_importance(), rtol=1e-3
         )
+
+
+def test_drawn_indices_have_the_frequencies_of_their_weights():
+    weights = torch.tensor([0.0, 1.0, 5.0, 0.0, 2.0, 0.0]).expand(40_000, -1)
+    drawn = draw_categorical(weights, torch.Generator().manual_seed(0))
+    assert drawn.shape == (40_000, 1)
+    shares = torch.bincount(drawn.flatten(), minlength=6) / 40_000
+    expected = weights[0] / 8
+    # four standard errors, and none where the weight is 0
+    assert ((shares - expected).abs() <= 4 * (expected * (1 - expected) / 40_000).sqrt()).all()
+
+
+def test_drawing_inverts_the_cumulative_distribution_row_by_row():
+    weights = torch.rand(50, 7, generator=torch.Generator().manual_seed(1)).square()
+    drawn = draw_categorical(weights, torch.Generator().manual_seed(2)).flatten().tolist()
+    points = torch.rand(50, 1, generator=torch.Generator().manual_seed(2)).flatten().tolist()
+    for row, point, found in zip(weights.tolist(), points, drawn, strict=True):
+        below = [sum(row[: index + 1]) <= point * sum(row) for index in range(7)]
+        assert found == sum(below)

@@ -18,7 +18,7 @@ from quantforge.evaluate.quality import ReferenceOutputs
 from quantforge.evaluate.quality import measure as measure_quality
 from quantforge.format.store import CandidateStore
 from quantforge.load.huggingface import from_module
-from quantforge.numerics import output_error
+from quantforge.numerics import draw_categorical, output_error
 from quantforge.progress import Monitor
 from quantforge.testing import markov_tokens, tiny_llama, train
 from quantforge.types import QuantSpec
@@ -35,9 +35,7 @@ def test_sampled_label_gradient_is_the_gradient_of_the_sampled_likelihood():
     head = torch.randn(11, 5, generator=generator)
     found = sampled_label_gradient(hidden.detach(), head, torch.Generator().manual_seed(3))
     logits = hidden @ head.T
-    labels = torch.multinomial(
-        logits.softmax(-1).detach(), 1, generator=torch.Generator().manual_seed(3)
-    )
+    labels = draw_categorical(logits.softmax(-1).detach(), torch.Generator().manual_seed(3))
     torch.nn.functional.cross_entropy(logits, labels.squeeze(1), reduction="sum").backward()
     assert torch.allclose(found, hidden.grad, atol=1e-5)
 
@@ -76,7 +74,7 @@ def test_a_backward_pass_block_by_block_equals_plain_autograd(
 
             hooks.append(model.module.get_submodule(name).register_forward_hook(keep))
         logits = model.module(input_ids=sequence).logits[0]
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+        labels = draw_categorical(logits.detach().softmax(-1), generator)
         model.module.zero_grad()
         torch.nn.functional.cross_entropy(logits, labels.squeeze(1), reduction="sum").backward()
         for name, output in outputs.items():
