@@ -24,7 +24,7 @@ from quantforge.calibrate.artefact import (
     load_sensitivity,
     load_traces,
     save_curve,
-    save_output_grams,
+    save_output_gram,
     save_sensitivity,
     save_traces,
 )
@@ -53,7 +53,7 @@ from quantforge.workspace import machine_traits
 MEASUREMENT_VERSION = 6
 CANDIDATES = "candidates"
 TRACES = "traces.safetensors"
-OUTPUT_GRAMS = "output_grams.safetensors"
+OUTPUT_GRAMS = "output_grams"
 UNIFORM = "uniform.json"
 SENSITIVITY = "sensitivity.json"
 
@@ -172,7 +172,6 @@ class Calibrator:
                 if options.reads_products
                 else None,
             )
-            save_output_grams(found.grams, folder / OUTPUT_GRAMS)
             save_traces(found.channels, final, folder / TRACES)
             length = self.calibration.fitting.shape[1]
             sensitivity = predict(errors, found, specs, length, options.estimator, key)
@@ -186,7 +185,6 @@ class Calibrator:
         with StageTimer(self.timings, "calibrate"):
             if needs.output_grams or needs.channel_weights:
                 found = self.gradients(folder, coupled=needs.output_grams)
-                save_output_grams(found.grams, folder / OUTPUT_GRAMS)
                 release_freed()
                 weights = found.channels if needs.channel_weights else ()
             final = torch.empty(0)
@@ -248,12 +246,18 @@ class Calibrator:
 
     def gradients(
         self,
-        scratch: Path,
+        folder: Path,
         *,
         coupled: bool,
         errors: Callable[[LayerInfo], Tensor] | None = None,
     ) -> GradientStatistics:
-        """One backward pass; with output grams if `coupled`, with inner products with `errors`."""
+        """One backward pass; with inner products if there are `errors`.
+
+        Args:
+            folder: of the measurement; receives output grams, and hidden states meanwhile.
+            coupled: whether output grams are wanted.
+            errors: gives D of a layer's candidates.
+        """
         options = self.recipe.calibrate
         return gradient_statistics(
             self.model,
@@ -262,9 +266,9 @@ class Calibrator:
             precision=options.precision,
             generator=torch.Generator(self.model.device).manual_seed(self.seed),
             monitor=self.monitor,
-            coupled={layer.name for layer in self.model.layers} if coupled else (),
+            keep_gram=partial(save_output_gram, folder / OUTPUT_GRAMS) if coupled else None,
             errors=errors,
-            scratch=scratch,
+            scratch=folder,
         )
 
     def _hidden_features(self) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -88,29 +88,36 @@ def load_traces(path: Path) -> tuple[tuple[Tensor, ...], Tensor]:
     return tuple(weight for _, weight in sorted(tensors.items())), final
 
 
-def save_output_grams(grams: Mapping[str, Sequence[Tensor]], path: Path) -> None:
-    """Write output grams, a few blocks a layer, atomically."""
-    tensors = {
-        f"{name}.{index}": block
-        for name, blocks in grams.items()
-        for index, block in enumerate(blocks)
-    }
-    with atomic_path(path) as temporary:
+def save_output_gram(folder: Path, layer: str, blocks: Sequence[Tensor]) -> None:
+    """Write one layer's output gram, in bfloat16 and atomically; `folder` is made if need be.
+
+    That is digits enough: whoever uses it adds a good part of its mean to the diagonal.
+
+    Args:
+        folder: holds one file a layer.
+        layer: the layer's name.
+        blocks: [rows, rows] diagonal blocks, in order.
+    """
+    tensors = {f"{index:04d}": block.bfloat16() for index, block in enumerate(blocks)}
+    with atomic_path(_gram_path(folder, layer)) as temporary:
         save_file(tensors, temporary)
 
 
-def load_output_gram(path: Path, layer: str) -> list[Tensor]:
+def load_output_gram(folder: Path, layer: str) -> list[Tensor]:
     """Blocks of one layer's output gram, [rows, rows] float32 each.
 
     Raises:
         InputError: the file is missing or damaged.
     """
+    path = _gram_path(folder, layer)
     try:
-        with safe_open(path, framework="pt") as file:
-            count = sum(name.rpartition(".")[0] == layer for name in set(file.keys()))
-            return [file.get_tensor(f"{layer}.{index}").float() for index in range(count)]
+        return [block.float() for _, block in sorted(load_file(path).items())]
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
+
+
+def _gram_path(folder: Path, layer: str) -> Path:
+    return folder / f"{layer}.safetensors"
 
 
 def save_curve(points: Sequence[CurvePoint], path: Path) -> None:

@@ -24,7 +24,7 @@ class CalibrateConfig(Config):
     """
 
     estimator: Literal["fisher", "fisher-exact", "fisher-factored"] = "fisher"
-    gradient_sequences: int = Field(default=48, ge=1)
+    gradient_sequences: int = Field(default=32, ge=1)
     gradient_batch: int = Field(default=4, ge=1)
     batch_size: int = Field(default=4, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"

@@ -24,7 +24,7 @@ moments are: error feedback between rows rests on it (`methods.output_feedback`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,15 +51,12 @@ class GradientStatistics:
         moments: layer name → [out] float32 E[g²] in (nats / output unit)² a token, on the network's
             device.
         channels: per block [hidden] float32, the same at the block's output.
-        grams: layer name → output gram, its blocks in bfloat16; empty where none was asked for.
-            That is digits enough: whoever uses them adds a good part of their mean to the diagonal.
         products: [sequences, layers, candidates] float64 Σ_t g_tᵀ D x_t in nats; None where no
             candidates were given.
     """
 
     moments: dict[str, Tensor]
     channels: tuple[Tensor, ...]
-    grams: dict[str, list[Tensor]]
     products: Tensor | None
 
 
@@ -115,7 +112,7 @@ def gradient_statistics(
     precision: Precision,
     generator: torch.Generator,
     monitor: Monitor,
-    coupled: Collection[str] = (),
+    keep_gram: Callable[[str, list[Tensor]], None] | None = None,
     errors: Callable[[LayerInfo], Tensor] | None = None,
     scratch: Path | None = None,
 ) -> GradientStatistics:
@@ -128,11 +125,12 @@ def gradient_statistics(
         precision: of the matrix products.
         generator: draws the labels; of the network's device.
         monitor: progress and cancellation.
-        coupled: the layers whose whole output gram is wanted.
+        keep_gram: gets the name of every layer and its output gram, [rows, rows] float32 blocks;
+            without it none is made.
         errors: gives a layer's D of every candidate, [candidates, out, in].
         scratch: folder for hidden states on the way; None keeps them in memory.
     """
-    collector = _Collector(model, set(coupled), errors, len(tokens), product_dtype(precision))
+    collector = _Collector(model, keep_gram, errors, len(tokens), product_dtype(precision))
     total, done = len(tokens) * len(model.architecture.block_list(model.module)), 0
     with _frozen(model.module):
         for found in backward_blocks(
@@ -155,20 +153,19 @@ class _Collector:
     def __init__(
         self,
         model: Model,
-        coupled: Collection[str],
+        keep_gram: Callable[[str, list[Tensor]], None] | None,
         errors: Callable[[LayerInfo], Tensor] | None,
         sequences: int,
         product: torch.dtype,
     ) -> None:
         self._product, self._layers, self._sequences = product, model.layers, sequences
-        self._coupled, self._errors = coupled, errors
+        self._keep_gram, self._errors = keep_gram, errors
         self._block = -1
         self._sums: dict[str, _Squares | OutputGram] = {}
         self._channel = _Squares(0, torch.device("cpu"))
         self._known: dict[int, Tensor] = {}
         self._moments: dict[str, Tensor] = {}
         self._channels: list[Tensor] = []
-        self._grams: dict[str, list[Tensor]] = {}
         self._products: Tensor | None = None
 
     def add(self, found: BlockGradients) -> None:
@@ -192,7 +189,7 @@ class _Collector:
         self._channel = _Squares(found.output.shape[-1], device)
         for index, layer in enumerate(self._layers):
             if layer.block == found.block:
-                kind = OutputGram if layer.name in self._coupled else _Squares
+                kind = _Squares if self._keep_gram is None else OutputGram
                 self._sums[layer.name] = kind(layer.out_features, device)
                 if self._errors is not None:
                     self._known[index] = self._errors(layer).to(self._product)
@@ -201,8 +198,8 @@ class _Collector:
         """Turn the sums of the block so far into means."""
         for name, total in self._sums.items():
             self._moments[name] = total.squares()
-            if isinstance(total, OutputGram):
-                self._grams[name] = [part.bfloat16() for part in total.mean()]
+            if isinstance(total, OutputGram) and self._keep_gram is not None:
+                self._keep_gram(name, total.mean())
         if self._block >= 0:
             self._channels.append(self._channel.squares())
         self._sums.clear()
@@ -214,7 +211,6 @@ class _Collector:
         return GradientStatistics(
             moments={layer.name: self._moments[layer.name] for layer in self._layers},
             channels=tuple(reversed(self._channels)),
-            grams=self._grams,
             products=self._products,
         )
 

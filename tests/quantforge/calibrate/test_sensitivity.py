@@ -107,7 +107,7 @@ def test_the_table_names_its_estimator_and_survives_the_disk(tmp_path):
     moments = {layer.name: torch.rand(3, generator=generator) for layer in layers}
     products = torch.randn(5, 2, 3, generator=generator, dtype=torch.float64)
     products[:, :, 2] = 0
-    statistics = GradientStatistics(moments=moments, channels=(), grams={}, products=products)
+    statistics = GradientStatistics(moments=moments, channels=(), products=products)
     made = {
         name: predict(errors, statistics, specs, LENGTH, name, "f")
         for name in ("fisher-factored", "fisher-exact", "fisher")
