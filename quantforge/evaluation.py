@@ -254,6 +254,8 @@ def _network(
 def _source_of(checkpoint: Path) -> str:
     """Location of the float model a checkpoint was made from, as its `run.json` remembers it."""
     record = checkpoint / "run.json"
+    if not checkpoint.exists():
+        raise InputError(f"{checkpoint} does not exist")
     if not record.is_file():
         raise InputError(f"{checkpoint} does not say which model it came from; give --reference")
     try:

@@ -14,10 +14,12 @@ from torch import nn
 
 from quantforge.compilation import Job
 from quantforge.errors import InputError, UsageError
+from quantforge.format.footprint import Footprint
 from quantforge.load.huggingface import from_module
 from quantforge.load.text import calibration_set, from_batches
 from quantforge.loading import load_source
 from quantforge.plan_file import GivenPlan, read_assignment
+from quantforge.planning import require_reachable
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe, Target, compose, resolve_target
 from quantforge.search.budget import Budget
@@ -78,6 +80,7 @@ def open_job(
     model: Source,
     recipe: Recipe,
     *,
+    limit: Budget | None = None,
     plan: GivenPlan | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
     effort: str = "balanced",
@@ -93,6 +96,7 @@ def open_job(
     Args:
         model: as given to the call.
         recipe: from `configure`.
+        limit: the call's budget: one that no plan meets is refused before a text is read.
         plan: the user's own plan, if there is one.
         calibration: batches of tokens; anything else is in the recipe already.
         effort: what the recipe was made with, for the record.
@@ -104,6 +108,7 @@ def open_job(
         monitor: progress and cancellation.
 
     Raises:
+        BudgetError: not even the smallest plan is within the limits.
         InputError: a model or text that is missing, broken or empty, or a plan that does not fit.
     """
     monitor = monitor or Monitor()
@@ -112,7 +117,11 @@ def open_job(
     else:
         loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
     given = None
-    if plan is not None:  # before the text, which may have to be sampled
+    # before the text, which may have to be sampled
+    if limit is not None:
+        footprint = Footprint.of(loaded, shard_bytes=recipe.export.shard_bytes)
+        require_reachable(loaded.layers, limit, footprint, recipe.search)
+    if plan is not None:
         given = read_assignment(plan, loaded.layers, independent=recipe.search.independent)
     if calibration is None or isinstance(calibration, str | Path):
         if loaded.tokenizer is None:

@@ -99,6 +99,7 @@ def quantize(
         job = open_job(
             model,
             recipe,
+            limit=limit,
             plan=plan,
             calibration=calibration,
             effort=effort,
@@ -153,6 +154,7 @@ def plan(
         job = open_job(
             model,
             recipe,
+            limit=limit,
             plan=plan,
             calibration=calibration,
             effort=effort,

@@ -14,6 +14,8 @@ import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
+import torch
+
 from quantforge.errors import BudgetError
 from quantforge.format.footprint import Footprint
 from quantforge.search.allocate import (
@@ -25,6 +27,7 @@ from quantforge.search.allocate import (
 )
 from quantforge.search.budget import Budget, Limit
 from quantforge.search.config import SearchConfig
+from quantforge.search.settled import settled_plan
 from quantforge.types import BitPlan, LayerInfo, QuantSpec, Sensitivity
 
 Assignment = Mapping[str, QuantSpec | None]
@@ -56,6 +59,30 @@ def find_plan(
         if total <= floor:
             break
     return smallest
+
+
+def require_reachable(
+    layers: Sequence[LayerInfo], budget: Budget, footprint: Footprint, config: SearchConfig
+) -> None:
+    """Refuse limits of size that not even the smallest plan is within; nothing is measured for it.
+
+    Raises:
+        BudgetError: no plan is within the limits; names what the smallest takes.
+        InputError: the only plan there is does not fit every layer.
+    """
+    if config.settled is not None:
+        only = settled_plan(layers, config, budget)
+        require_within(budget, footprint, only.assignment)
+        return
+    specs = config.candidates({layer.in_features for layer in layers})
+    fits = [[0.0 if spec.divides(x.in_features) else math.inf for spec in specs] for x in layers]
+    unmeasured = torch.tensor(fits, dtype=torch.float64)
+    sensitivity = Sensitivity(
+        layers=tuple(layers), specs=specs, loss=unmeasured, error=unmeasured,
+        estimator="none", fingerprint="",
+    )  # fmt: skip
+    smallest = _smallest(sensitivity, budget, config)
+    require_within(budget, footprint, smallest.assignment, "the smallest plan")
 
 
 def _spent(layers: Sequence[LayerInfo], assignment: Assignment) -> int:

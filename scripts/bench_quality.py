@@ -4,7 +4,8 @@
         --text lambada.jsonl --rows rtn:3b-pc gptq:3b-pc gptq+outputs+tuned:3b-g64 plan:3bit \
         --seeds 0 1 2 --json rows.json
 
-Linears only: embeddings, norms and the head stay float on both sides. A row is
+Linears only: embeddings, norms and the head stay float on both sides. A text is a file, or
+`held-out` for the calibration's own held-out tokens, on which defaults are chosen. A row is
 
     METHOD[+OPTION...]:SPEC   a plan that is not searched: one grid, one method, nothing else of the
                               recipe; METHOD is rtn or a member of the family (gptq, gptaq, foem,
@@ -73,6 +74,7 @@ CHOICES: dict[str, object] = {"mismatch": (0.0, 0.25, 0.5, 0.75, 1.0), "pull": (
 # What MagR's paper takes.
 MAGR_PER_CHANNEL, MAGR_GROUPS = 1e-3, 1e-4
 LEARNED_STEPS = 50
+HELD_OUT = "held-out"
 # Of the fitting sequences, what a seed's rows are made on where there are several seeds.
 SUBSET = 7 / 8
 
@@ -111,7 +113,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             changed = fingerprint(job.model.source.fingerprint, "offgrid", options.offgrid)
             job.model.source = replace(job.model.source, fingerprint=changed)
         _ = job.reference
-    texts = {text: reference(job, text, options) for text in options.text}
+    texts = {
+        text: job.reference if text == HELD_OUT else reference(job, text, options)
+        for text in options.text
+    }
     print(f"load and text {shared[0]:.0f} CPU s")
     whole, rows = job.calibration, []
     for seed in options.seeds:

@@ -62,6 +62,26 @@ def test_wrong_budget(fails, checkpoint, tmp_path, budget):
     fails(2, "quantize", checkpoint, "--budget", budget, "-o", "out", cwd=tmp_path, says="budget")
 
 
+@pytest.mark.parametrize(
+    ("budget", "says"), [("0.5bit", "raise --budget to at least"), ("0.01x", "smallest plan")]
+)
+def test_a_budget_below_the_floor_is_refused_before_any_text_is_read(
+    fails, checkpoint, tmp_path, budget, says
+):
+    """The text is missing, which is found out later."""
+    command = ("quantize", checkpoint, "--calibration", "missing.txt", "-o", "out")
+    fails(4, *command, "--budget", budget, cwd=tmp_path, says=says)
+    only = ("--set", "search.solver=uniform", "--set", "search.bits=[3]")
+    only += ("--set", "search.group_sizes=[32]")
+    fails(4, *command, *only, "--budget", "3.2bit", cwd=tmp_path, says="takes 3.500 stored bits")
+
+
+def test_evaluating_what_is_not_there(run, tmp_path):
+    done = run("eval", "./nowhere", cwd=tmp_path)
+    assert done.returncode == 3
+    assert done.stderr.strip().splitlines()[-1] == "error: nowhere does not exist"
+
+
 def test_a_missing_budget(fails, checkpoint, tmp_path):
     fails(2, "quantize", checkpoint, "-o", "out", cwd=tmp_path, says="no budget is given")
 

@@ -33,12 +33,12 @@ def bench(tmp_path_factory):
     text.write_text("".join(map(chr, letters.tolist())), encoding="utf-8")
 
     @torch.no_grad()
-    def call(*rows, seeds=(0,), settings=()):
+    def call(*rows, seeds=(0,), settings=(), measured=str(text)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("QUANTFORGE_CACHE", str(folder / "cache"))
             bench_quality.main(
                 [
-                    str(model), "--calibration", str(text), "--text", str(text), "--windows", "2",
+                    str(model), "--calibration", str(text), "--text", measured, "--windows", "2",
                     "--window-length", "32", "--precision", "float32", "--settings",
                     json.dumps(SMALL | dict(settings)), "--json", str(numbers), "--rows", *rows,
                     "--seeds", *map(str, seeds),
@@ -48,7 +48,7 @@ def bench(tmp_path_factory):
         assert [(row["seed"], row["name"]) for row in found] == [
             (s, r) for s in seeds for r in rows
         ]
-        return [(row, row["qualities"][str(text)]["kl"]) for row in found]
+        return [(row, row["qualities"][measured]["kl"]) for row in found]
 
     call.folder = folder
     return call
@@ -117,6 +117,16 @@ def test_rows_are_the_networks_of_a_compilation(bench):
     )
     # The file holds kept tensors in bfloat16, the benchmark's float ones are as they were.
     assert report.quality.kl == pytest.approx(kl, rel=0.02)
+
+
+def test_held_out_tokens_are_a_text(bench):
+    """Windows that calibration set aside: as many and as long as it has, scored like any text."""
+    names = ["rtn:2b-g32", "gptq:2b-g32"]
+    found = bench(*names, measured="held-out")
+    for row, _ in found:
+        quality = row["qualities"]["held-out"]
+        assert (quality["windows"], quality["window_length"]) == (2, 32)  # 16 sequences, 7 to 1
+    assert found[1][1] < found[0][1]
 
 
 def test_gradients_are_taken_once_a_run_and_counted_apart(bench, capsys):
