@@ -28,19 +28,11 @@ from quantforge.files import write_json
 from quantforge.format.manifest import plan_to_dict, tool_versions
 from quantforge.load.huggingface import generation_config, model_config, save_tokenizer
 from quantforge.memory import peak_bytes
+from quantforge.outcomes import PlannedLayer, PlanReport, Report, UniformPlan
 from quantforge.quantize.sequential import QuantizedLayer
 from quantforge.report.card import model_card
 from quantforge.report.html import render
-from quantforge.results import (
-    LayerReport,
-    PlannedLayer,
-    PlanReport,
-    Quality,
-    Report,
-    SizeReport,
-    TargetOutcome,
-    UniformPlan,
-)
+from quantforge.results import LayerReport, Quality, SizeReport, TargetOutcome
 from quantforge.search.allocate import (
     candidate_bytes,
     known_losses,

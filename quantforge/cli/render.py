@@ -21,20 +21,18 @@ from rich.table import Table
 from quantforge.cli.text import duration, estimate, number, one_line, size, with_error
 
 if TYPE_CHECKING:
-    from quantforge.results import (
+    from quantforge.outcomes import (
         EvaluationReport,
         FrontierPoint,
         InspectReport,
         ParetoReport,
         PlannedLayer,
         PlanReport,
-        Quality,
         Report,
         ServerSupport,
-        SizeReport,
-        TargetOutcome,
         WorkEstimate,
     )
+    from quantforge.results import Quality, SizeReport, TargetOutcome
 
 JSON_VERSION = 1
 _PIPE_WIDTH = 160

@@ -12,24 +12,26 @@ import pytest
 import quantforge
 from quantforge.cli.app import application
 from quantforge.cli.outcome import run
-from quantforge.results import (
-    CurvePoint,
+from quantforge.outcomes import (
     EvaluationReport,
     FrontierPoint,
-    Generation,
     InspectReport,
-    LayerReport,
-    PairedDifference,
     ParetoReport,
     PlannedLayer,
     PlanReport,
-    Quality,
     Report,
     ServerSupport,
-    SizeReport,
-    TargetOutcome,
     UniformPlan,
     WorkEstimate,
+)
+from quantforge.results import (
+    CurvePoint,
+    Generation,
+    LayerReport,
+    PairedDifference,
+    Quality,
+    SizeReport,
+    TargetOutcome,
 )
 from quantforge.types import BitPlan, QuantSpec
 
