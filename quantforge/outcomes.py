@@ -133,6 +133,21 @@ class WorkEstimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EstimatorCost:
+    """What predicting the losses takes beside the passes that every calibration makes.
+
+    Attributes:
+        name: of the estimator.
+        what: in words; empty for nothing.
+        seconds: about; the time of its forward and backward passes at the measured rate.
+    """
+
+    name: str
+    what: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
     """The outcome of `plan`, a run that stops before any weight is quantized.
 
@@ -154,6 +169,8 @@ class PlanReport:
         targets: how the budget's targets of quality were met.
         servers: which programs load the checkpoint.
         work: time and memory of `quantize`.
+        sensitivity: what the estimator took, or would where it came from the cache; None where
+            nothing is searched.
     """
 
     model: str
@@ -172,6 +189,7 @@ class PlanReport:
     targets: tuple[TargetOutcome, ...] = ()
     servers: tuple[ServerSupport, ...] = ()
     work: WorkEstimate | None = None
+    sensitivity: EstimatorCost | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ import quantforge
 from quantforge.cli.app import application
 from quantforge.cli.outcome import run
 from quantforge.outcomes import (
+    EstimatorCost,
     EvaluationReport,
     FrontierPoint,
     InspectReport,
@@ -151,6 +152,7 @@ def plan_report() -> PlanReport:
         ),
         servers=(ServerSupport(name="vLLM", loads=False, why="loads 4 bits, the plan has 2"),),
         work=WorkEstimate(multiply_adds=6e12, rate=5e10, seconds=120.0, memory_bytes=2_500_000_000),
+        sensitivity=EstimatorCost(name="hawq-v2", what="32 products", seconds=61.0),
     )
 
 
