@@ -1,14 +1,15 @@
 """What the later stages need of the float network: made once, and kept in the cache.
 
-Where a plan is searched, that is everything calibration can tell: sensitivities, the integers of
-every candidate, measured uniform networks, output grams, channel weights and final hidden states.
+Where a plan is searched, that is everything calibration can tell: the integers of every candidate
+and the evidence about them, measured uniform networks, output grams, channel weights and final
+hidden states; and beside them the sensitivities of every estimator that was ever asked for.
 Where there is nothing to search (`SearchConfig.settled`), only what the configured stages read is
 made, and where they read nothing, nothing is: plain GPTQ costs no backward pass and no disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,17 +21,21 @@ from torch import Tensor
 
 from quantforge.calibrate.artefact import (
     load_curve,
+    load_evidence,
     load_output_gram,
     load_sensitivity,
     load_traces,
     save_curve,
+    save_evidence,
     save_output_gram,
     save_sensitivity,
     save_traces,
 )
 from quantforge.calibrate.candidates import final_hidden, quantize_candidates, weight_errors
+from quantforge.calibrate.estimators import Network, estimate
+from quantforge.calibrate.evidence import Evidence
 from quantforge.calibrate.fisher import GradientStatistics, gradient_statistics
-from quantforge.calibrate.sensitivity import predict
+from quantforge.calibrate.token_loss import sampled_labels
 from quantforge.capture import product_dtype
 from quantforge.decision import Measurement
 from quantforge.errors import InputError
@@ -40,6 +45,7 @@ from quantforge.format.store import CandidateStore
 from quantforge.measurements import measurement
 from quantforge.memory import StageTimer, release_freed
 from quantforge.models import Model
+from quantforge.planning import priced
 from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig
 from quantforge.recipe import Recipe
@@ -50,12 +56,14 @@ from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantSpec, Sens
 from quantforge.workspace import machine_traits
 
 # Raised with every change of what calibration computes: older measurements are then not used.
-MEASUREMENT_VERSION = 6
+MEASUREMENT_VERSION = 7
 CANDIDATES = "candidates"
 TRACES = "traces.safetensors"
 OUTPUT_GRAMS = "output_grams"
 UNIFORM = "uniform.json"
-SENSITIVITY = "sensitivity.json"
+EVIDENCE = "evidence.safetensors"
+# Options of `calibrate` that only the estimators read: evidence is the same whatever they are.
+ESTIMATING = {"estimator", "curvature", "probes"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,16 +125,15 @@ class Calibrator:
         if not specs:
             raise InputError("none of the candidates' group sizes divides any layer; add -1")
         key = self._key(
-            self.recipe.calibrate.model_dump(mode="json"),
+            self.recipe.calibrate.model_dump(mode="json", exclude=ESTIMATING),
             [str(spec) for spec in specs],
             self.recipe.evaluate.model_dump(mode="json", exclude={"prompts", "tokens"}),
             self.recipe.quantize.needs_output_grams,
         )
-        make = partial(self._measure_candidates, specs, key)
-        with measurement(
-            key, make, complete=SENSITIVITY, fresh=fresh, monitor=self.monitor
-        ) as folder:
-            yield self._read_all(folder)
+        name = self._sensitivity_name()
+        make = partial(self._estimate, specs, fingerprint(key, name), name)
+        with measurement(key, make, complete=name, fresh=fresh, monitor=self.monitor) as folder:
+            yield self._read_all(folder, name)
 
     @contextmanager
     def settled(self, *, fresh: bool) -> Iterator[Measurement]:
@@ -135,7 +142,7 @@ class Calibrator:
         if not needs.anything:
             yield self._read_needed(needs, None)
             return
-        unread = {"estimator", "damping", "grid"}  # those are about candidates
+        unread = {"damping", "grid", *ESTIMATING}  # those are about candidates
         options = self.recipe.calibrate.model_dump(mode="json", exclude=unread)
         key = self._key("settled", options, asdict(needs))
         make = partial(self._measure_needed, needs)
@@ -155,29 +162,76 @@ class Calibrator:
             machine_traits(),
         )
 
-    def _measure_candidates(self, specs: Sequence[QuantSpec], key: str, folder: Path) -> None:
-        """Fill a folder for `searched`."""
+    def _sensitivity_name(self) -> str:
+        """File of a measurement that holds what the configured estimator says."""
+        options = self.recipe.calibrate.model_dump(mode="json", include=ESTIMATING)
+        return f"sensitivity-{self.recipe.calibrate.estimator}-{fingerprint(options)[:12]}.json"
+
+    def _estimate(self, specs: Sequence[QuantSpec], key: str, name: str, folder: Path) -> None:
+        """Fill a folder for `searched`; what another estimator needed too is there already."""
         store = CandidateStore(folder / CANDIDATES, self.model.device)
-        options = self.recipe.calibrate
         with StageTimer(self.timings, "calibrate"):
-            errors, final = quantize_candidates(
-                self.model, self.calibration.fitting, specs, options,
-                store=store, monitor=self.monitor,
-            )  # fmt: skip
-            release_freed()
-            found = self.gradients(
-                folder,
-                coupled=self.recipe.quantize.needs_output_grams,
-                errors=weight_errors(self.model, specs, store, product_dtype(options.precision))
-                if options.reads_products
-                else None,
+            if not (folder / EVIDENCE).is_file():
+                self._measure_candidates(specs, store, folder)
+            sensitivity = estimate(
+                self.recipe.calibrate.estimator,
+                load_evidence(folder / EVIDENCE),
+                self.network(specs, store, folder),
+                key,
             )
-            save_traces(found.channels, final, folder / TRACES)
-            length = self.calibration.fitting.shape[1]
-            sensitivity = predict(errors, found, specs, length, options.estimator, key)
-            release_freed()
-            save_curve(self._measure_uniform(sensitivity, store), folder / UNIFORM)
-        save_sensitivity(sensitivity, folder / SENSITIVITY)  # last: says that all is there
+        save_sensitivity(sensitivity, folder / name)  # last: says that all is there
+
+    def _measure_candidates(
+        self, specs: Sequence[QuantSpec], store: CandidateStore, folder: Path
+    ) -> None:
+        """Everything that does not depend on the estimator."""
+        options = self.recipe.calibrate
+        errors, final = quantize_candidates(
+            self.model, self.calibration.fitting, specs, options, store=store, monitor=self.monitor
+        )
+        release_freed()
+        network = self.network(specs, store, folder)
+        found = self.gradients(
+            folder,
+            coupled=self.recipe.quantize.needs_output_grams,
+            errors=network.errors,
+            rows={one.layer.name: one.rows for one in errors},
+        )
+        save_traces(found.channels, final, folder / TRACES)
+        evidence = Evidence.of(errors, found, specs, self.calibration.fitting.shape[1])
+        release_freed()
+        table = estimate("fisher-factored", evidence, network)
+        save_curve(self._measure_uniform(table, store), folder / UNIFORM)
+        save_evidence(evidence, folder / EVIDENCE)  # last of these
+
+    def network(
+        self, specs: Sequence[QuantSpec], store: CandidateStore, scratch: Path | None = None
+    ) -> Network:
+        """The float network as estimators may run it.
+
+        Args:
+            specs: the candidates.
+            store: their integers.
+            scratch: folder for hidden states on the way.
+        """
+        options = self.recipe.calibrate
+
+        def measure(assignments: Sequence[Mapping[str, QuantSpec]]) -> list[Quality]:
+            layers = self.model.layers
+            kept = dict.fromkeys(layer.name for layer in layers)
+            plans = [priced(layers, {**kept, **one}, None) for one in assignments]
+            return self.measure_plans(plans, store, "measure layers")
+
+        return Network(
+            model=self.model,
+            fitting=self.calibration.fitting,
+            config=options,
+            errors=weight_errors(self.model, specs, store, product_dtype(options.precision)),
+            measure=measure,
+            seed=self.seed,
+            monitor=self.monitor,
+            scratch=scratch,
+        )
 
     def _measure_needed(self, needs: Needs, folder: Path) -> None:
         """Fill a folder for `settled`."""
@@ -194,9 +248,9 @@ class Calibrator:
                 )
         save_traces(weights, final, folder / TRACES)  # last: says that all is there
 
-    def _read_all(self, folder: Path) -> Measurement:
+    def _read_all(self, folder: Path, name: str) -> Measurement:
         """What a filled folder holds, with predictions corrected by the uniform networks."""
-        raw, uniform = load_sensitivity(folder / SENSITIVITY), load_curve(folder / UNIFORM)
+        raw, uniform = load_sensitivity(folder / name), load_curve(folder / UNIFORM)
         known = {QuantSpec.parse(p.name.removeprefix("uniform ")): p.quality.kl for p in uniform}
         factors = correction_factors(raw, known if self.recipe.search.correct else {})
         channels, final = load_traces(folder / TRACES)
@@ -250,13 +304,15 @@ class Calibrator:
         *,
         coupled: bool,
         errors: Callable[[LayerInfo], Tensor] | None = None,
+        rows: Mapping[str, Tensor] | None = None,
     ) -> GradientStatistics:
-        """One backward pass; with inner products if there are `errors`.
+        """One backward pass; see `gradient_statistics`.
 
         Args:
             folder: of the measurement; receives output grams, and hidden states meanwhile.
             coupled: whether output grams are wanted.
             errors: gives D of a layer's candidates.
+            rows: output errors of a layer's candidates, row by row.
         """
         options = self.recipe.calibrate
         return gradient_statistics(
@@ -264,10 +320,11 @@ class Calibrator:
             self.calibration.fitting[: options.gradient_sequences],
             batch_size=options.gradient_batch,
             precision=options.precision,
-            generator=torch.Generator(self.model.device).manual_seed(self.seed),
+            head_gradient=sampled_labels(torch.Generator(self.model.device).manual_seed(self.seed)),
             monitor=self.monitor,
             keep_gram=partial(save_output_gram, folder / OUTPUT_GRAMS) if coupled else None,
             errors=errors,
+            rows=rows,
             scratch=folder,
         )
 

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from quantforge.calibrate.artefact import save_sensitivity
+from quantforge.calibrate.estimators import ESTIMATORS, Extent
 from quantforge.compilation import Job
 from quantforge.decision import Chosen, Measurement
 from quantforge.estimate import estimate
@@ -28,19 +29,11 @@ from quantforge.files import write_json
 from quantforge.format.manifest import plan_to_dict, tool_versions
 from quantforge.load.huggingface import generation_config, model_config, save_tokenizer
 from quantforge.memory import peak_bytes
+from quantforge.outcomes import EstimatorCost, PlannedLayer, PlanReport, Report, UniformPlan
 from quantforge.quantize.sequential import QuantizedLayer
 from quantforge.report.card import model_card
 from quantforge.report.html import render
-from quantforge.results import (
-    LayerReport,
-    PlannedLayer,
-    PlanReport,
-    Quality,
-    Report,
-    SizeReport,
-    TargetOutcome,
-    UniformPlan,
-)
+from quantforge.results import LayerReport, Quality, SizeReport, TargetOutcome
 from quantforge.search.allocate import (
     candidate_bytes,
     known_losses,
@@ -211,6 +204,7 @@ def dry_run(
         losses = known_losses(sensitivity, assignment)
     memory = [x for x in (() if budget is None else budget.sizes) if x.kind == "vram"]
     searched = sensitivity is not None and job.given is None
+    work = estimate(job.model, job.calibration, job.recipe)
     return PlanReport(
         model=job.model.source.name,
         source=job.model.source.description,
@@ -229,7 +223,27 @@ def dry_run(
         memory=job.footprint.memory_bytes(assignment, memory[0].context) if memory else None,
         targets=targets,
         servers=server_support(layers, assignment),
-        work=estimate(job.model, job.calibration, job.recipe),
+        work=work,
+        sensitivity=None if sensitivity is None else estimator_cost(job, sensitivity, work.rate),
+    )
+
+
+def estimator_cost(job: Job, sensitivity: Sensitivity, rate: float) -> EstimatorCost:
+    """What the job's estimator takes, at so many multiply-adds a second."""
+    calibration = job.calibration
+    extent = Extent(
+        config=job.recipe.calibrate,
+        layers=len(sensitivity.layers),
+        candidates=int(sensitivity.loss.isfinite().sum()),
+        length=calibration.fitting.shape[1],
+        held_out=calibration.held_out[: job.recipe.evaluate.curve_windows].numel(),
+    )
+    cost = ESTIMATORS[sensitivity.estimator].cost(extent)
+    weights = sum(layer.numel for layer in sensitivity.layers)
+    return EstimatorCost(
+        name=sensitivity.estimator,
+        what=cost.what,
+        seconds=cost.forward_tokens * weights / rate,
     )
 
 

@@ -33,9 +33,9 @@ import torch
 from quantforge.capture import compute_in
 from quantforge.memory import peak_bytes, resident_bytes
 from quantforge.models import Model
+from quantforge.outcomes import WorkEstimate
 from quantforge.quantize.tune import HEAD_CHUNK
 from quantforge.recipe import Recipe
-from quantforge.results import WorkEstimate
 from quantforge.types import CalibrationSet, LayerInfo
 
 _MEASURED_WINDOWS = 3  # the plan, and before and after tuning, on `curve_windows` each

@@ -22,9 +22,10 @@ from quantforge.load.huggingface import load_tokenizer
 from quantforge.load.text import DEFAULT_EVALUATION, describe_windows, evaluation_windows
 from quantforge.loading import load_source
 from quantforge.models import Architecture, architecture_of
+from quantforge.outcomes import EvaluationReport, InspectReport
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.recipe import compose, resolve_target
-from quantforge.results import EvaluationReport, InspectReport, Quality, SizeReport
+from quantforge.results import Quality, SizeReport
 from quantforge.runtime.load import load as load_packed
 from quantforge.types import LayerInfo
 

@@ -9,10 +9,10 @@ from quantforge.compilation import Job
 from quantforge.decision import Measurement
 from quantforge.files import write_json
 from quantforge.format.manifest import plan_to_dict
+from quantforge.outcomes import FrontierPoint, ParetoReport
 from quantforge.planning import frontier
 from quantforge.report.pareto import pareto_drawing, pareto_page
 from quantforge.report.pareto_image import pareto_image
-from quantforge.results import FrontierPoint, ParetoReport
 
 
 def frontier_report(job: Job, measured: Measurement, points: int, count: int) -> ParetoReport:

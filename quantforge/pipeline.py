@@ -22,9 +22,9 @@ from quantforge.errors import UsageError
 from quantforge.evaluation import evaluate, generate, inspect, load
 from quantforge.frontier import frontier_report, write_frontier
 from quantforge.opening import Source, configure, limit_of, open_job, target_of
+from quantforge.outcomes import ParetoReport, PlanReport, Report
 from quantforge.plan_file import GivenPlan
 from quantforge.progress import Monitor, ProgressEvent
-from quantforge.results import ParetoReport, PlanReport, Report
 from quantforge.workspace import check_output, staging
 
 __all__ = ["evaluate", "generate", "inspect", "load", "pareto", "plan", "quantize"]

@@ -8,16 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quantforge.calibrate.evidence import Evidence
 from quantforge.errors import InputError
 from quantforge.files import atomic_path, write_json
 from quantforge.results import CurvePoint, Quality
 from quantforge.types import LayerInfo, QuantSpec, Sensitivity
 
 FORMAT_VERSION = 2
+# Tables of an `Evidence`.
+_TABLES = ("squared", "output", "relative", "factored", "energies", "products", "squares")
 
 
 def save_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
@@ -118,6 +121,37 @@ def load_output_gram(folder: Path, layer: str) -> list[Tensor]:
 
 def _gram_path(folder: Path, layer: str) -> Path:
     return folder / f"{layer}.safetensors"
+
+
+def save_evidence(evidence: Evidence, path: Path) -> None:
+    """Write the tables of all candidates, atomically."""
+    tables = {name: getattr(evidence, name).contiguous() for name in _TABLES}
+    about = {
+        "layers": json.dumps([asdict(layer) for layer in evidence.layers]),
+        "specs": json.dumps([str(spec) for spec in evidence.specs]),
+        "length": str(evidence.length),
+    }
+    with atomic_path(path) as temporary:
+        save_file(tables, temporary, metadata=about)
+
+
+def load_evidence(path: Path) -> Evidence:
+    """Read what `save_evidence` wrote.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            about = opened.metadata()
+            return Evidence(
+                layers=tuple(LayerInfo(**layer) for layer in json.loads(about["layers"])),
+                specs=tuple(QuantSpec.parse(text) for text in json.loads(about["specs"])),
+                length=int(about["length"]),
+                **{name: opened.get_tensor(name) for name in _TABLES},
+            )
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
 
 
 def save_curve(points: Sequence[CurvePoint], path: Path) -> None:

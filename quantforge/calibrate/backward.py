@@ -5,7 +5,7 @@ products, on disk if there is a place for them; from the head backwards each blo
 forward and backward, and is done with. What is resident is the states of one block and the
 activations of one batch. In float32 the gradients are those of plain autograd.
 
-The loss is Σ_t −log p(y_t) with labels drawn from the network itself (see `fisher`).
+The loss is one of `token_loss`, given by its gradient at the head's input.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from quantforge.calibrate.token_loss import HeadGradient
 from quantforge.capture import (
     BlockWalk,
     Precision,
@@ -31,9 +32,6 @@ from quantforge.capture import (
     stage_readers,
 )
 from quantforge.models import Model
-from quantforge.numerics import draw_categorical
-
-HEAD_CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +59,17 @@ def backward_blocks(
     *,
     batch_size: int,
     precision: Precision,
-    generator: torch.Generator,
+    head_gradient: HeadGradient,
     scratch: Path | None = None,
 ) -> Iterator[BlockGradients]:
     """Every batch of every block, from the last block to the first.
 
     Args:
-        model: the float network; its parameters must not ask for gradients.
+        model: the network; its parameters must not ask for gradients.
         tokens: [sequences, length] int64.
         batch_size: sequences a pass through a block.
         precision: of the matrix products.
-        generator: draws the labels, batch by batch; of the network's device.
+        head_gradient: the loss, asked batch by batch.
         scratch: folder for states; None keeps them in memory.
     """
     product = product_dtype(precision)
@@ -83,7 +81,11 @@ def backward_blocks(
         for block in walk.blocks:
             entrances.push([hidden.to(product) for hidden in walk.hidden])
             walk.advance(block)
-        states = [_head_gradient(model, hidden, precision, generator) for hidden in walk.hidden]
+        states, first = [], 0
+        for hidden in walk.hidden:
+            rows = slice(first, first + len(hidden))
+            states.append(_at_last_output(model, hidden, rows, precision, head_gradient))
+            first = rows.stop
         walk.hidden.clear()  # from here on everything starts from what was kept
         for index in range(len(walk.blocks) - 1, -1, -1):
             first = 0
@@ -167,8 +169,8 @@ def _block_backward(
     return tuple(inputs[path].to(product) for path in readers), gradients, at_input
 
 
-def _head_gradient(
-    model: Model, hidden: Tensor, precision: Precision, generator: torch.Generator
+def _at_last_output(
+    model: Model, hidden: Tensor, rows: slice, precision: Precision, head_gradient: HeadGradient
 ) -> Tensor:
     """[batch, length, hidden] float32: the loss's gradient at the last block's output."""
     projection: Any = model.module.get_submodule(model.architecture.head)
@@ -178,27 +180,6 @@ def _head_gradient(
     with torch.enable_grad():
         normed: Tensor = norm(start)
     flat = normed.detach().flatten(0, 1).to(head.dtype)
-    gradient = sampled_label_gradient(flat, head, generator).view_as(normed).to(normed.dtype)
+    gradient = head_gradient(rows, flat, head).view_as(normed).to(normed.dtype)
     (found,) = torch.autograd.grad(normed, start, gradient)
     return found
-
-
-def sampled_label_gradient(hidden: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of Σ_t −log p(y_t) with y_t ~ p, with respect to the head's input.
-
-    Args:
-        hidden: [tokens, hidden] input of the head.
-        head: [vocabulary, hidden] weight of the head.
-        generator: draws the labels; of the device of `hidden`.
-
-    Returns:
-        [tokens, hidden] (p − onehot(y)) · head, in the dtype of `hidden`.
-    """
-    pieces = []
-    for chunk in torch.split(hidden, HEAD_CHUNK):
-        probability = torch.softmax((chunk @ head.T).float(), -1)
-        label = draw_categorical(probability, generator)
-        one = torch.ones_like(label, dtype=probability.dtype)
-        residual = probability.scatter_add_(1, label, -one)
-        pieces.append(residual.to(head.dtype) @ head)
-    return torch.cat(pieces).to(hidden.dtype)

@@ -33,11 +33,13 @@ class CandidateErrors:
         layer: the layer.
         rows: [candidates, out] float32 d_o gram d_oᵀ; +inf for candidates that do not fit.
         relative: [candidates] float64, their sum over that of the weight itself; likewise.
+        squared: [candidates] float64 ‖Q(W) − W‖²; likewise.
     """
 
     layer: LayerInfo
     rows: Tensor
     relative: Tensor
+    squared: Tensor
 
 
 def measure_layer(
@@ -53,6 +55,7 @@ def measure_layer(
     A candidate that does not divide the row gets +inf and no integers.
     """
     rows = torch.full((len(specs), len(weight)), torch.inf)
+    squared = torch.full((len(specs),), torch.inf, dtype=torch.float64)
     shares, quantized = [], {}
     reference = output_error(weight, gram)
     for index, spec in enumerate(specs):
@@ -60,11 +63,14 @@ def measure_layer(
             shares.append(torch.inf)
             continue
         quantized[spec] = gptq(weight, factor, spec, grid=config.grid)
-        error = output_error(quantized[spec].dequantize() - weight, gram)
+        difference = quantized[spec].dequantize() - weight
+        error = output_error(difference, gram)
+        squared[index] = difference.square().sum(dtype=torch.float64)
         rows[index] = error.cpu()
         shares.append(relative(error, reference))
     table = torch.tensor(shares, dtype=torch.float64)
-    return CandidateErrors(layer=layer, rows=rows, relative=table), quantized
+    found = CandidateErrors(layer=layer, rows=rows, relative=table, squared=squared)
+    return found, quantized
 
 
 def quantize_candidates(

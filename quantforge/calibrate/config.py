@@ -8,13 +8,51 @@ from pydantic import Field
 
 from quantforge.config import Config
 
+EstimatorName = Literal[
+    "fisher",
+    "fisher-exact",
+    "fisher-factored",
+    "hawq",
+    "hawq-v2",
+    "empirical-fisher",
+    "gram",
+    "measured",
+]
+
+
+class CurvatureLimits(Config):
+    """What the estimators that differentiate twice may take.
+
+    A product with the Hessian costs some six forward passes over the text, in float32, and holds
+    the graphs of both derivatives.
+
+    Attributes:
+        sequences: fitting sequences, one a pass.
+        tokens: of each, from its beginning.
+        products: with the Hessian of all layers at once, at most ("hawq-v2").
+        layer_products: with the Hessian of one layer, for each of them, at most ("hawq").
+        tolerance: relative error at which products end earlier.
+    """
+
+    sequences: int = Field(default=4, ge=1)
+    tokens: int = Field(default=128, ge=2)
+    products: int = Field(default=32, ge=2)
+    layer_products: int = Field(default=8, ge=2)
+    tolerance: float = Field(default=0.05, gt=0)
+
 
 class CalibrateConfig(Config):
     """How sensitivities are measured.
 
     Attributes:
-        estimator: how a candidate's loss increase is predicted: by the Fisher information, exact
-            for each candidate ("fisher-exact"), factored ("fisher-factored"), or both ("fisher").
+        estimator: how a candidate's loss increase is predicted (`calibrate.estimators` has the
+            table): by the Fisher information, exact for each candidate ("fisher-exact"), factored
+            ("fisher-factored"), or both ("fisher"); by the Hessian's top eigenvalue ("hawq") or
+            trace ("hawq-v2"); by every weight's own gradient ("empirical-fisher"); by the layer's
+            output alone ("gram"); or by networks with one layer quantized ("measured").
+        curvature: limits of "hawq" and "hawq-v2".
+        probes: networks that "measured" puts together at most, if it is to measure every candidate;
+            beyond, one a layer.
         gradient_sequences: fitting sequences used for gradients; grams use all of them.
         gradient_batch: sequences a backward pass.
         batch_size: sequences a forward pass, of which one block's activations are held.
@@ -23,15 +61,12 @@ class CalibrateConfig(Config):
         grid: what the scales of the candidates minimise.
     """
 
-    estimator: Literal["fisher", "fisher-exact", "fisher-factored"] = "fisher"
+    estimator: EstimatorName = "fisher"
+    curvature: CurvatureLimits = CurvatureLimits()
+    probes: int = Field(default=256, ge=1)
     gradient_sequences: int = Field(default=32, ge=1)
     gradient_batch: int = Field(default=4, ge=1)
     batch_size: int = Field(default=4, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     damping: float = Field(default=0.01, ge=0)
     grid: Literal["minmax", "mse", "diagonal", "conditional"] = "diagonal"
-
-    @property
-    def reads_products(self) -> bool:
-        """Whether gradients are multiplied with the errors of every candidate."""
-        return self.estimator != "fisher-factored"

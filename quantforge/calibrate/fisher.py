@@ -16,7 +16,7 @@ token to token,
 
 which averages over all tokens, so it has little noise, but is off by a factor that depends on the
 kind of layer and on the grid: 1.4 for gates at 3 bits, 0.5 for values at 2 (SmolLM2-135M).
-`sensitivity.combine` takes the best of both.
+`sensitivity.combined_losses` takes the best of both.
 
 Where rows answer for each other, all of E[g gᵀ] is wanted, the output gram, whose diagonal the
 moments are: error feedback between rows rests on it (`methods.output_feedback`).
@@ -24,7 +24,7 @@ moments are: error feedback between rows rests on it (`methods.output_feedback`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from quantforge.calibrate.backward import BlockGradients, backward_blocks
+from quantforge.calibrate.token_loss import HeadGradient, following_tokens
 from quantforge.capture import Precision, product_dtype
 from quantforge.models import Model
 from quantforge.numerics import GramAccumulator
@@ -51,13 +52,18 @@ class GradientStatistics:
         moments: layer name → [out] float32 E[g²] in (nats / output unit)² a token, on the network's
             device.
         channels: per block [hidden] float32, the same at the block's output.
+        squares: [sequences, layers] float64 Σ_t ‖g_t‖², of all outputs of a layer.
         products: [sequences, layers, candidates] float64 Σ_t g_tᵀ D x_t in nats; None where no
             candidates were given.
+        energies: [sequences, layers, candidates] float64 Σ_t Σ_o g_to² d_o gram d_oᵀ in nats²; None
+            likewise.
     """
 
     moments: dict[str, Tensor]
     channels: tuple[Tensor, ...]
-    products: Tensor | None
+    squares: Tensor
+    products: Tensor | None = None
+    energies: Tensor | None = None
 
 
 class _Squares:
@@ -110,32 +116,35 @@ def gradient_statistics(
     *,
     batch_size: int,
     precision: Precision,
-    generator: torch.Generator,
+    head_gradient: HeadGradient,
     monitor: Monitor,
     keep_gram: Callable[[str, list[Tensor]], None] | None = None,
     errors: Callable[[LayerInfo], Tensor] | None = None,
+    rows: Mapping[str, Tensor] | None = None,
     scratch: Path | None = None,
 ) -> GradientStatistics:
-    """Moments of the gradients at the layers' outputs, with labels drawn from the model.
+    """Moments of the gradients at the layers' outputs.
 
     Args:
-        model: the float network; its parameters are frozen while this runs.
+        model: the network; its parameters are frozen while this runs.
         tokens: [sequences, length] int64.
         batch_size: sequences a pass.
         precision: of the matrix products.
-        generator: draws the labels; of the network's device.
+        head_gradient: of the loss; for the Fisher information `token_loss.sampled_labels`.
         monitor: progress and cancellation.
         keep_gram: gets the name of every layer and its output gram, [rows, rows] float32 blocks;
             without it none is made.
         errors: gives a layer's D of every candidate, [candidates, out, in].
+        rows: layer name → [candidates, out] d_o gram d_oᵀ; not finite for those that do not fit,
+            whose energies are then 0.
         scratch: folder for hidden states on the way; None keeps them in memory.
     """
-    collector = _Collector(model, keep_gram, errors, len(tokens), product_dtype(precision))
+    collector = _Collector(model, keep_gram, errors, rows, len(tokens), product_dtype(precision))
     total, done = len(tokens) * len(model.architecture.block_list(model.module)), 0
     with _frozen(model.module):
         for found in backward_blocks(
-            model, tokens, batch_size=batch_size, precision=precision, generator=generator,
-            scratch=scratch,
+            model, tokens, batch_size=batch_size, precision=precision,
+            head_gradient=head_gradient, scratch=scratch,
         ):  # fmt: skip
             collector.add(found)
             done += found.rows.stop - found.rows.start
@@ -155,11 +164,14 @@ class _Collector:
         model: Model,
         keep_gram: Callable[[str, list[Tensor]], None] | None,
         errors: Callable[[LayerInfo], Tensor] | None,
+        rows: Mapping[str, Tensor] | None,
         sequences: int,
         product: torch.dtype,
     ) -> None:
         self._product, self._layers, self._sequences = product, model.layers, sequences
-        self._keep_gram, self._errors = keep_gram, errors
+        self._keep_gram, self._errors, self._rows = keep_gram, errors, rows
+        self._index = {layer.name: index for index, layer in enumerate(model.layers)}
+        self._squares = torch.zeros(sequences, len(model.layers), dtype=torch.float64)
         self._block = -1
         self._sums: dict[str, _Squares | OutputGram] = {}
         self._channel = _Squares(0, torch.device("cpu"))
@@ -167,6 +179,7 @@ class _Collector:
         self._moments: dict[str, Tensor] = {}
         self._channels: list[Tensor] = []
         self._products: Tensor | None = None
+        self._energies: Tensor | None = None
 
     def add(self, found: BlockGradients) -> None:
         """Add one batch of one block."""
@@ -176,12 +189,24 @@ class _Collector:
         self._channel.add(found.output, self._product)
         for name, gradient in found.gradients.items():
             self._sums[name].add(gradient, self._product)
+            index = self._index[name]
+            each = gradient.float().square().sum(1)
+            self._squares[found.rows, index] = each.sum(1).double().cpu()
+            if self._rows is not None:
+                weights = self._rows[name].to(each.device)
+                spent = each @ torch.where(weights.isfinite(), weights, 0.0).T
+                self._energies = self._table(self._energies, spent)
+                self._energies[found.rows, index] = spent.double().cpu()
         for index, errors in self._known.items():
             inner = inner_products(found, self._layers[index], errors)
-            if self._products is None:
-                shape = (self._sequences, len(self._layers), inner.shape[1])
-                self._products = torch.zeros(shape, dtype=torch.float64)
+            self._products = self._table(self._products, inner)
             self._products[found.rows, index] = inner.double().cpu()
+
+    def _table(self, known: Tensor | None, part: Tensor) -> Tensor:
+        """[sequences, layers, candidates], made with the first `part` [.., candidates] of it."""
+        if known is not None:
+            return known
+        return torch.zeros(self._sequences, len(self._layers), part.shape[1], dtype=torch.float64)
 
     def _begin(self, found: BlockGradients) -> None:
         """Get ready for the block that `found` is the first batch of."""
@@ -211,7 +236,9 @@ class _Collector:
         return GradientStatistics(
             moments={layer.name: self._moments[layer.name] for layer in self._layers},
             channels=tuple(reversed(self._channels)),
+            squares=self._squares,
             products=self._products,
+            energies=self._energies,
         )
 
 
@@ -223,8 +250,66 @@ def inner_products(found: BlockGradients, layer: LayerInfo, errors: Tensor) -> T
         layer: the layer.
         errors: [candidates, out, in] D, in the dtype of the gradients.
     """
-    gradient = found.gradients[layer.name].transpose(1, 2) @ found.inputs[layer.stage]
-    return (gradient.flatten(1) @ errors.flatten(1).T).float()
+    return (weight_gradients(found, layer).flatten(1) @ errors.flatten(1).T).float()
+
+
+def weight_gradients(found: BlockGradients, layer: LayerInfo) -> Tensor:
+    """[sequences, out, in] gradient of each sequence's loss, in the dtype of the products."""
+    return found.gradients[layer.name].transpose(1, 2) @ found.inputs[layer.stage]
+
+
+def diagonal_products(
+    model: Model,
+    tokens: Tensor,
+    *,
+    batch_size: int,
+    precision: Precision,
+    monitor: Monitor,
+    errors: Callable[[LayerInfo], Tensor],
+    scratch: Path | None = None,
+) -> Tensor:
+    """Σ_w G_w² D_w² of every sequence, [sequences, layers, candidates] float64 in nats².
+
+    G is the gradient of a sequence's loss on its own next tokens with respect to a layer's weight.
+    The mean over sequences is D's quadratic form with the diagonal of the empirical Fisher matrix
+    of sequences: weights answer for themselves alone.
+
+    Args:
+        model: the float network; its parameters are frozen while this runs.
+        tokens: [sequences, length] int64, two tokens at least.
+        batch_size: sequences a pass.
+        precision: of the matrix products.
+        monitor: progress and cancellation.
+        errors: gives a layer's D of every candidate, [candidates, out, in].
+        scratch: folder for hidden states on the way; None keeps them in memory.
+    """
+    product, block, found = product_dtype(precision), -1, None
+    total, done = len(tokens) * len(model.architecture.block_list(model.module)), 0
+    squared: dict[int, Tensor] = {}
+    with _frozen(model.module):
+        for one in backward_blocks(
+            model, tokens, batch_size=batch_size, precision=precision,
+            head_gradient=following_tokens(tokens), scratch=scratch,
+        ):  # fmt: skip
+            if one.block != block:
+                block = one.block
+                squared = {
+                    index: errors(layer).square().to(product).flatten(1)
+                    for index, layer in enumerate(model.layers)
+                    if layer.block == block
+                }
+            for index, table in squared.items():
+                squares = weight_gradients(one, model.layers[index]).square()
+                part = (squares.flatten(1) @ table.T).double().cpu()
+                if found is None:
+                    shape = (len(tokens), len(model.layers), part.shape[1])
+                    found = torch.zeros(shape, dtype=torch.float64)
+                found[one.rows, index] = part
+            done += one.rows.stop - one.rows.start
+            monitor.step("empirical gradients", done, total)
+    if found is None:
+        raise ValueError("there is no layer in any block")
+    return found
 
 
 @contextmanager

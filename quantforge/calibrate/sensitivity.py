@@ -1,4 +1,4 @@
-"""Predicted losses of all candidates, from two estimates of the same thing.
+"""The two Fisher estimates of candidates' losses, and the best of both.
 
 The exact Fisher estimate e of a candidate (see `fisher`) is unbiased but noisy: with 48 sequences
 about 20 % a layer and candidate. A search over thousands of them would pick what noise made cheap.
@@ -20,59 +20,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantforge.calibrate.candidates import CandidateErrors
-from quantforge.calibrate.fisher import GradientStatistics
-from quantforge.types import QuantSpec, Sensitivity
-
 # What a logarithm is taken of is at least this: an estimate of nothing tells nothing.
 LEAST = 1e-12
 # Relative variance of an estimate that tells nothing, of a single sequence for example.
 MOST_NOISE = 1e6
-
-
-def predict(
-    errors: Sequence[CandidateErrors],
-    gradients: GradientStatistics,
-    specs: Sequence[QuantSpec],
-    length: int,
-    estimator: str,
-    fingerprint: str,
-) -> Sensitivity:
-    """The table of predicted losses.
-
-    Args:
-        errors: of all layers, in forward order.
-        gradients: moments, and products unless the estimator is "fisher-factored".
-        specs: the candidates.
-        length: tokens a sequence.
-        estimator: which estimate (`CalibrateConfig.estimator`).
-        fingerprint: of everything that determines the result.
-    """
-    factored = torch.stack(
-        [factored_losses(one.rows, gradients.moments[one.layer.name]) for one in errors]
-    )
-    loss, stderr, products = factored, None, gradients.products
-    if estimator == "fisher-factored":
-        pass
-    elif products is None:
-        raise ValueError(f"{estimator} needs the products of gradients and errors")
-    elif estimator == "fisher-exact":
-        loss, stderr = (
-            torch.where(factored.isfinite(), table, torch.inf)
-            for table in exact_losses(products, length)
-        )
-    else:
-        kinds = [one.layer.name.rpartition(".")[2] for one in errors]
-        loss, stderr = combined_losses(factored, products, length, kinds)
-    return Sensitivity(
-        layers=tuple(one.layer for one in errors),
-        specs=tuple(specs),
-        loss=loss,
-        error=torch.stack([one.relative for one in errors]),
-        estimator=estimator,
-        fingerprint=fingerprint,
-        stderr=stderr,
-    )
 
 
 def factored_losses(rows: Tensor, moments: Tensor) -> Tensor:
@@ -93,7 +44,7 @@ def exact_losses(products: Tensor, length: int) -> tuple[Tensor, Tensor]:
         length: tokens a sequence.
     """
     samples = products.square() / (2 * length)
-    return samples.mean(0), _standard_error(samples)
+    return samples.mean(0), standard_error(samples)
 
 
 def combined_losses(
@@ -115,11 +66,11 @@ def combined_losses(
     base = factored * factor
     ratios = torch.where(fits, samples / base.where(fits, torch.ones(())).clamp_min(LEAST), 0.0)
     by_layer = ratios.sum(2) / fits.sum(1).clamp_min(1)
-    layer, layer_error = _shrunk(by_layer.mean(0), _standard_error(by_layer), fits.any(1))
+    layer, layer_error = _shrunk(by_layer.mean(0), standard_error(by_layer), fits.any(1))
     own = ratios.mean(0) / by_layer.mean(0).clamp_min(LEAST)[:, None]
     # What a candidate's samples vary by beyond their layer's.
     apart = ratios - own * by_layer[:, :, None]
-    noise = _standard_error(apart) / by_layer.mean(0).clamp_min(LEAST)[:, None]
+    noise = standard_error(apart) / by_layer.mean(0).clamp_min(LEAST)[:, None]
     candidate, candidate_error = _shrunk(own, noise, fits)
     loss = torch.where(fits, base * layer[:, None] * candidate, torch.inf)
     parts = (kind_error, layer_error[:, None], candidate_error)
@@ -143,7 +94,7 @@ def _kind_factors(factored: Tensor, samples: Tensor, kinds: Sequence[str]) -> tu
         above = sums.mean(0)
         usable = (below > LEAST) & (above > LEAST)
         factors[rows] = torch.where(usable, above / below.clamp_min(LEAST), 1.0)
-        errors[rows] = torch.where(usable, _standard_error(sums) / above.clamp_min(LEAST), 0.0)
+        errors[rows] = torch.where(usable, standard_error(sums) / above.clamp_min(LEAST), 0.0)
     return factors, errors
 
 
@@ -165,7 +116,7 @@ def _shrunk(measured: Tensor, error: Tensor, known: Tensor) -> tuple[Tensor, Ten
     return (weight * logarithm).exp(), (weight * noise).sqrt()
 
 
-def _standard_error(samples: Tensor) -> Tensor:
+def standard_error(samples: Tensor) -> Tensor:
     """Of the mean over the first axis; infinite for a single sample."""
     if len(samples) < 2:
         return torch.full_like(samples[0], torch.inf)

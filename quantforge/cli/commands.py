@@ -27,6 +27,7 @@ from quantforge.cli.options import (
     Plan,
     Precision,
     Seed,
+    Sensitivity,
     Settings,
     Trust,
 )
@@ -58,12 +59,15 @@ def _watched(*, visible: bool = True) -> Iterator[_Monitoring]:
         yield _Monitoring(progress=report, cancel=cancel)
 
 
-def _settings(pairs: list[str] | None, model: str | None) -> dict[str, Any]:
+def _settings(
+    pairs: list[str] | None, model: str | None, sensitivity: Sensitivity
+) -> dict[str, Any]:
     """`--set` options, and over them the named options that are recipe keys."""
     from quantforge.recipe import parse_settings
 
-    settings = parse_settings(pairs or ())
-    return settings if model is None else {**settings, "model": model}
+    named = {"model": model, "calibrate.estimator": sensitivity and sensitivity.value}
+    given = {key: value for key, value in named.items() if value is not None}
+    return {**parse_settings(pairs or ()), **given}
 
 
 def plan(
@@ -72,6 +76,7 @@ def plan(
     budget: Budget = None,
     plan: Plan = None,
     effort: EffortOption = Effort.balanced,
+    sensitivity: Sensitivity = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder for plan.json.")
     ] = None,
@@ -100,7 +105,7 @@ def plan(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(settings, override),
+            settings=_settings(settings, override, sensitivity),
             force=force,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
@@ -117,6 +122,7 @@ def pareto(
         int, typer.Option(min=0, metavar="N", help="Measure so many of the plans.")
     ] = 0,
     effort: EffortOption = Effort.balanced,
+    sensitivity: Sensitivity = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -148,7 +154,7 @@ def pareto(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(settings, override),
+            settings=_settings(settings, override, sensitivity),
             force=force,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
@@ -163,6 +169,7 @@ def quantize(
     budget: Budget = None,
     plan: Plan = None,
     effort: EffortOption = Effort.balanced,
+    sensitivity: Sensitivity = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -199,7 +206,7 @@ def quantize(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(settings, override),
+            settings=_settings(settings, override, sensitivity),
             force=force,
             fresh=fresh,
             trust_remote_code=trust_remote_code,

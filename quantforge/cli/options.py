@@ -24,6 +24,19 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Estimator(StrEnum):
+    """Values of `--sensitivity`; a test compares them with the recipe key's."""
+
+    fisher = "fisher"
+    fisher_exact = "fisher-exact"
+    fisher_factored = "fisher-factored"
+    hawq = "hawq"
+    hawq_v2 = "hawq-v2"
+    empirical_fisher = "empirical-fisher"
+    gram = "gram"
+    measured = "measured"
+
+
 # What `load.documents` reads; a test compares the two.
 TEXTS = ".txt, .text, .md, .jsonl, .ndjson or .parquet file, hub data set (owner/name)"
 
@@ -56,6 +69,14 @@ Plan = Annotated[
     ),
 ]
 EffortOption = Annotated[Effort, typer.Option(help="How much time to spend on quality.")]
+Sensitivity = Annotated[
+    Estimator | None,
+    typer.Option(
+        "--sensitivity",
+        show_default=False,
+        help="How losses are predicted; short for --set calibrate.estimator=.., default: fisher.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Calibration = Annotated[
     str | None,

@@ -21,20 +21,19 @@ from rich.table import Table
 from quantforge.cli.text import duration, estimate, number, one_line, size, with_error
 
 if TYPE_CHECKING:
-    from quantforge.results import (
+    from quantforge.outcomes import (
+        EstimatorCost,
         EvaluationReport,
         FrontierPoint,
         InspectReport,
         ParetoReport,
         PlannedLayer,
         PlanReport,
-        Quality,
         Report,
         ServerSupport,
-        SizeReport,
-        TargetOutcome,
         WorkEstimate,
     )
+    from quantforge.results import Quality, SizeReport, TargetOutcome
 
 JSON_VERSION = 1
 _PIPE_WIDTH = 160
@@ -132,7 +131,7 @@ def show_plan(report: PlanReport, out: Console) -> None:
         rows.append(("memory when run", f"{size(report.memory)} with keys and values"))
     if report.scratch_bytes:
         rows.append(("disk in the cache", size(report.scratch_bytes)))
-    rows += _work_rows(report.work)
+    rows += [*_estimator_rows(report.sensitivity), *_work_rows(report.work)]
     _pairs(rows, out)
     _specs([(layer.spec, layer.weights) for layer in report.layers], out)
     _layers(report.layers, out)
@@ -261,6 +260,13 @@ def _target_rows(targets: Sequence[TargetOutcome]) -> list[tuple[str, str]]:
         )
         for one in targets
     ]
+
+
+def _estimator_rows(cost: EstimatorCost | None) -> list[tuple[str, str]]:
+    if cost is None:
+        return []
+    taken = f": {cost.what}, about {duration(cost.seconds)} where not in the cache"
+    return [("sensitivity", cost.name + (taken if cost.what else ""))]
 
 
 def _work_rows(work: WorkEstimate | None) -> list[tuple[str, str]]:

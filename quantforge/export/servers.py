@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from quantforge.results import ServerSupport
+from quantforge.outcomes import ServerSupport
 from quantforge.types import LayerInfo, QuantSpec
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+from quantforge.outcomes import Report
 from quantforge.report.numbers import (
     KEPT,
     against_uniform,
@@ -14,7 +15,6 @@ from quantforge.report.numbers import (
     size,
     with_error,
 )
-from quantforge.results import Report
 
 
 def model_card(report: Report) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from html import escape
 
 from quantforge.hull import LEAST_KL, lower_hull
+from quantforge.outcomes import Report
 from quantforge.report.numbers import (
     KEPT,
     bits_of,
@@ -23,7 +24,7 @@ from quantforge.report.numbers import (
     significant,
     with_error,
 )
-from quantforge.results import CurvePoint, LayerReport, Report
+from quantforge.results import CurvePoint, LayerReport
 
 WIDTH = 820
 _LABEL_WIDTH = 6.3

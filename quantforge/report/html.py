@@ -16,6 +16,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from quantforge.outcomes import Report
 from quantforge.report.figures import curve_figure, layers_figure
 from quantforge.report.numbers import (
     NO_BREAK,
@@ -29,7 +30,7 @@ from quantforge.report.numbers import (
     total_loss,
     with_error,
 )
-from quantforge.results import LayerReport, Report
+from quantforge.results import LayerReport
 
 
 def render(report: Report) -> str:

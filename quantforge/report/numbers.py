@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quantforge.results import CurvePoint, LayerReport, Report
+from quantforge.outcomes import Report
+from quantforge.results import CurvePoint, LayerReport
 from quantforge.types import KEPT_BITS, QuantSpec
 
 KEPT = "kept"

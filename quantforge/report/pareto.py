@@ -12,10 +12,11 @@ from dataclasses import replace
 from html import escape
 
 from quantforge.hull import LEAST_KL, lower_hull
+from quantforge.outcomes import FrontierPoint, ParetoReport
 from quantforge.report.figures import Axes, Labels, diamond, grid, svg, uniform_mark
 from quantforge.report.html import figure_section, html_table, page, style
 from quantforge.report.numbers import estimate, significant, size, with_error
-from quantforge.results import CurvePoint, FrontierPoint, ParetoReport
+from quantforge.results import CurvePoint
 
 _FONT = "system-ui, -apple-system, Segoe UI, Roboto, sans-serif"
 _CAPTION = (

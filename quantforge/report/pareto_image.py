@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from quantforge.hull import LEAST_KL, lower_hull
-from quantforge.results import ParetoReport
+from quantforge.outcomes import ParetoReport
 
 _PLAN, _UNIFORM = "#b9480e", "#55606e"
 _INCHES, _DOTS = (8.2, 4.1), 150

@@ -105,6 +105,7 @@ def channel_weights(model: Model, calibration: CalibrationSet, recipe: Recipe) -
     import torch
 
     from quantforge.calibrate.fisher import gradient_statistics
+    from quantforge.calibrate.token_loss import sampled_labels
     from quantforge.progress import Monitor
 
     if recipe.quantize.rounding.steps == 0:
@@ -116,7 +117,7 @@ def channel_weights(model: Model, calibration: CalibrationSet, recipe: Recipe) -
         calibration.fitting[: recipe.calibrate.gradient_sequences],
         batch_size=recipe.calibrate.gradient_batch,
         precision=recipe.calibrate.precision,
-        generator=torch.Generator().manual_seed(SEED),
+        head_gradient=sampled_labels(torch.Generator().manual_seed(SEED)),
         monitor=Monitor(),
     )
     return list(found.channels)

@@ -7,11 +7,14 @@ import torch
 
 from quantforge.calibrate import fisher
 from quantforge.calibrate.artefact import load_output_gram, save_output_gram
-from quantforge.calibrate.backward import sampled_label_gradient
 from quantforge.calibrate.candidates import quantize_candidates, weight_errors
 from quantforge.calibrate.config import CalibrateConfig
 from quantforge.calibrate.fisher import gradient_statistics
 from quantforge.calibrate.sensitivity import exact_losses, factored_losses
+from quantforge.calibrate.token_loss import (
+    sampled_label_gradient,
+    sampled_labels,
+)
 from quantforge.capture import BlockWalk, stage_grams
 from quantforge.errors import InputError
 from quantforge.evaluate.quality import ReferenceOutputs
@@ -54,7 +57,7 @@ def test_a_backward_pass_block_by_block_equals_plain_autograd(
     names, grams = [layer.name for layer in model.layers], {}
     found = gradient_statistics(
         model, tokens, batch_size=batch_size, precision="float32",
-        generator=torch.Generator().manual_seed(7), monitor=Monitor(),
+        head_gradient=sampled_labels(torch.Generator().manual_seed(7)), monitor=Monitor(),
         keep_gram=grams.__setitem__ if whole else None, errors=lambda layer: errors[layer.name],
         scratch=tmp_path if on_disk else None,
     )  # fmt: skip
@@ -131,7 +134,7 @@ def test_predictions_are_near_the_kl_that_small_errors_cause(model):
         noise[layer.name] = torch.randn(4, *weight.shape, generator=generator) * 0.15 * weight.std()
     found = gradient_statistics(
         model, tokens, batch_size=32, precision="float32",
-        generator=torch.Generator().manual_seed(0), monitor=Monitor(),
+        head_gradient=sampled_labels(torch.Generator().manual_seed(0)), monitor=Monitor(),
         errors=lambda layer: noise[layer.name],
     )  # fmt: skip
     exact, exact_error = exact_losses(found.products, 24)

@@ -1,20 +1,12 @@
 """Two estimates of the same losses as one: against closed forms and a made-up truth."""
 
-import math
-
 import pytest
 import torch
 
-from quantforge.calibrate.artefact import load_sensitivity, save_sensitivity
-from quantforge.calibrate.candidates import CandidateErrors
-from quantforge.calibrate.fisher import GradientStatistics
 from quantforge.calibrate.sensitivity import (
     combined_losses,
     exact_losses,
-    factored_losses,
-    predict,
 )
-from quantforge.types import LayerInfo, QuantSpec
 
 KINDS = ["q", "k", "v", "o"] * 10
 LENGTH = 8
@@ -87,45 +79,3 @@ def test_candidates_that_do_not_fit_stay_infinite_and_touch_no_other():
     assert error[:, 5].isinf().all()
     expected = combined_losses(*narrow, LENGTH, KINDS)
     torch.testing.assert_close((combined[:, :5], error[:, :5]), expected)
-
-
-def test_the_table_names_its_estimator_and_survives_the_disk(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    layers = [
-        LayerInfo(
-            name=f"blocks.{i}.q", out_features=3, in_features=8, block=i, stage=0, fused_group=""
-        )
-        for i in range(2)
-    ]
-    specs = (QuantSpec(2, 4), QuantSpec(3, 4), QuantSpec(3, 5))
-    rows = torch.rand(2, 3, 3, generator=generator)
-    rows[:, 2] = torch.inf
-    errors = [
-        CandidateErrors(layer=layer, rows=one, relative=torch.ones(3).double())
-        for layer, one in zip(layers, rows, strict=True)
-    ]
-    moments = {layer.name: torch.rand(3, generator=generator) for layer in layers}
-    products = torch.randn(5, 2, 3, generator=generator, dtype=torch.float64)
-    products[:, :, 2] = 0
-    statistics = GradientStatistics(moments=moments, channels=(), products=products)
-    made = {
-        name: predict(errors, statistics, specs, LENGTH, name, "f")
-        for name in ("fisher-factored", "fisher-exact", "fisher")
-    }
-    factored = factored_losses(rows[1], moments["blocks.1.q"])
-    torch.testing.assert_close(made["fisher-factored"].loss[1], factored)
-    assert float(factored[0]) == pytest.approx(
-        0.5 * float((rows[1, 0] * moments["blocks.1.q"]).sum()), rel=1e-6
-    )
-    assert made["fisher-factored"].stderr is None
-    exact, _ = exact_losses(products, LENGTH)
-    torch.testing.assert_close(made["fisher-exact"].loss[:, :2], exact[:, :2])
-    assert not torch.equal(made["fisher"].loss, made["fisher-exact"].loss)
-    for name, table in made.items():
-        assert table.estimator == name
-        assert table.loss[:, 2].tolist() == [math.inf] * 2
-        path = tmp_path / f"{name}.json"
-        save_sensitivity(table, path)
-        found = load_sensitivity(path)
-        assert torch.equal(found.loss, table.loss)
-        assert found.stderr is table.stderr or torch.equal(found.stderr, table.stderr)

@@ -12,24 +12,27 @@ import pytest
 import quantforge
 from quantforge.cli.app import application
 from quantforge.cli.outcome import run
-from quantforge.results import (
-    CurvePoint,
+from quantforge.outcomes import (
+    EstimatorCost,
     EvaluationReport,
     FrontierPoint,
-    Generation,
     InspectReport,
-    LayerReport,
-    PairedDifference,
     ParetoReport,
     PlannedLayer,
     PlanReport,
-    Quality,
     Report,
     ServerSupport,
-    SizeReport,
-    TargetOutcome,
     UniformPlan,
     WorkEstimate,
+)
+from quantforge.results import (
+    CurvePoint,
+    Generation,
+    LayerReport,
+    PairedDifference,
+    Quality,
+    SizeReport,
+    TargetOutcome,
 )
 from quantforge.types import BitPlan, QuantSpec
 
@@ -149,6 +152,7 @@ def plan_report() -> PlanReport:
         ),
         servers=(ServerSupport(name="vLLM", loads=False, why="loads 4 bits, the plan has 2"),),
         work=WorkEstimate(multiply_adds=6e12, rate=5e10, seconds=120.0, memory_bytes=2_500_000_000),
+        sensitivity=EstimatorCost(name="hawq-v2", what="32 products", seconds=61.0),
     )
 
 

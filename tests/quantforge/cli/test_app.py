@@ -58,6 +58,7 @@ def test_every_compile_option_reaches_the_pipeline(command, pipeline, name: str)
             "cuda",
         ),
         *("--calibration", "t.txt", "--set", "search.bits=[2, 3]", "--set", "model=./a"),
+        *("--set", "calibrate.estimator=fisher", "--sensitivity", "hawq-v2"),
         *("--model", "./b", "--force", "--fresh", "--trust-remote-code", "--json"),
     )
     assert outcome.code == 0, outcome.stderr
@@ -69,7 +70,11 @@ def test_every_compile_option_reaches_the_pipeline(command, pipeline, name: str)
         "effort": "best",
         "seed": 7,
         "device": "cuda",
-        "settings": {"search.bits": [2, 3], "model": "./b"},  # the named option wins
+        "settings": {  # named options win
+            "search.bits": [2, 3],
+            "calibrate.estimator": "hawq-v2",
+            "model": "./b",
+        },
         "force": True,
         "fresh": True,
         "trust_remote_code": True,
@@ -96,6 +101,10 @@ def test_pareto_passes_its_own_options_and_no_budget(command, pipeline) -> None:
     options = passed(pipeline)[2]
     assert (options["points"], options["measure"], options["output"]) == (5, 2, Path("x"))
     assert options["settings"] == {"a.b": 1}
+    pipeline.calls.clear()
+    command("pareto", "llama", "--sensitivity", "gram")
+    assert passed(pipeline)[2]["settings"] == {"calibrate.estimator": "gram"}
+    assert command("pareto", "llama", "--sensitivity", "guess").code == 2
     assert command("pareto", "llama", "--points", "1").code == 2
 
 

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from quantforge.results import CurvePoint, Generation, LayerReport, Quality, Report, SizeReport
+from quantforge.outcomes import Report
+from quantforge.results import CurvePoint, Generation, LayerReport, Quality, SizeReport
 from quantforge.types import BitPlan, QuantSpec
 
 KINDS = {  # kind: (rows, columns, sensitivity)

@@ -5,9 +5,10 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from quantforge.outcomes import FrontierPoint, ParetoReport
 from quantforge.report.pareto import pareto_drawing, pareto_figure, pareto_page, predicted
 from quantforge.report.pareto_image import pareto_image
-from quantforge.results import CurvePoint, FrontierPoint, ParetoReport, Quality
+from quantforge.results import CurvePoint, Quality
 from quantforge.types import BitPlan, QuantSpec
 
 

@@ -1,0 +1,290 @@
+"""What each command hands back: plain, JSON-friendly records without times, dates or hosts.
+
+Times live in `run.json`, outside the promise that one seed gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantforge.results import (
+    CurvePoint,
+    Generation,
+    LayerReport,
+    PairedDifference,
+    Quality,
+    SizeReport,
+    TargetOutcome,
+)
+from quantforge.types import BitPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The outcome of `quantize`; `report.html` and the model card are drawn from it.
+
+    Attributes:
+        model: name of the source model.
+        source: where it came from, as printed to the user.
+        output: folder written, as given; empty in memory.
+        plan: the plan that was executed.
+        layers: one row a layer, in forward order.
+        sizes: sizes counted from the written files.
+        quality: held-out quality of the final network.
+        curve: measured uniform networks and the plan, one-pass compensation for all; empty where
+            nothing was searched.
+        hull_kl: KL of the uniform lower hull read at the plan's stored bits; None if out of range.
+        cheapest_uniform: name and held-out KL of the cheapest uniform ceil(budget)-bit plan.
+        generations: short continuations before and after.
+        calibration: description of the calibration text.
+        settings: the effective recipe.
+        versions: library versions.
+        warnings: one line each.
+        targets: how the budget's targets of quality were met, before tuning.
+    """
+
+    model: str
+    source: str
+    output: str
+    plan: BitPlan
+    layers: tuple[LayerReport, ...]
+    sizes: SizeReport
+    quality: Quality
+    curve: tuple[CurvePoint, ...]
+    hull_kl: float | None
+    cheapest_uniform: tuple[str, float] | None
+    generations: tuple[Generation, ...]
+    calibration: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+    targets: tuple[TargetOutcome, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedLayer:
+    """One row of a plan.
+
+    Attributes:
+        name: module path.
+        spec: spec as text, "kept" where left alone.
+        weights: number of weights.
+        stored_bits: stored bits a weight.
+        predicted_loss: predicted loss increase in nats a token; None where it was not predicted.
+    """
+
+    name: str
+    spec: str
+    weights: int
+    stored_bits: float
+    predicted_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UniformPlan:
+    """One spec everywhere, as a plan is compared with.
+
+    Attributes:
+        name: e.g. "uniform 3b-g64".
+        stored_bits: average stored bits a weight.
+        predicted_loss: predicted loss increase in nats a token; None where it was not estimated.
+        fits: whether it is within the budget.
+    """
+
+    name: str
+    stored_bits: float
+    predicted_loss: float | None
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSupport:
+    """Whether a program loads the checkpoint that a plan makes, by its rules.
+
+    Attributes:
+        name: program and version.
+        loads: whether it does.
+        why: the rule that decides.
+    """
+
+    name: str
+    loads: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkEstimate:
+    """What `quantize` will take after this plan, see `quantforge.estimate`.
+
+    Attributes:
+        multiply_adds: of all forward and backward passes, grams and compensation.
+        rate: multiply-adds a second of this network's forward pass, measured here.
+        seconds: their quotient: the products alone, so a lower bound.
+        memory_bytes: largest resident size, the process as it is now included.
+    """
+
+    multiply_adds: float
+    rate: float
+    seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimatorCost:
+    """What predicting the losses takes beside the passes that every calibration makes.
+
+    Attributes:
+        name: of the estimator.
+        what: in words; empty for nothing.
+        seconds: about; the time of its forward and backward passes at the measured rate.
+    """
+
+    name: str
+    what: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """The outcome of `plan`, a run that stops before any weight is quantized.
+
+    Attributes:
+        model: name of the source model.
+        source: where it came from, as printed to the user.
+        plan: the plan that `quantize` would execute.
+        layers: one row a layer, in forward order.
+        reachable: lowest and highest stored bits a weight that the candidates can give.
+        sizes: sizes computed from the plan.
+        uniform: uniform plans, by stored bits; empty where nothing is searched.
+        scratch_bytes: disk in the cache that the integers of all candidates take.
+        calibration: description of the calibration text.
+        settings: the effective recipe.
+        warnings: one line each.
+        predicted_error: standard error of the plan's predicted loss, in nats; None where there is
+            no prediction or nothing was measured to judge it by.
+        memory: with a budget of memory: weights, keys and values together, in bytes.
+        targets: how the budget's targets of quality were met.
+        servers: which programs load the checkpoint.
+        work: time and memory of `quantize`.
+        sensitivity: what the estimator took, or would where it came from the cache; None where
+            nothing is searched.
+    """
+
+    model: str
+    source: str
+    plan: BitPlan
+    layers: tuple[PlannedLayer, ...]
+    reachable: tuple[float, float]
+    sizes: SizeReport
+    uniform: tuple[UniformPlan, ...]
+    scratch_bytes: int
+    calibration: str
+    settings: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+    predicted_error: float | None = None
+    memory: int | None = None
+    targets: tuple[TargetOutcome, ...] = ()
+    servers: tuple[ServerSupport, ...] = ()
+    work: WorkEstimate | None = None
+    sensitivity: EstimatorCost | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierPoint:
+    """One plan of the frontier.
+
+    Attributes:
+        plan: of least predicted loss for its bits.
+        predicted_error: standard error of its predicted loss, in nats; None if unknown.
+        checkpoint_bytes: bytes of its safetensors files.
+        quality: held-out measurement before tuning; None where it was not measured.
+    """
+
+    plan: BitPlan
+    predicted_error: float | None
+    checkpoint_bytes: int
+    quality: Quality | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParetoReport:
+    """The outcome of `pareto`: the plans worth having, from the smallest on.
+
+    Attributes:
+        model: name of the source model.
+        source: where it came from, as printed to the user.
+        points: by stored bits; each predicted to lose less than the ones before it.
+        uniform: measured uniform networks, by stored bits.
+        reference_bytes: bytes of the same network in 16 bits.
+        calibration: description of the calibration text.
+        settings: the effective recipe.
+        warnings: one line each.
+    """
+
+    model: str
+    source: str
+    points: tuple[FrontierPoint, ...]
+    uniform: tuple[CurvePoint, ...]
+    reference_bytes: int
+    calibration: str
+    settings: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReport:
+    """The outcome of `evaluate`.
+
+    Attributes:
+        model: what was measured.
+        reference: the float model it was compared with.
+        quality: the measurement.
+        sizes: sizes counted from the files; None for a network in memory or a float model.
+        against: a second network measured on the same windows; empty if none.
+        against_quality: its measurement.
+        difference: `model` minus `against`, paired over the windows.
+        precision: dtype of the matrix products.
+        versions: library versions.
+        warnings: one line each.
+    """
+
+    model: str
+    reference: str
+    quality: Quality
+    sizes: SizeReport | None = None
+    against: str = ""
+    against_quality: Quality | None = None
+    difference: PairedDifference | None = None
+    precision: str = "float32"
+    versions: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectReport:
+    """What a folder holds, read from its files alone.
+
+    Attributes:
+        path: the folder, as given.
+        model: model class and name of its source.
+        format: on-disk format, e.g. "compressed-tensors pack-quantized".
+        budget: the budget it was made for; empty if unknown.
+        layers: one row a quantized layer, in file order.
+        kept: names of the weights left in 16 bits.
+        sizes: sizes counted from the files.
+        versions: library versions that wrote it.
+        warnings: one line each.
+    """
+
+    path: str
+    model: str
+    format: str
+    budget: str
+    layers: tuple[PlannedLayer, ...]
+    kept: tuple[str, ...]
+    sizes: SizeReport
+    versions: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
