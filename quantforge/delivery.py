@@ -49,6 +49,7 @@ from quantforge.search.allocate import (
     uniform_plans,
 )
 from quantforge.search.budget import Budget
+from quantforge.search.vocabulary import outside_specs
 from quantforge.targets import bound
 from quantforge.types import BitPlan, LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
 from quantforge.workspace import machine_traits
@@ -77,7 +78,7 @@ def deliver(
         sizes = job.footprint.sizes(chosen.plan.assignment)
     else:
         rows, sizes = write_checkpoint(job, layers, chosen.plan, staged)
-    round_kept_tensors(job)
+    round_kept_tensors(job, chosen.plan)
     quality = job.measure_held_out(text=f"held-out part of: {job.calibration.description}")
     report = Report(
         model=job.model.source.name,
@@ -97,7 +98,7 @@ def deliver(
         warnings=(
             *chosen.warnings,
             *job.notes,
-            *asymmetry_warnings(chosen.plan),
+            *loading_warnings(job.layers, chosen.plan),
             *layer_warnings(rows),
             *target_warnings(job, chosen, quality),
         ),
@@ -113,7 +114,7 @@ def write_checkpoint(
 ) -> tuple[list[LayerReport], SizeReport]:
     """Stream layers and kept tensors into `folder`, then open and compare every tensor."""
     module = job.model.module
-    planned = {layer.name for layer in job.model.layers}
+    planned = set(plan.assignment)
     linears = [n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
     rows: list[LayerReport] = []
     expected: dict[str, QuantizedWeight] = {}
@@ -127,13 +128,14 @@ def write_checkpoint(
         shard_bytes=job.recipe.export.shard_bytes,
         dtype=KEPT_DTYPE,
         head=job.model.architecture.head,
-        stock_readable=not asymmetric_layers(plan),
+        stock_readable=not asymmetric_layers(plan) and not quantized_outside(job.layers, plan),
     ) as writer:
         for one in layers:
             rows.append(one.report)
             if one.weight is not None:
-                bias: Any = module.get_submodule(one.layer.name).bias
-                writer.add_layer(one.layer.name, one.weight, bias)
+                bias: Any = getattr(module.get_submodule(one.layer.name), "bias", None)
+                kind: Any = "linear" if one.layer.kind == "linear" else "embedding"
+                writer.add_layer(one.layer.name, one.weight, bias, kind=kind)
                 expected[one.layer.name] = one.weight
         for name, tensor in module.state_dict().items():
             if name.rpartition(".")[0] not in expected:
@@ -143,12 +145,12 @@ def write_checkpoint(
     return rows, sizes
 
 
-def round_kept_tensors(job: Job) -> None:
-    """Give tensors outside the plan the values that the checkpoint holds, in place."""
-    planned = {f"{layer.name}.weight" for layer in job.model.layers}
+def round_kept_tensors(job: Job, plan: BitPlan) -> None:
+    """Give tensors that the plan does not quantize the values of the checkpoint, in place."""
+    quantized = {f"{name}.weight" for name, spec in plan.assignment.items() if spec is not None}
     with torch.no_grad():
         for name, parameter in job.model.module.named_parameters():
-            if name not in planned:
+            if name not in quantized:
                 parameter.copy_(parameter.to(KEPT_DTYPE))
 
 
@@ -205,7 +207,7 @@ def dry_run(
         write_json(output / "plan.json", plan_to_dict(plan))
         if sensitivity is not None:
             save_sensitivity(sensitivity, output / "sensitivity.json")
-    layers, assignment = job.model.layers, plan.assignment
+    layers, assignment = job.layers, plan.assignment
     losses: dict[str, float | None] = dict.fromkeys(assignment)
     if sensitivity is not None:
         losses = known_losses(sensitivity, assignment)
@@ -224,7 +226,7 @@ def dry_run(
         scratch_bytes=0 if sensitivity is None else candidate_bytes(sensitivity),
         calibration=job.calibration.description,
         settings=job.recipe.model_dump(mode="json"),
-        warnings=tuple(asymmetry_warnings(plan)),
+        warnings=tuple(loading_warnings(layers, plan)),
         predicted_error=None if measured is None else measured.predicted_error(plan),
         memory=job.footprint.memory_bytes(assignment, memory[0].context) if memory else None,
         targets=targets,
@@ -241,7 +243,8 @@ def uniform_rows(
         return ()
     if budget is None or job.given is not None:
         budget = Budget.parse(plan.budget)
-    fitting = {one.budget for one in job.fitting_uniform(sensitivity, budget)}
+    outside = outside_specs(sensitivity.layers, plan.assignment)
+    fitting = {one.budget for one in job.fitting_uniform(sensitivity, budget, outside)}
     return tuple(
         UniformPlan(
             name=one.budget,
@@ -249,7 +252,7 @@ def uniform_rows(
             predicted_loss=one.predicted_loss,
             fits=one.budget in fitting,
         )
-        for one in uniform_plans(sensitivity)
+        for one in uniform_plans(sensitivity, outside)
     )
 
 
@@ -269,15 +272,24 @@ def asymmetric_layers(plan: BitPlan) -> list[str]:
     return [n for n, spec in plan.assignment.items() if spec is not None and not spec.symmetric]
 
 
-def asymmetry_warnings(plan: BitPlan) -> list[str]:
-    """One line where stock tools cannot load what the plan makes."""
+def quantized_outside(layers: Iterable[LayerInfo], plan: BitPlan) -> list[str]:
+    """Embedding and head as far as they are quantized, which transformers cannot load."""
+    return [one.name for one in layers if one.outside and plan.assignment[one.name] is not None]
+
+
+def loading_warnings(layers: Iterable[LayerInfo], plan: BitPlan) -> list[str]:
+    """One line for every reason why stock tools cannot load what the plan makes."""
+    only = (
+        "quantforge.load reads the checkpoint, stock transformers with compressed-tensors does not"
+    )
+    found = []
     names = asymmetric_layers(plan)
-    if not names:
-        return []
-    return [
-        f"{len(names)} layers are asymmetric, first {names[0]}: quantforge.load reads the "
-        "checkpoint, stock transformers with compressed-tensors does not"
-    ]
+    if names:
+        found.append(f"{len(names)} layers are asymmetric, first {names[0]}: {only}")
+    packed = [f"{name} is {plan.assignment[name]}" for name in quantized_outside(layers, plan)]
+    if packed:
+        found.append(f"{' and '.join(packed)}: {only}")
+    return found
 
 
 def target_warnings(job: Job, chosen: Chosen, quality: Quality) -> list[str]:

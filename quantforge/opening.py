@@ -17,11 +17,12 @@ from quantforge.errors import InputError, UsageError
 from quantforge.load.huggingface import from_module
 from quantforge.load.text import calibration_set, from_batches
 from quantforge.loading import load_source
-from quantforge.plan_file import GivenPlan, read_assignment
+from quantforge.plan_file import GivenPlan, read_assignment, read_fixed
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe, Target, compose, resolve_target
 from quantforge.search.budget import Budget
 from quantforge.search.settled import needed_budget
+from quantforge.search.vocabulary import given_candidates, vocabulary_candidates
 
 Source = str | Path | nn.Module
 
@@ -79,6 +80,7 @@ def open_job(
     recipe: Recipe,
     *,
     plan: GivenPlan | None = None,
+    budget: Budget | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
     effort: str = "balanced",
     seed: int = 0,
@@ -94,6 +96,7 @@ def open_job(
         model: as given to the call.
         recipe: from `configure`.
         plan: the user's own plan, if there is one.
+        budget: from `limit_of`; decides whether embedding and head are planned.
         calibration: batches of tokens; anything else is in the recipe already.
         effort: what the recipe was made with, for the record.
         seed: of everything random.
@@ -111,9 +114,15 @@ def open_job(
         loaded = from_module(model, tokenizer=tokenizer)
     else:
         loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
-    given = None
-    if plan is not None:  # before the text, which may have to be sampled
-        given = read_assignment(plan, loaded.layers, independent=recipe.search.independent)
+    given = None  # before the text, which may have to be sampled
+    matrices = loaded.architecture.vocabulary(loaded.module)
+    if plan is None:
+        vocabulary = vocabulary_candidates(matrices, recipe.embeddings, recipe.search, budget)
+    else:
+        layers = (*loaded.layers, *matrices)
+        given = read_assignment(plan, layers, independent=recipe.search.independent)
+        vocabulary = given_candidates(matrices, given, read_fixed(plan), recipe.embeddings)
+        given |= {layer.name: specs[0] for layer, specs in vocabulary.items() if specs}
     if calibration is None or isinstance(calibration, str | Path):
         if loaded.tokenizer is None:
             raise InputError("a network in memory needs a tokenizer, or batches as calibration")
@@ -133,4 +142,5 @@ def open_job(
         seed=seed,
         monitor=monitor,
         given=given,
+        vocabulary=vocabulary,
     )

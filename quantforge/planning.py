@@ -19,9 +19,10 @@ from quantforge.format.footprint import Footprint
 from quantforge.search.allocate import (
     average_bits,
     known_losses,
+    planned_weights,
     reachable_bits,
     search,
-    stored_cost,
+    spent_bits,
 )
 from quantforge.search.budget import Budget, Limit
 from quantforge.search.config import SearchConfig
@@ -41,31 +42,26 @@ def find_plan(
     """
     if not budget.sizes:
         return search(sensitivity, budget, config)
-    weights = sum(layer.numel for layer in sensitivity.layers)
+    weights = planned_weights(sensitivity.layers)
     smallest = _smallest(sensitivity, budget, config)
     require_within(budget, footprint, smallest.assignment, "the smallest plan")
     room = min(-excess(limit, footprint, smallest.assignment) for limit in budget.sizes)
-    floor = _spent(sensitivity.layers, smallest.assignment)
+    floor = spent_bits(sensitivity.layers, smallest.assignment)
     total = min(budget.total_bits(weights), floor + 8 * room)
     for _ in range(_MOST_ROUNDS):
         plan = search(sensitivity, budget.in_bits(Fraction(total, weights)), config)
         too_large = max(excess(limit, footprint, plan.assignment) for limit in budget.sizes)
         if too_large <= 0:
             return plan
-        total = _spent(sensitivity.layers, plan.assignment) - 8 * too_large
+        total = spent_bits(sensitivity.layers, plan.assignment) - 8 * too_large
         if total <= floor:
             break
     return smallest
 
 
-def _spent(layers: Sequence[LayerInfo], assignment: Assignment) -> int:
-    """Stored bits of all layers."""
-    return sum(stored_cost(layer, assignment[layer.name]) for layer in layers)
-
-
 def _smallest(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> BitPlan:
     """The plan of fewest stored bits; refuses limits in bits that are below it."""
-    weights = sum(layer.numel for layer in sensitivity.layers)
+    weights = planned_weights(sensitivity.layers)
     low, _ = reachable_bits(sensitivity, config)
     total = round(low * weights)
     if budget.total_bits(weights) < total:  # raises, and names the range
@@ -128,7 +124,7 @@ def _cannot(
         )
     return (
         f"budget {budget.text} cannot be met: the checkpoint of {what} takes {shown}, embeddings, "
-        f"head and norms in 16 bits included; raise --budget to at least {shown}"
+        f"head and norms included; raise --budget to at least {shown}"
     )
 
 
@@ -143,8 +139,8 @@ def _rounded_up(size: int) -> str:
 
 def cost_text(layers: Sequence[LayerInfo], assignment: Assignment) -> str:
     """What an assignment costs, as a budget that it just meets: "3.053bit"."""
-    weights = sum(layer.numel for layer in layers)
-    return f"{math.ceil(Fraction(1000 * _spent(layers, assignment), weights)) / 1000:g}bit"
+    spent = Fraction(1000 * spent_bits(layers, assignment), planned_weights(layers))
+    return f"{math.ceil(spent) / 1000:g}bit"
 
 
 def priced(
@@ -161,6 +157,7 @@ def priced(
         code_bits=code,
         predicted_loss=math.fsum(known) if len(known) == len(layers) else None,
         solver="file",
+        fixed=tuple(layer.name for layer in layers if layer.fixed),
     )
 
 

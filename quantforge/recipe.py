@@ -31,7 +31,7 @@ from quantforge.export.config import ExportConfig
 from quantforge.load.source import PackagedModel
 from quantforge.load.text import CalibrationConfig
 from quantforge.quantize.config import QuantizeConfig
-from quantforge.search.config import SearchConfig
+from quantforge.search.config import EmbeddingsConfig, SearchConfig
 
 _PACKAGE = Path(__file__).resolve().parent
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -65,6 +65,7 @@ class Recipe(Config):
         calibration: which text is read.
         calibrate: how sensitivities are estimated.
         search: which plans are considered.
+        embeddings: what becomes of the token embedding and the head.
         quantize: how weights become codes.
         export: how the checkpoint is written.
         evaluate: how quality is measured.
@@ -78,6 +79,7 @@ class Recipe(Config):
     calibration: CalibrationConfig = CalibrationConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
     search: SearchConfig = SearchConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

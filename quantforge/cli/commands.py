@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from quantforge.cli.options import (
     Device,
     Effort,
     EffortOption,
+    Embeddings,
     Force,
     Fresh,
     Json,
@@ -58,12 +59,12 @@ def _watched(*, visible: bool = True) -> Iterator[_Monitoring]:
         yield _Monitoring(progress=report, cancel=cancel)
 
 
-def _settings(pairs: list[str] | None, model: str | None) -> dict[str, Any]:
-    """`--set` options, and over them the named options that are recipe keys."""
+def _settings(pairs: list[str] | None, named: Mapping[str, str | None]) -> dict[str, Any]:
+    """`--set` options, and over them the named options that are recipe keys, where given."""
     from quantforge.recipe import parse_settings
 
-    settings = parse_settings(pairs or ())
-    return settings if model is None else {**settings, "model": model}
+    given = {key: value for key, value in named.items() if value is not None}
+    return {**parse_settings(pairs or ()), **given}
 
 
 def plan(
@@ -78,6 +79,7 @@ def plan(
     seed: Seed = 0,
     calibration: Calibration = None,
     device: Device = "cpu",
+    include_embeddings: Embeddings = None,
     settings: Settings = None,
     json: Json = False,
     force: Force = False,
@@ -100,7 +102,9 @@ def plan(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(settings, override),
+            settings=_settings(
+                settings, {"model": override, "embeddings.include": include_embeddings}
+            ),
             force=force,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
@@ -126,6 +130,7 @@ def pareto(
     seed: Seed = 0,
     calibration: Calibration = None,
     device: Device = "cpu",
+    include_embeddings: Embeddings = None,
     settings: Settings = None,
     json: Json = False,
     force: Force = False,
@@ -148,7 +153,9 @@ def pareto(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(settings, override),
+            settings=_settings(
+                settings, {"model": override, "embeddings.include": include_embeddings}
+            ),
             force=force,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
@@ -175,6 +182,7 @@ def quantize(
     seed: Seed = 0,
     calibration: Calibration = None,
     device: Device = "cpu",
+    include_embeddings: Embeddings = None,
     settings: Settings = None,
     json: Json = False,
     force: Force = False,
@@ -199,7 +207,9 @@ def quantize(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(settings, override),
+            settings=_settings(
+                settings, {"model": override, "embeddings.include": include_embeddings}
+            ),
             force=force,
             fresh=fresh,
             trust_remote_code=trust_remote_code,

@@ -78,6 +78,17 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore artefacts of earlie
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model ships.")
 ]
+Embeddings = Annotated[
+    str | None,
+    typer.Option(
+        "--include-embeddings",
+        metavar="SPEC",
+        show_default=False,
+        help="Quantize the token embedding and the head: a spec (8bit, 8b-g64), 'plan' to search "
+        "theirs with the layers', 'keep' for 16 bits; default: plan under budgets in bytes, x and "
+        "vram:, else keep. Only quantforge.load reads a quantized embedding.",
+    ),
+]
 Override = Annotated[
     str | None,
     typer.Option("--model", metavar="MODEL", help="Folder, .gguf or hub id for a recipe."),

@@ -223,7 +223,7 @@ def _size_rows(sizes: SizeReport) -> list[tuple[str, str]]:
         f"{size(sizes.checkpoint_bytes)}, {sizes.checkpoint_bits:.3f} bits a weight; "
         f"{share:.1%} of {size(sizes.reference_bytes)} in 16 bits"
     )
-    counts = f"{sizes.planned_weights:,} planned, {sizes.kept_weights:,} kept in 16 bits"
+    counts = f"{sizes.planned_weights:,} planned, {sizes.kept_weights:,} outside the plan"
     return [("checkpoint", whole), ("weights", counts)]
 
 
