@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -23,17 +23,16 @@ from quantforge.evaluate.quality import ReferenceOutputs
 from quantforge.evaluate.quality import measure as measure_quality
 from quantforge.format.footprint import Footprint
 from quantforge.format.store import CandidateStore
-from quantforge.memory import StageTimer, release_freed
+from quantforge.memory import StageTimer
 from quantforge.models import Model
 from quantforge.planning import excess, find_plan, priced, require_within
 from quantforge.progress import Monitor
 from quantforge.quantize.sequential import (
     QuantizedLayer,
-    put_weight,
     quantize_from_store,
     quantize_sequentially,
 )
-from quantforge.quantize.tune import tune_scales
+from quantforge.quantize.tune import kept_if_better, tune_scales
 from quantforge.recipe import Recipe
 from quantforge.results import CurvePoint, Generation, Quality, TargetOutcome
 from quantforge.search.allocate import (
@@ -44,6 +43,7 @@ from quantforge.search.allocate import (
     uniform_plans,
 )
 from quantforge.search.budget import Budget, Limit
+from quantforge.search.latency import LatencyModel, in_time, require_in_time
 from quantforge.search.settled import settled_plan
 from quantforge.search.vocabulary import Candidates, outside_specs
 from quantforge.targets import Met, meet
@@ -66,6 +66,7 @@ class Job:
         notes: warnings that came up on the way, one line each.
         given: layer name → spec, where the plan is the user's own and not searched.
         vocabulary: embedding and head where plans cover them, with their candidates.
+        latency: times of layers; None where no device was named.
     """
 
     model: Model
@@ -78,6 +79,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     given: Mapping[str, QuantSpec | None] | None = None
     vocabulary: Candidates = field(default_factory=dict)
+    latency: LatencyModel | None = None
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
@@ -143,11 +145,12 @@ class Job:
             only = replace(only, assignment={**only.assignment, **fixed}, fixed=tuple(fixed))
             if budget is not None:
                 require_within(budget, self.footprint, only.assignment)
+                require_in_time(budget, self.layers, only.assignment, self.latency)
             return only
         if budget is None:
             only = settled_plan(self.model.layers, self.recipe.search, None)
             budget = Budget.parse(only.budget)
-        return find_plan(sensitivity, budget, self.footprint, self.recipe.search)
+        return find_plan(sensitivity, budget, self.footprint, self.recipe.search, self.latency)
 
     def decide(
         self, measured: Measurement, budget: Budget | None
@@ -257,13 +260,14 @@ class Job:
             for plan in uniform_plans(sensitivity, outside)
             if plan.stored_bits <= budget.bits
             and all(excess(x, self.footprint, plan.assignment) <= 0 for x in budget.sizes)
+            and in_time(budget, sensitivity.layers, plan.assignment, self.latency)
         ]
 
     def _room(self, plan: BitPlan, sensitivity: Sensitivity, budget: Budget | None) -> Budget:
         """A budget as one limit in bits, by which uniform plans are let in beside `plan`."""
         if budget is None or self.given is not None:
             return Budget.parse(plan.budget)
-        if not budget.sizes and not budget.targets:
+        if not budget.sizes and not budget.latency and not budget.targets:
             return budget
         bits = [plan.stored_bits]
         if not budget.targets:
@@ -344,12 +348,9 @@ class Job:
             for one in layers
             if one.weight is not None and not one.layer.outside
         }
-        named = list(self.model.module.named_parameters())
-        norms = {name: p.detach().clone() for name, p in named if p.ndim == 1}
         windows = self.recipe.evaluate.curve_windows
-        before = self.measure_held_out(windows)
-        release_freed()
-        tuned = tune_scales(
+        tune = partial(
+            tune_scales,
             self.model,
             weights,
             self.calibration.fitting.to(self.model.device),
@@ -359,23 +360,9 @@ class Job:
             generator=torch.Generator().manual_seed(self.seed),
             monitor=self.monitor,
         )
-        release_freed()
-        for name, weight in tuned.items():
-            put_weight(self.model, name, weight.dequantize())
-        with torch.no_grad():
-            for name, parameter in named:
-                if name in norms:  # as the checkpoint will hold them
-                    parameter.copy_(parameter.bfloat16())
-        after = self.measure_held_out(windows)
-        if after.kl >= before.kl:
+        tuned = kept_if_better(self.model, weights, tune, lambda: self.measure_held_out(windows).kl)
+        if tuned is weights:
             self.notes.append("tuning the scales did not lower the held-out KL and was undone")
-            tuned = weights
-            for name, weight in weights.items():
-                put_weight(self.model, name, weight.dequantize())
-            with torch.no_grad():
-                for name, parameter in named:
-                    if name in norms:
-                        parameter.copy_(norms[name])
         for one in layers:
             yield one if one.layer.outside else replace(one, weight=tuned.get(one.layer.name))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from quantforge.quantize.sequential import QuantizedLayer
 from quantforge.report.card import model_card
 from quantforge.report.html import render
 from quantforge.results import (
+    LatencyReport,
     LayerReport,
     PlannedLayer,
     PlanReport,
@@ -49,6 +50,7 @@ from quantforge.search.allocate import (
     uniform_plans,
 )
 from quantforge.search.budget import Budget
+from quantforge.search.latency import plan_seconds
 from quantforge.search.vocabulary import outside_specs
 from quantforge.targets import bound
 from quantforge.types import BitPlan, LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
@@ -232,6 +234,26 @@ def dry_run(
         targets=targets,
         servers=server_support(layers, assignment),
         work=estimate(job.model, job.calibration, job.recipe),
+        latency=latency_rows(job, assignment, budget),
+    )
+
+
+def latency_rows(
+    job: Job, assignment: Mapping[str, QuantSpec | None], budget: Budget | None
+) -> tuple[LatencyReport, ...]:
+    """Predicted times of a plan for every batch that the budget names, or for one sequence."""
+    if job.latency is None:
+        return ()
+    batches = {limit.context for limit in (() if budget is None else budget.latency)} or {1}
+    kept: dict[str, QuantSpec | None] = dict.fromkeys(assignment)
+    return tuple(
+        LatencyReport(
+            device=job.latency.label,
+            batch=batch,
+            seconds=plan_seconds(job.latency, job.layers, assignment, batch),
+            reference=plan_seconds(job.latency, job.layers, kept, batch),
+        )
+        for batch in sorted(batches)
     )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from quantforge.compilation import Job
 from quantforge.errors import InputError, UsageError
+from quantforge.latency import latency_model
 from quantforge.load.huggingface import from_module
 from quantforge.load.text import calibration_set, from_batches
 from quantforge.loading import load_source
@@ -108,8 +109,10 @@ def open_job(
 
     Raises:
         InputError: a model or text that is missing, broken or empty, or a plan that does not fit.
+        UsageError: the budget limits latency and no device is named, or an unknown one is.
     """
     monitor = monitor or Monitor()
+    latency = latency_model(recipe.device, budget)
     if isinstance(model, nn.Module):
         loaded = from_module(model, tokenizer=tokenizer)
     else:
@@ -143,4 +146,5 @@ def open_job(
         monitor=monitor,
         given=given,
         vocabulary=vocabulary,
+        latency=latency,
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from quantforge.errors import BudgetError
@@ -26,6 +27,7 @@ from quantforge.search.allocate import (
 )
 from quantforge.search.budget import Budget, Limit
 from quantforge.search.config import SearchConfig
+from quantforge.search.latency import LatencyModel, require_in_time
 from quantforge.types import BitPlan, LayerInfo, QuantSpec, Sensitivity
 
 Assignment = Mapping[str, QuantSpec | None]
@@ -33,7 +35,11 @@ _MOST_ROUNDS = 12
 
 
 def find_plan(
-    sensitivity: Sensitivity, budget: Budget, footprint: Footprint, config: SearchConfig
+    sensitivity: Sensitivity,
+    budget: Budget,
+    footprint: Footprint,
+    config: SearchConfig,
+    latency: LatencyModel | None = None,
 ) -> BitPlan:
     """The plan of least predicted loss within all limits of a budget; targets are not looked at.
 
@@ -41,7 +47,7 @@ def find_plan(
         BudgetError: no plan is within the limits; names what the smallest takes.
     """
     if not budget.sizes:
-        return search(sensitivity, budget, config)
+        return search(sensitivity, budget, config, latency)
     weights = planned_weights(sensitivity.layers)
     smallest = _smallest(sensitivity, budget, config)
     require_within(budget, footprint, smallest.assignment, "the smallest plan")
@@ -49,18 +55,20 @@ def find_plan(
     floor = spent_bits(sensitivity.layers, smallest.assignment)
     total = min(budget.total_bits(weights), floor + 8 * room)
     for _ in range(_MOST_ROUNDS):
-        plan = search(sensitivity, budget.in_bits(Fraction(total, weights)), config)
+        plan = search(sensitivity, budget.in_bits(Fraction(total, weights)), config, latency)
         too_large = max(excess(limit, footprint, plan.assignment) for limit in budget.sizes)
         if too_large <= 0:
             return plan
         total = spent_bits(sensitivity.layers, plan.assignment) - 8 * too_large
         if total <= floor:
             break
+    require_in_time(budget, sensitivity.layers, smallest.assignment, latency)
     return smallest
 
 
 def _smallest(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> BitPlan:
-    """The plan of fewest stored bits; refuses limits in bits that are below it."""
+    """The plan of fewest stored bits, however long it takes; refuses limits in bits below it."""
+    budget = replace(budget, limits=tuple(x for x in budget.limits if x not in budget.latency))
     weights = planned_weights(sensitivity.layers)
     low, _ = reachable_bits(sensitivity, config)
     total = round(low * weights)

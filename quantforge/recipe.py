@@ -62,6 +62,8 @@ class Recipe(Config):
         model: a checkpoint that a package carries, or a folder, .gguf file or hub id.
         budget: what may be spent ("3bit", "120MB", "kl:0.05", see `search.budget`); not needed
             where `search` leaves nothing to choose, or a plan is given.
+        device: what latency is about: a built-in device (`quantforge/devices.yaml`) or a .json that
+            `quantforge profile` wrote.
         calibration: which text is read.
         calibrate: how sensitivities are estimated.
         search: which plans are considered.
@@ -76,6 +78,7 @@ class Recipe(Config):
     architecture: str | None = None
     model: PackagedModel | str | None = None
     budget: str | None = None
+    device: str | None = None
     calibration: CalibrationConfig = CalibrationConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
     search: SearchConfig = SearchConfig()

@@ -281,6 +281,23 @@ class WorkEstimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyReport:
+    """How long a decoding step spends in the planned weights, by the times of a device.
+
+    Attributes:
+        device: which, and whether it was measured.
+        batch: sequences a step.
+        seconds: of the plan.
+        reference: of the same layers in 16 bits.
+    """
+
+    device: str
+    batch: int
+    seconds: float
+    reference: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
     """The outcome of `plan`, a run that stops before any weight is quantized.
 
@@ -302,6 +319,8 @@ class PlanReport:
         targets: how the budget's targets of quality were met.
         servers: which programs load the checkpoint.
         work: time and memory of `quantize`.
+        latency: one for every batch that the budget names, or for one sequence; empty where no
+            device was named.
     """
 
     model: str
@@ -320,6 +339,7 @@ class PlanReport:
     targets: tuple[TargetOutcome, ...] = ()
     servers: tuple[ServerSupport, ...] = ()
     work: WorkEstimate | None = None
+    latency: tuple[LatencyReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from quantforge.cli.options import (
     Force,
     Fresh,
     Json,
+    LatencyDevice,
     Model,
     Override,
     Plan,
@@ -80,6 +81,7 @@ def plan(
     calibration: Calibration = None,
     device: Device = "cpu",
     include_embeddings: Embeddings = None,
+    latency_device: LatencyDevice = None,
     settings: Settings = None,
     json: Json = False,
     force: Force = False,
@@ -103,7 +105,12 @@ def plan(
             seed=seed,
             device=device,
             settings=_settings(
-                settings, {"model": override, "embeddings.include": include_embeddings}
+                settings,
+                {
+                    "model": override,
+                    "embeddings.include": include_embeddings,
+                    "device": latency_device,
+                },
             ),
             force=force,
             fresh=fresh,
@@ -183,6 +190,7 @@ def quantize(
     calibration: Calibration = None,
     device: Device = "cpu",
     include_embeddings: Embeddings = None,
+    latency_device: LatencyDevice = None,
     settings: Settings = None,
     json: Json = False,
     force: Force = False,
@@ -208,7 +216,12 @@ def quantize(
             seed=seed,
             device=device,
             settings=_settings(
-                settings, {"model": override, "embeddings.include": include_embeddings}
+                settings,
+                {
+                    "model": override,
+                    "embeddings.include": include_embeddings,
+                    "device": latency_device,
+                },
             ),
             force=force,
             fresh=fresh,
@@ -323,6 +336,47 @@ def inspect(
 
         report = pipeline.inspect(checkpoint)
     print_result("inspect", report, json, partial(render.show_inspection, report, layers=layers))
+
+
+def profile(
+    model: Model,
+    *,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="The .json to write.")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a decoding step.")] = 1,
+    dtype: Annotated[
+        Precision, typer.Option(help="Dtype of inputs and plain weights.")
+    ] = Precision.bfloat16,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="Kernels to run on.")] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")] = 15,
+    device: Device = "cpu",
+    settings: Settings = None,
+    json: Json = False,
+    force: Force = False,
+    trust_remote_code: Trust = False,
+    override: Override = None,
+) -> None:
+    """Time a model's shapes in every candidate on this machine, for budgets of latency."""
+    from quantforge.cli import render
+
+    with _watched() as monitoring:
+        from quantforge import pipeline
+
+        report = pipeline.profile(
+            model,
+            output=output,
+            batch=batch,
+            dtype=dtype.value,
+            backend=backend,
+            repeats=repeats,
+            device=device,
+            settings=_settings(settings, {"model": override}),
+            force=force,
+            trust_remote_code=trust_remote_code,
+            **monitoring,
+        )
+    print_result("profile", report, json, partial(render.show_profile, report))
 
 
 def fetch(

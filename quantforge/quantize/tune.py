@@ -15,7 +15,7 @@ graph exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,6 +98,50 @@ def tune_scales(
             optimizer.zero_grad(set_to_none=True)
             monitor.step("tune scales", step + 1, config.steps)
         return {name: layer.finish() for name, layer in layers.items()}
+
+
+def kept_if_better(
+    model: Model,
+    weights: Mapping[str, QuantizedWeight],
+    tune: Callable[[], dict[str, QuantizedWeight]],
+    measure: Callable[[], float],
+) -> Mapping[str, QuantizedWeight]:
+    """Tune, and undo it unless it lowers what is measured.
+
+    Args:
+        model: the quantized network, which holds `weights`; what is kept is put into it, norms as
+            the checkpoint will hold them.
+        weights: layer name → integers and scales.
+        tune: `tune_scales`, ready to be called.
+        measure: of the network as it stands, on tokens that it is not tuned on.
+
+    Returns:
+        The tuned weights, or `weights` itself where tuning was undone.
+    """
+    norms = [(one, one.detach().clone()) for one in model.module.parameters() if one.ndim == 1]
+    before = measure()
+    release_freed()
+    tuned = tune()
+    release_freed()
+    _put(model, tuned)
+    with torch.no_grad():
+        for parameter, _ in norms:
+            parameter.copy_(parameter.bfloat16())
+    if measure() < before:
+        return tuned
+    _put(model, weights)
+    with torch.no_grad():
+        for parameter, norm in norms:
+            parameter.copy_(norm)
+    return weights
+
+
+@torch.no_grad()
+def _put(model: Model, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Write dequantized weights into their layers."""
+    for name, weight in weights.items():
+        parameter: Any = model.module.get_submodule(name).weight
+        parameter.copy_(weight.dequantize())
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from quantforge.errors import BudgetError
 from quantforge.search.budget import Budget
 from quantforge.search.choice import Costs, Limits, Losses
 from quantforge.search.config import SearchConfig
+from quantforge.search.latency import LatencyModel, Times
 from quantforge.search.solvers import SOLVERS
 from quantforge.types import KEPT_BITS, BitPlan, LayerInfo, QuantSpec, Sensitivity
 
@@ -138,24 +139,44 @@ def _tables(
     return loss, cost
 
 
-def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> BitPlan:
+def search(
+    sensitivity: Sensitivity,
+    budget: Budget,
+    config: SearchConfig,
+    latency: LatencyModel | None = None,
+) -> BitPlan:
     """The plan of least predicted loss within the budget that the configured solver finds.
+
+    Several limits that bind at one time are an integer program, which then takes the place of the
+    dynamic program; the plan names what found it.
 
     Args:
         sensitivity: predicted losses of all candidates.
-        budget: limit on the average stored bits.
+        budget: limits on the average stored bits and on latency.
         config: solver and tying rules.
+        latency: times of layers; needed where the budget limits latency.
 
     Raises:
         BudgetError: all of the solver's plans exceed the budget; names the range they reach.
+        InputError: `latency` does not know a candidate.
     """
     items = _items(sensitivity, config)
     loss, cost = _tables(sensitivity, items)
     limit = budget.total_bits(planned_weights(sensitivity.layers))
+    times = Times.of(sensitivity, items, np.isfinite(loss), budget, latency)
+    costs, limits = np.stack([cost, *times.costs]), [limit, *times.limits]
+    if times.limits and limit >= np.where(np.isfinite(loss), cost, 0).max(axis=1).sum():
+        costs, limits = costs[1:], limits[1:]  # bits do not bind
+    solver = config.solver
+    if solver == "dynamic-program" and len(limits) > 1:
+        solver = "integer-program"
     apart = [row for row, group in enumerate(items) if sensitivity.layers[group[0]].outside]
-    picks = _solve(config.solver, loss, cost[None], [limit], apart)
+    picks = _solve(solver, loss, costs, limits, apart)
     if picks is None:
+        times.require_reachable(budget)
         low, high = reachable_bits(sensitivity, config)
+        if times.limits and limit >= low * planned_weights(sensitivity.layers):
+            raise BudgetError(f"budget {budget.text}: no plan is within all parts; loosen one")
         floor = math.ceil(low * 1000) / 1000
         kind = "uniform plans" if config.solver == "uniform" else "plans"
         raise BudgetError(
@@ -168,7 +189,7 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
         for row in rows:
             assignment[sensitivity.layers[row].name] = spec
     ordered = {layer.name: assignment[layer.name] for layer in sensitivity.layers}
-    return make_plan(sensitivity, ordered, budget=budget.text, solver=config.solver)
+    return make_plan(sensitivity, ordered, budget=budget.text, solver=solver)
 
 
 def _solve(

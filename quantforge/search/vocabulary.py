@@ -55,7 +55,7 @@ def vocabulary_candidates(
                 "embeddings.include=plan needs a search, but search has one candidate; "
                 "give embeddings a spec, e.g. --include-embeddings 8bit"
             )
-        return {layer: _planned(layer, config) for layer in layers}
+        return {layer: planned_candidates(layer, config) for layer in layers}
     return {replace(layer, fixed=True): (_asked(layer, include, config),) for layer in layers}
 
 
@@ -95,7 +95,8 @@ def given_candidates(
     return found
 
 
-def _planned(layer: LayerInfo, config: EmbeddingsConfig) -> tuple[QuantSpec, ...]:
+def planned_candidates(layer: LayerInfo, config: EmbeddingsConfig) -> tuple[QuantSpec, ...]:
+    """The specs of one matrix where it is planned."""
     specs = {QuantSpec(*pair) for pair in product(config.bits, config.group_sizes)}
     return tuple(sorted(spec for spec in specs if spec.divides(layer.in_features)))
 
