@@ -73,7 +73,8 @@ class Needs:
     Attributes:
         output_grams: for feedback between rows.
         channel_weights: for the loss of learned rounding.
-        final_hidden: for tuning, whose target is the float network's distribution.
+        final_hidden: for tuning, whose target is the float network's distribution, and for
+            the head.
     """
 
     output_grams: bool
@@ -81,12 +82,12 @@ class Needs:
     final_hidden: bool
 
     @classmethod
-    def of(cls, config: QuantizeConfig) -> Needs:
-        """What this configuration reads."""
+    def of(cls, config: QuantizeConfig, *, vocabulary: bool = False) -> Needs:
+        """What this configuration reads; `vocabulary`: embedding or head are quantized."""
         return cls(
             output_grams=config.needs_output_grams,
             channel_weights=config.rounding.steps > 0 and config.rounding.weighted,
-            final_hidden=config.tuning.steps > 0,
+            final_hidden=config.tuning.steps > 0 or vocabulary,
         )
 
     @property
@@ -106,6 +107,7 @@ class Calibrator:
         seed: of the gradients' labels.
         monitor: progress and cancellation.
         timings: stage → seconds of wall time, added to.
+        vocabulary: whether embedding or head are quantized.
         measure_plans: held-out quality of networks put together from a store, with the name of the
             stage for the monitor.
     """
@@ -116,6 +118,7 @@ class Calibrator:
     seed: int
     monitor: Monitor
     timings: dict[str, float]
+    vocabulary: bool = False
     measure_plans: Callable[[list[BitPlan], CandidateStore, str], list[Quality]]
 
     @contextmanager
@@ -124,7 +127,7 @@ class Calibrator:
         specs = self.recipe.search.candidates({layer.in_features for layer in self.model.layers})
         if not specs:
             raise InputError("none of the candidates' group sizes divides any layer; add -1")
-        key = self._key(
+        key = self.key(
             self.recipe.calibrate.model_dump(mode="json", exclude=ESTIMATING),
             [str(spec) for spec in specs],
             self.recipe.evaluate.model_dump(mode="json", exclude={"prompts", "tokens"}),
@@ -138,18 +141,18 @@ class Calibrator:
     @contextmanager
     def settled(self, *, fresh: bool) -> Iterator[Measurement]:
         """What the configured stages read, for a plan that is not searched; maybe nothing."""
-        needs = Needs.of(self.recipe.quantize)
+        needs = Needs.of(self.recipe.quantize, vocabulary=self.vocabulary)
         if not needs.anything:
             yield self._read_needed(needs, None)
             return
         unread = {"damping", "grid", *ESTIMATING}  # those are about candidates
         options = self.recipe.calibrate.model_dump(mode="json", exclude=unread)
-        key = self._key("settled", options, asdict(needs))
+        key = self.key("settled", options, asdict(needs))
         make = partial(self._measure_needed, needs)
         with measurement(key, make, complete=TRACES, fresh=fresh, monitor=self.monitor) as folder:
             yield self._read_needed(needs, folder)
 
-    def _key(self, *parts: Any) -> str:
+    def key(self, *parts: Any) -> str:
         """Fingerprint of `parts` and of what decides every measurement."""
         return fingerprint(
             self.model.source.fingerprint,

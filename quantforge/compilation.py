@@ -5,15 +5,16 @@ The order of the calls is in `pipeline.py`; what each of them needs from the oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import torch
+from torch import Tensor
 
+from quantforge.borrowing import changed_weights
 from quantforge.calibration import Calibrator
 from quantforge.decision import Chosen, Measurement, choose
 from quantforge.errors import InputError
@@ -22,24 +23,32 @@ from quantforge.evaluate.quality import ReferenceOutputs
 from quantforge.evaluate.quality import measure as measure_quality
 from quantforge.format.footprint import Footprint
 from quantforge.format.store import CandidateStore
-from quantforge.memory import StageTimer, release_freed
+from quantforge.memory import StageTimer
 from quantforge.models import Model
 from quantforge.planning import excess, find_plan, priced, require_within
 from quantforge.progress import Monitor
 from quantforge.quantize.sequential import (
     QuantizedLayer,
-    put_weight,
     quantize_from_store,
     quantize_sequentially,
 )
-from quantforge.quantize.tune import tune_scales
+from quantforge.quantize.tune import kept_if_better, tune_scales
 from quantforge.recipe import Recipe
-from quantforge.results import Generation, Quality, TargetOutcome
-from quantforge.search.allocate import reachable_bits, table_row, uniform_plans
+from quantforge.results import CurvePoint, Generation, Quality, TargetOutcome
+from quantforge.search.allocate import (
+    known_losses,
+    planned_weights,
+    reachable_bits,
+    table_row,
+    uniform_plans,
+)
 from quantforge.search.budget import Budget, Limit
+from quantforge.search.latency import LatencyModel, in_time, require_in_time
 from quantforge.search.settled import settled_plan
+from quantforge.search.vocabulary import Candidates, outside_specs
 from quantforge.targets import Met, meet
-from quantforge.types import BitPlan, CalibrationSet, QuantSpec, Sensitivity
+from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantSpec, Sensitivity
+from quantforge.vocabulary import VocabularyCalibrator
 
 
 @dataclass(kw_only=True)
@@ -56,6 +65,8 @@ class Job:
         timings: stage → seconds of wall time.
         notes: warnings that came up on the way, one line each.
         given: layer name → spec, where the plan is the user's own and not searched.
+        vocabulary: embedding and head where plans cover them, with their candidates.
+        latency: times of layers; None where no device was named.
     """
 
     model: Model
@@ -67,13 +78,26 @@ class Job:
     timings: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     given: Mapping[str, QuantSpec | None] | None = None
+    vocabulary: Candidates = field(default_factory=dict)
+    latency: LatencyModel | None = None
+
+    @property
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """Every layer that plans cover: those of the blocks in forward order, then the others."""
+        return (*self.model.layers, *self.vocabulary)
+
+    @property
+    def fixed(self) -> dict[str, QuantSpec]:
+        """Layer name → the spec it has whatever the plan."""
+        return {layer.name: specs[0] for layer, specs in self.vocabulary.items() if layer.fixed}
 
     @property
     def settled(self) -> bool:
         """Whether there is nothing to search, nor integers of the search to take."""
         return self.recipe.search.settled is not None and self.recipe.quantize.sequential
 
-    def measure(self, *, fresh: bool) -> AbstractContextManager[Measurement]:
+    @contextmanager
+    def measure(self, *, fresh: bool) -> Iterator[Measurement]:
         """What the later stages read, from the cache where everything that made it is equal.
 
         Sensitivities and candidates are part of it unless the plan is `settled`. What is on disk
@@ -88,10 +112,19 @@ class Job:
             seed=self.seed,
             monitor=self.monitor,
             timings=self.timings,
+            vocabulary=bool(self.vocabulary),
             measure_plans=self.measure_plans,
         )
         make = calibrator.settled if self.settled else calibrator.searched
-        return make(fresh=fresh)
+        with make(fresh=fresh) as measured:
+            if not self.vocabulary:
+                yield measured
+                return
+            further = VocabularyCalibrator(
+                calibrator=calibrator, candidates=self.vocabulary, measure=self.measure_changed
+            )
+            with further.beside(measured, fresh=fresh) as both:
+                yield both
 
     def find(self, sensitivity: Sensitivity | None, budget: Budget | None) -> BitPlan:
         """The plan within a budget's limits of size, or the one that was given.
@@ -108,13 +141,16 @@ class Job:
             return self._given_plan(self.given, sensitivity)
         if sensitivity is None:
             only = settled_plan(self.model.layers, self.recipe.search, budget)
+            fixed = self.fixed
+            only = replace(only, assignment={**only.assignment, **fixed}, fixed=tuple(fixed))
             if budget is not None:
                 require_within(budget, self.footprint, only.assignment)
+                require_in_time(budget, self.layers, only.assignment, self.latency)
             return only
         if budget is None:
             only = settled_plan(self.model.layers, self.recipe.search, None)
             budget = Budget.parse(only.budget)
-        return find_plan(sensitivity, budget, self.footprint, self.recipe.search)
+        return find_plan(sensitivity, budget, self.footprint, self.recipe.search, self.latency)
 
     def decide(
         self, measured: Measurement, budget: Budget | None
@@ -143,16 +179,34 @@ class Job:
             if plan.predicted_loss is None:
                 note = "the plan has specs that are no candidates: it was not compared with uniform"
                 return Chosen(plan=plan, measured=measured, warnings=(note,))
-            _, store = measured.needed_for_search()
-            (quality,) = self.measure_plans([plan], store, "measure the plan")
+            quality, uniform = self._compared(plan, measured)
         room = self._room(plan, measured.sensitivity, budget)
-        chosen = choose(plan, quality, measured, room, given=self.given is not None)
-        return replace(chosen, targets=targets)
+        beside = replace(measured, uniform=uniform)
+        chosen = choose(plan, quality, beside, room, given=self.given is not None)
+        return replace(chosen, measured=measured, targets=targets)
+
+    def _compared(
+        self, plan: BitPlan, measured: Measurement
+    ) -> tuple[Quality, tuple[CurvePoint, ...]]:
+        """Quality of a plan, and the uniform networks with the same embedding and head."""
+        sensitivity, store = measured.needed_for_search()
+        outside = outside_specs(sensitivity.layers, plan.assignment)
+        plans = [plan]
+        if any(outside.values()):
+            known = {point.name for point in measured.uniform}
+            plans += [one for one in uniform_plans(sensitivity, outside) if one.budget in known]
+        first, *others = self.measure_plans(plans, store, "measure the plan")
+        if len(plans) == 1:
+            return first, measured.uniform
+        return first, tuple(
+            CurvePoint(name=one.budget, stored_bits=one.stored_bits, quality=quality)
+            for one, quality in zip(plans[1:], others, strict=True)
+        )
 
     def _given_plan(
         self, given: Mapping[str, QuantSpec | None], sensitivity: Sensitivity | None
     ) -> BitPlan:
-        plan = priced(self.model.layers, given, sensitivity)
+        plan = priced(self.layers, given, sensitivity)
         if plan.predicted_loss is None and not self.recipe.quantize.sequential:
             known = set() if sensitivity is None else set(sensitivity.specs)
             name, spec = next((n, s) for n, s in given.items() if s is not None and s not in known)
@@ -165,7 +219,7 @@ class Job:
     def _meet(self, measured: Measurement, budget: Budget) -> Met:
         """The fewest bits whose measured quality is inside the targets."""
         sensitivity, store = measured.needed_for_search()
-        weights = sum(layer.numel for layer in sensitivity.layers)
+        weights = planned_weights(sensitivity.layers)
         low, high = (
             Fraction(round(bits * weights), weights)
             for bits in reachable_bits(sensitivity, self.recipe.search)
@@ -194,24 +248,32 @@ class Job:
             ],
         )
 
-    def fitting_uniform(self, sensitivity: Sensitivity, budget: Budget) -> list[BitPlan]:
-        """Uniform plans within all limits of a budget."""
+    def fitting_uniform(
+        self,
+        sensitivity: Sensitivity,
+        budget: Budget,
+        outside: Mapping[str, QuantSpec | None] | None = None,
+    ) -> list[BitPlan]:
+        """Uniform plans within all limits of a budget, with these specs of embedding and head."""
         return [
             plan
-            for plan in uniform_plans(sensitivity)
+            for plan in uniform_plans(sensitivity, outside)
             if plan.stored_bits <= budget.bits
             and all(excess(x, self.footprint, plan.assignment) <= 0 for x in budget.sizes)
+            and in_time(budget, sensitivity.layers, plan.assignment, self.latency)
         ]
 
     def _room(self, plan: BitPlan, sensitivity: Sensitivity, budget: Budget | None) -> Budget:
         """A budget as one limit in bits, by which uniform plans are let in beside `plan`."""
         if budget is None or self.given is not None:
             return Budget.parse(plan.budget)
-        if not budget.sizes and not budget.targets:
+        if not budget.sizes and not budget.latency and not budget.targets:
             return budget
         bits = [plan.stored_bits]
         if not budget.targets:
-            bits += [one.stored_bits for one in self.fitting_uniform(sensitivity, budget)]
+            outside = outside_specs(sensitivity.layers, plan.assignment)
+            fitting = self.fitting_uniform(sensitivity, budget, outside)
+            bits += [one.stored_bits for one in fitting]
         return budget.in_bits(Fraction(max(bits)))
 
     def quantize(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
@@ -227,11 +289,16 @@ class Job:
             yield from self._tune(finished, measured)
 
     def _compensate(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
-        """Layers as they are compensated, block by block or from the store."""
+        """Layers as they are compensated, block by block or from the store; then the others."""
         predicted = measured.predicted_losses(plan)
         options = self.recipe.quantize
+        outside: list[QuantizedLayer] = []
+
+        def enter() -> None:
+            outside.extend(self._quantize_outside(plan, measured))
+
         if options.sequential:
-            return quantize_sequentially(
+            yield from quantize_sequentially(
                 self.model,
                 plan,
                 self.calibration,
@@ -241,10 +308,34 @@ class Job:
                 generator=torch.Generator().manual_seed(self.seed),
                 monitor=self.monitor,
                 output_grams=measured.output_grams,
+                enter=enter,
             )
-        sensitivity, store = measured.needed_for_search()
-        errors = table_row(sensitivity, sensitivity.error, plan.assignment)
-        return quantize_from_store(self.model, plan, store, predicted, errors, monitor=self.monitor)
+        else:
+            sensitivity, store = measured.needed_for_search()
+            enter()
+            errors = table_row(sensitivity, sensitivity.error, plan.assignment)
+            yield from quantize_from_store(
+                self.model, plan, store, predicted, errors,
+                layers=self.model.layers, monitor=self.monitor,
+            )  # fmt: skip
+        yield from outside
+
+    def _quantize_outside(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
+        """Embedding and head, with what calibration made of them."""
+        if measured.vocabulary is None or measured.store is None:
+            return
+        table = measured.vocabulary
+        specs = {layer.name: plan.assignment[layer.name] for layer in table.layers}
+        yield from quantize_from_store(
+            self.model,
+            plan,
+            measured.store,
+            known_losses(table, specs),
+            table_row(table, table.error, specs),
+            layers=table.layers,
+            monitor=self.monitor,
+            what="quantize embeddings",
+        )
 
     def _tune(
         self, layers: list[QuantizedLayer], measured: Measurement
@@ -252,40 +343,28 @@ class Job:
         """The same layers with tuned scales, if that lowers the KL on held-out tokens."""
         if measured.final_hidden is None:
             raise ValueError("the measurement was made without tuning in mind")
-        weights = {one.layer.name: one.weight for one in layers if one.weight is not None}
-        named = list(self.model.module.named_parameters())
-        norms = {name: p.detach().clone() for name, p in named if p.ndim == 1}
+        weights = {
+            one.layer.name: one.weight
+            for one in layers
+            if one.weight is not None and not one.layer.outside
+        }
         windows = self.recipe.evaluate.curve_windows
-        before = self.measure_held_out(windows)
-        release_freed()
-        tuned = tune_scales(
+        tune = partial(
+            tune_scales,
             self.model,
             weights,
             self.calibration.fitting.to(self.model.device),
             measured.final_hidden.to(self.model.device),
             self.recipe.quantize.tuning,
+            float_head=self.reference.head if self.vocabulary else None,
             generator=torch.Generator().manual_seed(self.seed),
             monitor=self.monitor,
         )
-        release_freed()
-        for name, weight in tuned.items():
-            put_weight(self.model, name, weight.dequantize())
-        with torch.no_grad():
-            for name, parameter in named:
-                if name in norms:  # as the checkpoint will hold them
-                    parameter.copy_(parameter.bfloat16())
-        after = self.measure_held_out(windows)
-        if after.kl >= before.kl:
+        tuned = kept_if_better(self.model, weights, tune, lambda: self.measure_held_out(windows).kl)
+        if tuned is weights:
             self.notes.append("tuning the scales did not lower the held-out KL and was undone")
-            tuned = weights
-            for name, weight in weights.items():
-                put_weight(self.model, name, weight.dequantize())
-            with torch.no_grad():
-                for name, parameter in named:
-                    if name in norms:
-                        parameter.copy_(norms[name])
         for one in layers:
-            yield replace(one, weight=tuned.get(one.layer.name))
+            yield one if one.layer.outside else replace(one, weight=tuned.get(one.layer.name))
 
     def measure_held_out(self, windows: int | None = None, text: str = "held-out") -> Quality:
         """Quality of the network as it now stands on the first held-out sequences."""
@@ -302,7 +381,8 @@ class Job:
     @cached_property
     def footprint(self) -> Footprint:
         """Shapes of everything the checkpoint will hold."""
-        return Footprint.of(self.model, shard_bytes=self.recipe.export.shard_bytes)
+        shard_bytes = self.recipe.export.shard_bytes
+        return Footprint.of(self.model, shard_bytes=shard_bytes, fixed=self.fixed)
 
     @cached_property
     def reference(self) -> ReferenceOutputs:
@@ -354,24 +434,42 @@ class Job:
             what: stage for the monitor.
             all_windows: take every held-out sequence instead of `evaluate.curve_windows`.
         """
+        networks = (
+            {
+                name: None if spec is None else store.get(name, spec).dequantize()
+                for name, spec in plan.assignment.items()
+            }
+            for plan in plans
+        )
+        return self.measure_changed(networks, what, count=len(plans), all_windows=all_windows)
+
+    def measure_changed(
+        self,
+        networks: Iterable[Mapping[str, Tensor | None]],
+        what: str | None = None,
+        *,
+        count: int = 0,
+        all_windows: bool = False,
+    ) -> list[Quality]:
+        """Held-out quality of networks with other weights; the network is restored.
+
+        Args:
+            networks: layer name → [out, in] weight in the place of its own, which None keeps; they
+                all name the same layers.
+            what: stage for the monitor; None reports nothing.
+            count: of networks, for the monitor.
+            all_windows: take every held-out sequence instead of `evaluate.curve_windows`.
+        """
         _ = self.float_continuations  # before anything changes the network
-        modules: dict[str, Any] = {
-            layer.name: self.model.module.get_submodule(layer.name) for layer in self.model.layers
-        }
-        floats = {name: module.weight.detach().clone() for name, module in modules.items()}
         windows = None if all_windows else self.recipe.evaluate.curve_windows
         text = self.calibration.description
         qualities = []
-        try:
-            for index, plan in enumerate(plans):
-                for name, spec in plan.assignment.items():
-                    kept = floats[name] if spec is None else store.get(name, spec).dequantize()
-                    put_weight(self.model, name, kept)
+        with changed_weights(self.model) as put:
+            for index, weights in enumerate(networks):
+                put(weights)
                 qualities.append(self.measure_held_out(windows, text=text))
-                self.monitor.step(what, index + 1, len(plans))
-        finally:  # an interrupt must not leave a caller's network in memory changed
-            for name, weight in floats.items():
-                put_weight(self.model, name, weight)
+                if what is not None:
+                    self.monitor.step(what, index + 1, count)
         return qualities
 
     def _timed(self, stage: str) -> StageTimer:

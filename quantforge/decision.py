@@ -13,6 +13,7 @@ from quantforge.results import CurvePoint, Quality, TargetOutcome
 from quantforge.search.allocate import known_losses, uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.search.correction import relative_error
+from quantforge.search.vocabulary import inside_blocks, outside_specs
 from quantforge.types import BitPlan, QuantSpec, Sensitivity
 
 
@@ -33,6 +34,8 @@ class Measurement:
         store: integers of every candidate, read to the network's device; None likewise.
         uniform: measured uniform networks, by stored bits.
         factors: by which the losses of every spec were multiplied to correct them.
+        vocabulary: candidates of embedding and head, their losses measured; None where they are
+            kept. Part of `sensitivity` too, where there is one.
     """
 
     channel_weights: tuple[Tensor, ...]
@@ -42,6 +45,7 @@ class Measurement:
     store: CandidateStore | None = None
     uniform: tuple[CurvePoint, ...] = ()
     factors: Mapping[QuantSpec, float] = field(default_factory=dict)
+    vocabulary: Sensitivity | None = None
 
     def needed_for_search(self) -> tuple[Sensitivity, CandidateStore]:
         """Both, where they were made.
@@ -67,7 +71,7 @@ class Measurement:
             QuantSpec.parse(p.name.removeprefix("uniform ")): (p.quality.kl, p.quality.kl_stderr)
             for p in self.uniform
         }
-        share = relative_error(self.sensitivity, self.factors, measured)
+        share = relative_error(inside_blocks(self.sensitivity), self.factors, measured)
         return None if share is None else share * plan.predicted_loss
 
 
@@ -109,7 +113,7 @@ def choose(
     Args:
         plan: from the search.
         quality: of the network it gives, one-pass compensation as for the uniform ones.
-        measured: holds the uniform networks.
+        measured: holds the uniform networks, with the plan's embedding and head.
         budget: decides which uniform plans fit, by its limit in bits.
         given: the plan is the user's own: it is taken, and a better uniform network only named.
     """
@@ -128,7 +132,8 @@ def choose(
             f"{quality.kl:.4f} at {plan.stored_bits:.2f} bits: the uniform network is used"
         )
         sensitivity, _ = measured.needed_for_search()
-        taken = next(p for p in uniform_plans(sensitivity) if p.budget == best.name)
+        outside = outside_specs(sensitivity.layers, plan.assignment)
+        taken = next(p for p in uniform_plans(sensitivity, outside) if p.budget == best.name)
         plan, quality = replace(taken, budget=budget.text), best.quality
     hull = read_hull([(p.stored_bits, p.quality.kl) for p in uniform], plan.stored_bits)
     if hull is None and uniform:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,14 @@ from quantforge.files import write_json
 from quantforge.format.manifest import plan_to_dict, tool_versions
 from quantforge.load.huggingface import generation_config, model_config, save_tokenizer
 from quantforge.memory import peak_bytes
-from quantforge.outcomes import EstimatorCost, PlannedLayer, PlanReport, Report, UniformPlan
+from quantforge.outcomes import (
+    EstimatorCost,
+    LatencyReport,
+    PlannedLayer,
+    PlanReport,
+    Report,
+    UniformPlan,
+)
 from quantforge.quantize.sequential import QuantizedLayer
 from quantforge.report.card import model_card
 from quantforge.report.html import render
@@ -42,6 +49,8 @@ from quantforge.search.allocate import (
     uniform_plans,
 )
 from quantforge.search.budget import Budget
+from quantforge.search.latency import plan_seconds
+from quantforge.search.vocabulary import outside_specs
 from quantforge.targets import bound
 from quantforge.types import BitPlan, LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
 from quantforge.workspace import machine_traits
@@ -70,7 +79,7 @@ def deliver(
         sizes = job.footprint.sizes(chosen.plan.assignment)
     else:
         rows, sizes = write_checkpoint(job, layers, chosen.plan, staged)
-    round_kept_tensors(job)
+    round_kept_tensors(job, chosen.plan)
     quality = job.measure_held_out(text=f"held-out part of: {job.calibration.description}")
     report = Report(
         model=job.model.source.name,
@@ -90,7 +99,7 @@ def deliver(
         warnings=(
             *chosen.warnings,
             *job.notes,
-            *asymmetry_warnings(chosen.plan),
+            *loading_warnings(job.layers, chosen.plan),
             *layer_warnings(rows),
             *target_warnings(job, chosen, quality),
         ),
@@ -106,7 +115,7 @@ def write_checkpoint(
 ) -> tuple[list[LayerReport], SizeReport]:
     """Stream layers and kept tensors into `folder`, then open and compare every tensor."""
     module = job.model.module
-    planned = {layer.name for layer in job.model.layers}
+    planned = set(plan.assignment)
     linears = [n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
     rows: list[LayerReport] = []
     expected: dict[str, QuantizedWeight] = {}
@@ -120,13 +129,14 @@ def write_checkpoint(
         shard_bytes=job.recipe.export.shard_bytes,
         dtype=KEPT_DTYPE,
         head=job.model.architecture.head,
-        stock_readable=not asymmetric_layers(plan),
+        stock_readable=not asymmetric_layers(plan) and not quantized_outside(job.layers, plan),
     ) as writer:
         for one in layers:
             rows.append(one.report)
             if one.weight is not None:
-                bias: Any = module.get_submodule(one.layer.name).bias
-                writer.add_layer(one.layer.name, one.weight, bias)
+                bias: Any = getattr(module.get_submodule(one.layer.name), "bias", None)
+                kind: Any = "linear" if one.layer.kind == "linear" else "embedding"
+                writer.add_layer(one.layer.name, one.weight, bias, kind=kind)
                 expected[one.layer.name] = one.weight
         for name, tensor in module.state_dict().items():
             if name.rpartition(".")[0] not in expected:
@@ -136,12 +146,12 @@ def write_checkpoint(
     return rows, sizes
 
 
-def round_kept_tensors(job: Job) -> None:
-    """Give tensors outside the plan the values that the checkpoint holds, in place."""
-    planned = {f"{layer.name}.weight" for layer in job.model.layers}
+def round_kept_tensors(job: Job, plan: BitPlan) -> None:
+    """Give tensors that the plan does not quantize the values of the checkpoint, in place."""
+    quantized = {f"{name}.weight" for name, spec in plan.assignment.items() if spec is not None}
     with torch.no_grad():
         for name, parameter in job.model.module.named_parameters():
-            if name not in planned:
+            if name not in quantized:
                 parameter.copy_(parameter.to(KEPT_DTYPE))
 
 
@@ -198,7 +208,7 @@ def dry_run(
         write_json(output / "plan.json", plan_to_dict(plan))
         if sensitivity is not None:
             save_sensitivity(sensitivity, output / "sensitivity.json")
-    layers, assignment = job.model.layers, plan.assignment
+    layers, assignment = job.layers, plan.assignment
     losses: dict[str, float | None] = dict.fromkeys(assignment)
     if sensitivity is not None:
         losses = known_losses(sensitivity, assignment)
@@ -218,12 +228,13 @@ def dry_run(
         scratch_bytes=0 if sensitivity is None else candidate_bytes(sensitivity),
         calibration=job.calibration.description,
         settings=job.recipe.model_dump(mode="json"),
-        warnings=tuple(asymmetry_warnings(plan)),
+        warnings=tuple(loading_warnings(layers, plan)),
         predicted_error=None if measured is None else measured.predicted_error(plan),
         memory=job.footprint.memory_bytes(assignment, memory[0].context) if memory else None,
         targets=targets,
         servers=server_support(layers, assignment),
         work=work,
+        latency=latency_rows(job, assignment, budget),
         sensitivity=None if sensitivity is None else estimator_cost(job, sensitivity, work.rate),
     )
 
@@ -247,6 +258,25 @@ def estimator_cost(job: Job, sensitivity: Sensitivity, rate: float) -> Estimator
     )
 
 
+def latency_rows(
+    job: Job, assignment: Mapping[str, QuantSpec | None], budget: Budget | None
+) -> tuple[LatencyReport, ...]:
+    """Predicted times of a plan for every batch that the budget names, or for one sequence."""
+    if job.latency is None:
+        return ()
+    batches = {limit.context for limit in (() if budget is None else budget.latency)} or {1}
+    kept: dict[str, QuantSpec | None] = dict.fromkeys(assignment)
+    return tuple(
+        LatencyReport(
+            device=job.latency.label,
+            batch=batch,
+            seconds=plan_seconds(job.latency, job.layers, assignment, batch),
+            reference=plan_seconds(job.latency, job.layers, kept, batch),
+        )
+        for batch in sorted(batches)
+    )
+
+
 def uniform_rows(
     job: Job, sensitivity: Sensitivity | None, plan: BitPlan, budget: Budget | None
 ) -> tuple[UniformPlan, ...]:
@@ -255,7 +285,8 @@ def uniform_rows(
         return ()
     if budget is None or job.given is not None:
         budget = Budget.parse(plan.budget)
-    fitting = {one.budget for one in job.fitting_uniform(sensitivity, budget)}
+    outside = outside_specs(sensitivity.layers, plan.assignment)
+    fitting = {one.budget for one in job.fitting_uniform(sensitivity, budget, outside)}
     return tuple(
         UniformPlan(
             name=one.budget,
@@ -263,7 +294,7 @@ def uniform_rows(
             predicted_loss=one.predicted_loss,
             fits=one.budget in fitting,
         )
-        for one in uniform_plans(sensitivity)
+        for one in uniform_plans(sensitivity, outside)
     )
 
 
@@ -283,15 +314,24 @@ def asymmetric_layers(plan: BitPlan) -> list[str]:
     return [n for n, spec in plan.assignment.items() if spec is not None and not spec.symmetric]
 
 
-def asymmetry_warnings(plan: BitPlan) -> list[str]:
-    """One line where stock tools cannot load what the plan makes."""
+def quantized_outside(layers: Iterable[LayerInfo], plan: BitPlan) -> list[str]:
+    """Embedding and head as far as they are quantized, which transformers cannot load."""
+    return [one.name for one in layers if one.outside and plan.assignment[one.name] is not None]
+
+
+def loading_warnings(layers: Iterable[LayerInfo], plan: BitPlan) -> list[str]:
+    """One line for every reason why stock tools cannot load what the plan makes."""
+    only = (
+        "quantforge.load reads the checkpoint, stock transformers with compressed-tensors does not"
+    )
+    found = []
     names = asymmetric_layers(plan)
-    if not names:
-        return []
-    return [
-        f"{len(names)} layers are asymmetric, first {names[0]}: quantforge.load reads the "
-        "checkpoint, stock transformers with compressed-tensors does not"
-    ]
+    if names:
+        found.append(f"{len(names)} layers are asymmetric, first {names[0]}: {only}")
+    packed = [f"{name} is {plan.assignment[name]}" for name in quantized_outside(layers, plan)]
+    if packed:
+        found.append(f"{' and '.join(packed)}: {only}")
+    return found
 
 
 def target_warnings(job: Job, chosen: Chosen, quality: Quality) -> list[str]:

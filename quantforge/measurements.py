@@ -29,7 +29,7 @@ from quantforge.errors import ResourceError
 from quantforge.files import CACHE_VARIABLE, cache_root
 from quantforge.progress import Monitor
 
-KEPT_MEASUREMENTS = 4
+KEPT_MEASUREMENTS = 6
 POLL_S = 0.5
 _CLAIM = ".claim"
 

@@ -15,15 +15,17 @@ from torch import nn
 from quantforge.compilation import Job
 from quantforge.errors import InputError, UsageError
 from quantforge.format.footprint import Footprint
+from quantforge.latency import latency_model
 from quantforge.load.huggingface import from_module
 from quantforge.load.text import calibration_set, from_batches
 from quantforge.loading import load_source
-from quantforge.plan_file import GivenPlan, read_assignment
+from quantforge.plan_file import GivenPlan, read_assignment, read_fixed
 from quantforge.planning import require_reachable
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe, Target, compose, resolve_target
 from quantforge.search.budget import Budget
 from quantforge.search.settled import needed_budget
+from quantforge.search.vocabulary import given_candidates, vocabulary_candidates
 
 Source = str | Path | nn.Module
 
@@ -96,7 +98,8 @@ def open_job(
     Args:
         model: as given to the call.
         recipe: from `configure`.
-        limit: the call's budget: one that no plan meets is refused before a text is read.
+        limit: the call's budget: decides whether embedding and head are planned, and is refused
+            before a text is read if no plan meets it.
         plan: the user's own plan, if there is one.
         calibration: batches of tokens; anything else is in the recipe already.
         effort: what the recipe was made with, for the record.
@@ -110,19 +113,26 @@ def open_job(
     Raises:
         BudgetError: not even the smallest plan is within the limits.
         InputError: a model or text that is missing, broken or empty, or a plan that does not fit.
+        UsageError: the budget limits latency and no device is named, or an unknown one is.
     """
     monitor = monitor or Monitor()
+    latency = latency_model(recipe.device, limit)
     if isinstance(model, nn.Module):
         loaded = from_module(model, tokenizer=tokenizer)
     else:
         loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
-    given = None
-    # before the text, which may have to be sampled
+    given = None  # before the text, which may have to be sampled
+    matrices = loaded.architecture.vocabulary(loaded.module)
+    if plan is None:
+        vocabulary = vocabulary_candidates(matrices, recipe.embeddings, recipe.search, limit)
+    else:
+        layers = (*loaded.layers, *matrices)
+        given = read_assignment(plan, layers, independent=recipe.search.independent)
+        vocabulary = given_candidates(matrices, given, read_fixed(plan), recipe.embeddings)
+        given |= {layer.name: specs[0] for layer, specs in vocabulary.items() if specs}
     if limit is not None:
         footprint = Footprint.of(loaded, shard_bytes=recipe.export.shard_bytes)
-        require_reachable(loaded.layers, limit, footprint, recipe.search)
-    if plan is not None:
-        given = read_assignment(plan, loaded.layers, independent=recipe.search.independent)
+        require_reachable(loaded.layers, limit, footprint, recipe.search, vocabulary)
     if calibration is None or isinstance(calibration, str | Path):
         if loaded.tokenizer is None:
             raise InputError("a network in memory needs a tokenizer, or batches as calibration")
@@ -142,4 +152,6 @@ def open_job(
         seed=seed,
         monitor=monitor,
         given=given,
+        vocabulary=vocabulary,
+        latency=latency,
     )

@@ -148,6 +148,23 @@ class EstimatorCost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyReport:
+    """How long a decoding step spends in the planned weights, by the times of a device.
+
+    Attributes:
+        device: which, and whether it was measured.
+        batch: sequences a step.
+        seconds: of the plan.
+        reference: of the same layers in 16 bits.
+    """
+
+    device: str
+    batch: int
+    seconds: float
+    reference: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
     """The outcome of `plan`, a run that stops before any weight is quantized.
 
@@ -171,6 +188,8 @@ class PlanReport:
         work: time and memory of `quantize`.
         sensitivity: what the estimator took, or would where it came from the cache; None where
             nothing is searched.
+        latency: one for every batch that the budget names, or for one sequence; empty where no
+            device was named.
     """
 
     model: str
@@ -190,6 +209,7 @@ class PlanReport:
     servers: tuple[ServerSupport, ...] = ()
     work: WorkEstimate | None = None
     sensitivity: EstimatorCost | None = None
+    latency: tuple[LatencyReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

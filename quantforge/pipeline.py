@@ -24,10 +24,11 @@ from quantforge.frontier import frontier_report, write_frontier
 from quantforge.opening import Source, configure, limit_of, open_job, target_of
 from quantforge.outcomes import ParetoReport, PlanReport, Report
 from quantforge.plan_file import GivenPlan
+from quantforge.profiling import profile
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.workspace import check_output, staging
 
-__all__ = ["evaluate", "generate", "inspect", "load", "pareto", "plan", "quantize"]
+__all__ = ["evaluate", "generate", "inspect", "load", "pareto", "plan", "profile", "quantize"]
 
 Progress = Callable[[ProgressEvent], None]
 
@@ -58,7 +59,8 @@ def quantize(
             one in half precision takes the memory of float32 meanwhile.
         budget: "3bit" or "3.25bpw", stored bits a weight over the planned weights; "120MB" or
             "0.4x", of the whole checkpoint; "vram:8GB@4096", weights and keys and values in memory;
-            "kl:0.05" or "ppl:+2%", the fewest bits measured to lose no more; several joined by a
+            "kl:0.05" or "ppl:+2%", the fewest bits measured to lose no more; "latency:-25%" or
+            "latency:12ms@1", a decoding step's time by `settings["device"]`; several joined by a
             comma. None takes the recipe's, and needs none where that leaves nothing to search.
         plan: in the place of a budget: a `plan.json`, maybe edited, its contents, or layer name →
             spec ("3b-g64", "kept").

@@ -17,7 +17,7 @@ from quantforge.errors import InputError
 from quantforge.format.manifest import KEPT
 from quantforge.types import BitPlan, LayerInfo, QuantSpec
 
-_FIELDS = ("assignment", "budget", "stored_bits", "code_bits", "predicted_loss", "solver")
+_FIELDS = ("assignment", "budget", "stored_bits", "code_bits", "predicted_loss", "solver", "fixed")
 
 GivenPlan = str | Path | BitPlan | Mapping[str, Any]
 
@@ -33,11 +33,12 @@ def read_assignment(
     Args:
         plan: a `plan.json`, the document of `quantforge plan --json`, their contents, a plan, or
             layer name → spec ("3b-g64", "kept").
-        layers: of the network, in forward order.
+        layers: of the network, in forward order; what is outside the blocks may be left out.
         independent: let layers that servers fuse have different specs.
 
     Returns:
-        Every layer's spec, in forward order; None where it is kept.
+        Every layer's spec, in forward order; None where it is kept. Of what is outside the blocks,
+        what the plan names.
 
     Raises:
         InputError: the file cannot be read, a layer is unknown or missing, a spec is unknown or
@@ -55,7 +56,24 @@ def read_assignment(
     fault = next(_faults(written, layers, place, independent), None)
     if fault is not None:
         raise InputError(fault)
-    return {layer.name: _spec(written[layer.name]) for layer in layers}
+    return {one.name: _spec(written[one.name]) for one in layers if one.name in written}
+
+
+def read_fixed(plan: GivenPlan) -> tuple[str, ...]:
+    """Layers whose spec a plan says was given beforehand, see `BitPlan.fixed`.
+
+    Raises:
+        InputError: the file cannot be read, or names no list of layers.
+    """
+    if isinstance(plan, BitPlan):
+        return plan.fixed
+    document = plan if isinstance(plan, Mapping) else _read(Path(plan))[1]
+    if isinstance(document.get("plan"), Mapping):
+        document = document["plan"]
+    fixed = document.get("fixed", ()) if "assignment" in document else ()
+    if not isinstance(fixed, list | tuple) or not all(isinstance(name, str) for name in fixed):
+        raise InputError("the plan's 'fixed' must be a list of layer names")
+    return tuple(fixed)
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any]]:
@@ -142,7 +160,7 @@ def _faults(
                 "servers fuse them, give both one spec or set search.independent=true"
             )
     for layer in layers:
-        if layer.name not in written:
+        if layer.name not in written and not layer.outside:
             yield f"{place.file}: says nothing about {layer.name}; write 'kept' for 16 bits"
 
 

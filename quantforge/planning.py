@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import torch
@@ -21,13 +22,16 @@ from quantforge.format.footprint import Footprint
 from quantforge.search.allocate import (
     average_bits,
     known_losses,
+    planned_weights,
     reachable_bits,
     search,
-    stored_cost,
+    spent_bits,
 )
 from quantforge.search.budget import Budget, Limit
 from quantforge.search.config import SearchConfig
+from quantforge.search.latency import LatencyModel, require_in_time
 from quantforge.search.settled import settled_plan
+from quantforge.search.vocabulary import Candidates
 from quantforge.types import BitPlan, LayerInfo, QuantSpec, Sensitivity
 
 Assignment = Mapping[str, QuantSpec | None]
@@ -35,7 +39,11 @@ _MOST_ROUNDS = 12
 
 
 def find_plan(
-    sensitivity: Sensitivity, budget: Budget, footprint: Footprint, config: SearchConfig
+    sensitivity: Sensitivity,
+    budget: Budget,
+    footprint: Footprint,
+    config: SearchConfig,
+    latency: LatencyModel | None = None,
 ) -> BitPlan:
     """The plan of least predicted loss within all limits of a budget; targets are not looked at.
 
@@ -43,28 +51,40 @@ def find_plan(
         BudgetError: no plan is within the limits; names what the smallest takes.
     """
     if not budget.sizes:
-        return search(sensitivity, budget, config)
-    weights = sum(layer.numel for layer in sensitivity.layers)
+        return search(sensitivity, budget, config, latency)
+    weights = planned_weights(sensitivity.layers)
     smallest = _smallest(sensitivity, budget, config)
     require_within(budget, footprint, smallest.assignment, "the smallest plan")
     room = min(-excess(limit, footprint, smallest.assignment) for limit in budget.sizes)
-    floor = _spent(sensitivity.layers, smallest.assignment)
+    floor = spent_bits(sensitivity.layers, smallest.assignment)
     total = min(budget.total_bits(weights), floor + 8 * room)
     for _ in range(_MOST_ROUNDS):
-        plan = search(sensitivity, budget.in_bits(Fraction(total, weights)), config)
+        plan = search(sensitivity, budget.in_bits(Fraction(total, weights)), config, latency)
         too_large = max(excess(limit, footprint, plan.assignment) for limit in budget.sizes)
         if too_large <= 0:
             return plan
-        total = _spent(sensitivity.layers, plan.assignment) - 8 * too_large
+        total = spent_bits(sensitivity.layers, plan.assignment) - 8 * too_large
         if total <= floor:
             break
+    require_in_time(budget, sensitivity.layers, smallest.assignment, latency)
     return smallest
 
 
 def require_reachable(
-    layers: Sequence[LayerInfo], budget: Budget, footprint: Footprint, config: SearchConfig
+    layers: Sequence[LayerInfo],
+    budget: Budget,
+    footprint: Footprint,
+    config: SearchConfig,
+    vocabulary: Candidates,
 ) -> None:
     """Refuse limits of size that not even the smallest plan is within; nothing is measured for it.
+
+    Args:
+        layers: of the blocks.
+        budget: of the call.
+        footprint: of the checkpoint.
+        config: candidates of the blocks' layers.
+        vocabulary: candidates of embedding and head, where they are planned.
 
     Raises:
         BudgetError: no plan is within the limits; names what the smallest takes.
@@ -72,27 +92,27 @@ def require_reachable(
     """
     if config.settled is not None:
         only = settled_plan(layers, config, budget)
-        require_within(budget, footprint, only.assignment)
+        fixed = {layer.name: specs[0] for layer, specs in vocabulary.items()}
+        require_within(budget, footprint, {**only.assignment, **fixed})
         return
-    specs = config.candidates({layer.in_features for layer in layers})
-    fits = [[0.0 if spec.divides(x.in_features) else math.inf for spec in specs] for x in layers]
+    common = config.candidates({layer.in_features for layer in layers})
+    allowed = {layer: tuple(s for s in common if s.divides(layer.in_features)) for layer in layers}
+    allowed |= vocabulary
+    specs = tuple(sorted({spec for candidates in allowed.values() for spec in candidates}))
+    fits = [[0.0 if spec in own else math.inf for spec in specs] for own in allowed.values()]
     unmeasured = torch.tensor(fits, dtype=torch.float64)
     sensitivity = Sensitivity(
-        layers=tuple(layers), specs=specs, loss=unmeasured, error=unmeasured,
+        layers=tuple(allowed), specs=specs, loss=unmeasured, error=unmeasured,
         estimator="none", fingerprint="",
     )  # fmt: skip
     smallest = _smallest(sensitivity, budget, config)
     require_within(budget, footprint, smallest.assignment, "the smallest plan")
 
 
-def _spent(layers: Sequence[LayerInfo], assignment: Assignment) -> int:
-    """Stored bits of all layers."""
-    return sum(stored_cost(layer, assignment[layer.name]) for layer in layers)
-
-
 def _smallest(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> BitPlan:
-    """The plan of fewest stored bits; refuses limits in bits that are below it."""
-    weights = sum(layer.numel for layer in sensitivity.layers)
+    """The plan of fewest stored bits, however long it takes; refuses limits in bits below it."""
+    budget = replace(budget, limits=tuple(x for x in budget.limits if x not in budget.latency))
+    weights = planned_weights(sensitivity.layers)
     low, _ = reachable_bits(sensitivity, config)
     total = round(low * weights)
     if budget.total_bits(weights) < total:  # raises, and names the range
@@ -155,7 +175,7 @@ def _cannot(
         )
     return (
         f"budget {budget.text} cannot be met: the checkpoint of {what} takes {shown}, embeddings, "
-        f"head and norms in 16 bits included; raise --budget to at least {shown}"
+        f"head and norms included; raise --budget to at least {shown}"
     )
 
 
@@ -170,8 +190,8 @@ def _rounded_up(size: int) -> str:
 
 def cost_text(layers: Sequence[LayerInfo], assignment: Assignment) -> str:
     """What an assignment costs, as a budget that it just meets: "3.053bit"."""
-    weights = sum(layer.numel for layer in layers)
-    return f"{math.ceil(Fraction(1000 * _spent(layers, assignment), weights)) / 1000:g}bit"
+    spent = Fraction(1000 * spent_bits(layers, assignment), planned_weights(layers))
+    return f"{math.ceil(spent) / 1000:g}bit"
 
 
 def priced(
@@ -188,6 +208,7 @@ def priced(
         code_bits=code,
         predicted_loss=math.fsum(known) if len(known) == len(layers) else None,
         solver="file",
+        fixed=tuple(layer.name for layer in layers if layer.fixed),
     )
 
 

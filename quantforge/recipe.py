@@ -31,7 +31,7 @@ from quantforge.export.config import ExportConfig
 from quantforge.load.source import PackagedModel
 from quantforge.load.text import CalibrationConfig
 from quantforge.quantize.config import QuantizeConfig
-from quantforge.search.config import SearchConfig
+from quantforge.search.config import EmbeddingsConfig, SearchConfig
 
 _PACKAGE = Path(__file__).resolve().parent
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -62,9 +62,12 @@ class Recipe(Config):
         model: a checkpoint that a package carries, or a folder, .gguf file or hub id.
         budget: what may be spent ("3bit", "120MB", "kl:0.05", see `search.budget`); not needed
             where `search` leaves nothing to choose, or a plan is given.
+        device: what latency is about: a built-in device (`quantforge/devices.yaml`) or a .json that
+            `quantforge profile` wrote.
         calibration: which text is read.
         calibrate: how sensitivities are estimated.
         search: which plans are considered.
+        embeddings: what becomes of the token embedding and the head.
         quantize: how weights become codes.
         export: how the checkpoint is written.
         evaluate: how quality is measured.
@@ -75,9 +78,11 @@ class Recipe(Config):
     architecture: str | None = None
     model: PackagedModel | str | None = None
     budget: str | None = None
+    device: str | None = None
     calibration: CalibrationConfig = CalibrationConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
     search: SearchConfig = SearchConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -134,7 +134,8 @@ class SizeReport:
         planned_weights: number of weights the plan covers.
         code_bits: average code bits over them.
         stored_bits: average stored bits over them (codes + scales + zero-points).
-        kept_weights: number of weights outside the plan (embeddings, head, norms).
+        kept_weights: number of weights outside the plan: norms, and embedding and head where they
+            are kept or their spec was given beforehand.
         checkpoint_bytes: bytes of all safetensors files.
         checkpoint_bits: 8 × bytes over all weights, kept ones included.
         reference_bytes: bytes of the same network in 16 bits.

@@ -100,21 +100,28 @@ class LayerInfo:
 
     Attributes:
         name: module path, e.g. "model.layers.0.self_attn.q_proj".
-        kind: what the module is.
+        kind: what the module is; "tied": an embedding whose weight is the head's too.
         out_features: rows of the weight.
         in_features: columns of the weight.
         block: index of the block it lives in, in forward order; -1 outside the blocks.
         stage: layers with the same (block, stage) read the same input and share one gram.
         fused_group: layers with the same value are fused by servers and must share a spec.
+        fixed: its spec was given beforehand; budgets in bits do not count it.
     """
 
     name: str
-    kind: Literal["linear", "embedding"] = "linear"
+    kind: Literal["linear", "embedding", "tied"] = "linear"
     out_features: int
     in_features: int
     block: int
     stage: int
     fused_group: str
+    fixed: bool = False
+
+    @property
+    def outside(self) -> bool:
+        """Whether it lives outside the blocks: the embedding or the head."""
+        return self.block < 0
 
     @property
     def numel(self) -> int:
@@ -172,14 +179,16 @@ class BitPlan:
     """Which layer gets which spec, and what that costs.
 
     Attributes:
-        assignment: layer name → spec; None keeps the layer in 16 bits. Covers every layer once.
+        assignment: layer name → spec; None keeps the layer in 16 bits. Covers every layer once;
+            embedding and head are in it only where they are planned or fixed.
         budget: the budget as the user wrote it; what the plan costs where none was needed.
-        stored_bits: average stored bits a weight over all planned weights.
-        code_bits: average code bits a weight.
+        stored_bits: average stored bits a weight over all planned weights, fixed layers left out.
+        code_bits: average code bits a weight, likewise.
         predicted_loss: predicted increase of the loss, in nats a token; None where it was not
             estimated, because nothing was searched.
         solver: what found it (a name of `search.solver`, or "file"; "given" where there was nothing
             to search).
+        fixed: layers of the assignment whose spec was given beforehand, beside the budget.
     """
 
     assignment: Mapping[str, QuantSpec | None]
@@ -188,6 +197,7 @@ class BitPlan:
     code_bits: float
     predicted_loss: float | None
     solver: str
+    fixed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,6 +63,14 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         "inspect",
         ("quantforge inspect out", "quantforge inspect out --layers --json"),
     ),
+    (
+        commands.profile,
+        "profile",
+        (
+            "quantforge profile llama -o here.json",
+            "quantforge plan llama --budget latency:-25% --latency-device here.json",
+        ),
+    ),
     (commands.fetch, "fetch", ("quantforge fetch llama",)),
 )
 

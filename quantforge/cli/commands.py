@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,11 @@ from quantforge.cli.options import (
     Device,
     Effort,
     EffortOption,
+    Embeddings,
     Force,
     Fresh,
     Json,
+    LatencyDevice,
     Model,
     Override,
     Plan,
@@ -59,13 +61,10 @@ def _watched(*, visible: bool = True) -> Iterator[_Monitoring]:
         yield _Monitoring(progress=report, cancel=cancel)
 
 
-def _settings(
-    pairs: list[str] | None, model: str | None, sensitivity: Sensitivity
-) -> dict[str, Any]:
-    """`--set` options, and over them the named options that are recipe keys."""
+def _settings(pairs: list[str] | None, named: Mapping[str, str | None]) -> dict[str, Any]:
+    """`--set` options, and over them the named options that are recipe keys, where given."""
     from quantforge.recipe import parse_settings
 
-    named = {"model": model, "calibrate.estimator": sensitivity and sensitivity.value}
     given = {key: value for key, value in named.items() if value is not None}
     return {**parse_settings(pairs or ()), **given}
 
@@ -83,6 +82,8 @@ def plan(
     seed: Seed = 0,
     calibration: Calibration = None,
     device: Device = "cpu",
+    include_embeddings: Embeddings = None,
+    latency_device: LatencyDevice = None,
     settings: Settings = None,
     json: Json = False,
     force: Force = False,
@@ -105,7 +106,15 @@ def plan(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(settings, override, sensitivity),
+            settings=_settings(
+                settings,
+                {
+                    "model": override,
+                    "calibrate.estimator": sensitivity and sensitivity.value,
+                    "embeddings.include": include_embeddings,
+                    "device": latency_device,
+                },
+            ),
             force=force,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
@@ -132,6 +141,7 @@ def pareto(
     seed: Seed = 0,
     calibration: Calibration = None,
     device: Device = "cpu",
+    include_embeddings: Embeddings = None,
     settings: Settings = None,
     json: Json = False,
     force: Force = False,
@@ -154,7 +164,14 @@ def pareto(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(settings, override, sensitivity),
+            settings=_settings(
+                settings,
+                {
+                    "model": override,
+                    "calibrate.estimator": sensitivity and sensitivity.value,
+                    "embeddings.include": include_embeddings,
+                },
+            ),
             force=force,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
@@ -182,6 +199,8 @@ def quantize(
     seed: Seed = 0,
     calibration: Calibration = None,
     device: Device = "cpu",
+    include_embeddings: Embeddings = None,
+    latency_device: LatencyDevice = None,
     settings: Settings = None,
     json: Json = False,
     force: Force = False,
@@ -206,7 +225,15 @@ def quantize(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(settings, override, sensitivity),
+            settings=_settings(
+                settings,
+                {
+                    "model": override,
+                    "calibrate.estimator": sensitivity and sensitivity.value,
+                    "embeddings.include": include_embeddings,
+                    "device": latency_device,
+                },
+            ),
             force=force,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
@@ -320,6 +347,47 @@ def inspect(
 
         report = pipeline.inspect(checkpoint)
     print_result("inspect", report, json, partial(render.show_inspection, report, layers=layers))
+
+
+def profile(
+    model: Model,
+    *,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="The .json to write.")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a decoding step.")] = 1,
+    dtype: Annotated[
+        Precision, typer.Option(help="Dtype of inputs and plain weights.")
+    ] = Precision.bfloat16,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="Kernels to run on.")] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")] = 15,
+    device: Device = "cpu",
+    settings: Settings = None,
+    json: Json = False,
+    force: Force = False,
+    trust_remote_code: Trust = False,
+    override: Override = None,
+) -> None:
+    """Time a model's shapes in every candidate on this machine, for budgets of latency."""
+    from quantforge.cli import render
+
+    with _watched() as monitoring:
+        from quantforge import pipeline
+
+        report = pipeline.profile(
+            model,
+            output=output,
+            batch=batch,
+            dtype=dtype.value,
+            backend=backend,
+            repeats=repeats,
+            device=device,
+            settings=_settings(settings, {"model": override}),
+            force=force,
+            trust_remote_code=trust_remote_code,
+            **monitoring,
+        )
+    print_result("profile", report, json, partial(render.show_profile, report))
 
 
 def fetch(

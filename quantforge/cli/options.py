@@ -55,7 +55,8 @@ Budget = Annotated[
         show_default=False,
         help="Stored bits a weight (3bit, 3.25bpw), bytes of the whole checkpoint (120MB, 0.4x of "
         "bfloat16), memory with keys and values (vram:8GB@4096), or the fewest bits measured to "
-        "lose no more (kl:0.05, ppl:+2%); several joined by commas. "
+        "lose no more (kl:0.05, ppl:+2%), or time of a decoding step in these weights "
+        "(latency:-25%, latency:12ms@1, with --latency-device); several joined by commas. "
         "Not needed with --plan, or where the recipe says it or leaves nothing to search.",
     ),
 ]
@@ -98,6 +99,27 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an output folder t
 Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore artefacts of earlier runs.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model ships.")
+]
+Embeddings = Annotated[
+    str | None,
+    typer.Option(
+        "--include-embeddings",
+        metavar="SPEC",
+        show_default=False,
+        help="Quantize the token embedding and the head: a spec (8bit, 8b-g64), 'plan' to search "
+        "theirs with the layers', 'keep' for 16 bits; default: plan under budgets in bytes, x and "
+        "vram:, else keep. Only quantforge.load reads a quantized embedding.",
+    ),
+]
+LatencyDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--latency-device",
+        metavar="NAME",
+        show_default=False,
+        help="What latency is about: a100, h100, mi300x, 4090, cpu-avx512 (rooflines), or a .json "
+        "that `quantforge profile` wrote.",
+    ),
 ]
 Override = Annotated[
     str | None,

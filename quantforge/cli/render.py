@@ -21,11 +21,13 @@ from rich.table import Table
 from quantforge.cli.text import duration, estimate, number, one_line, size, with_error
 
 if TYPE_CHECKING:
+    from quantforge.latency import ProfileReport
     from quantforge.outcomes import (
         EstimatorCost,
         EvaluationReport,
         FrontierPoint,
         InspectReport,
+        LatencyReport,
         ParetoReport,
         PlannedLayer,
         PlanReport,
@@ -127,6 +129,7 @@ def show_plan(report: PlanReport, out: Console) -> None:
         *_target_rows(report.targets),
         *_size_rows(report.sizes),
     ]
+    rows += [_latency_row(one) for one in report.latency]
     if report.memory is not None:
         rows.append(("memory when run", f"{size(report.memory)} with keys and values"))
     if report.scratch_bytes:
@@ -222,7 +225,7 @@ def _size_rows(sizes: SizeReport) -> list[tuple[str, str]]:
         f"{size(sizes.checkpoint_bytes)}, {sizes.checkpoint_bits:.3f} bits a weight; "
         f"{share:.1%} of {size(sizes.reference_bytes)} in 16 bits"
     )
-    counts = f"{sizes.planned_weights:,} planned, {sizes.kept_weights:,} kept in 16 bits"
+    counts = f"{sizes.planned_weights:,} planned, {sizes.kept_weights:,} outside the plan"
     return [("checkpoint", whole), ("weights", counts)]
 
 
@@ -267,6 +270,36 @@ def _estimator_rows(cost: EstimatorCost | None) -> list[tuple[str, str]]:
         return []
     taken = f": {cost.what}, about {duration(cost.seconds)} where not in the cache"
     return [("sensitivity", cost.name + (taken if cost.what else ""))]
+
+
+def _latency_row(latency: LatencyReport) -> tuple[str, str]:
+    change = latency.seconds / latency.reference - 1
+    batch = "" if latency.batch == 1 else f", batch {latency.batch}"
+    return (
+        "decoding step",
+        f"{1e3 * latency.seconds:.3g} ms in the planned weights, {change:+.1%} against 16 bits "
+        f"({latency.device}{batch})",
+    )
+
+
+def show_profile(report: ProfileReport, out: Console) -> None:
+    """Times of this machine."""
+    rows = [
+        ("model", report.model),
+        ("machine", ", ".join(report.machine)),
+        ("kernels", f"{report.backend}, {report.dtype}, {report.threads} threads"),
+        ("batch", f"{report.batch}; medians of {report.repeats} rounds"),
+    ]
+    _pairs(rows, out)
+    table = _table("layer", "spec", "median (us)", "20 to 80 %", "of 16 bits")
+    kept = {(x.out_features, x.in_features): x.median for x in report.rows if x.spec == "kept"}
+    for row in report.rows:
+        shape = (row.out_features, row.in_features)
+        spread = f"{1e6 * row.p20:.1f} to {1e6 * row.p80:.1f}"
+        share = f"{row.median / kept[shape]:.0%}"
+        _row(table, "{} x {}".format(*shape), row.spec, f"{1e6 * row.median:.1f}", spread, share)
+    _print_table(table, out)
+    out.print(f"written to {one_line(report.output)}: give it to --latency-device")
 
 
 def _work_rows(work: WorkEstimate | None) -> list[tuple[str, str]]:

@@ -23,16 +23,18 @@ class _Rule:
         bits: widths it has kernels or a decoder for.
         symmetric: it loads no zero-points.
         fuses: members of a fused group must share a spec.
+        outside: it loads a quantized embedding and head.
     """
 
     name: str
     bits: tuple[int, ...]
     symmetric: bool = False
     fuses: bool = True
+    outside: bool = False
 
 
 _RULES = (
-    _Rule(name="quantforge.load", bits=(2, 3, 4, 5, 6, 7, 8), fuses=False),
+    _Rule(name="quantforge.load", bits=(2, 3, 4, 5, 6, 7, 8), fuses=False, outside=True),
     _Rule(
         name="transformers 5.23, compressed-tensors 0.20",
         bits=(2, 3, 4, 5, 6, 8),
@@ -68,6 +70,10 @@ def _judge(
         return ServerSupport(name=rule.name, loads=False, why=why)
     if rule.symmetric and any(not spec.symmetric for spec in specs):
         return ServerSupport(name=rule.name, loads=False, why="loads no zero-points")
+    packed = [x.name for x in layers if x.outside and assignment[x.name] is not None]
+    if packed and not rule.outside:
+        why = f"loads no quantized {packed[0]}"
+        return ServerSupport(name=rule.name, loads=False, why=why)
     split = _split_group(layers, assignment) if rule.fuses else None
     if split is not None:
         why = f"fuses {split}, whose members have different specs"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,20 +35,22 @@ class Footprint:
     """Shapes of everything that a checkpoint of one network holds.
 
     Attributes:
-        layers: the planned layers, in forward order.
+        layers: every layer that a plan may quantize, in the order in which they are written.
         tensors: the network's state as it is kept, in its order, without a tied head.
         shard_bytes: a shard is closed before it grows beyond this.
         token_bytes: keys and values of one token in 16 bits; None where the network's
             configuration does not tell.
+        fixed: layers whose spec was given beforehand: in every plan, counted as no part of it.
     """
 
     layers: tuple[LayerInfo, ...]
     tensors: tuple[_Stored, ...]
     shard_bytes: int
     token_bytes: int | None
+    fixed: _Assignment = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Model, *, shard_bytes: int) -> Footprint:
+    def of(cls, model: Model, *, shard_bytes: int, fixed: _Assignment | None = None) -> Footprint:
         """The footprint of a loaded network."""
         config: Any = model.module.config
         tied = f"{model.architecture.head}.weight" if config.tie_word_embeddings else None
@@ -58,10 +60,11 @@ class Footprint:
             if name != tied
         ]
         return cls(
-            layers=model.layers,
+            layers=(*model.layers, *model.architecture.vocabulary(model.module)),
             tensors=tuple(tensors),
             shard_bytes=shard_bytes,
             token_bytes=_token_bytes(config),
+            fixed=dict(fixed or {}),
         )
 
     def checkpoint_bytes(self, assignment: _Assignment) -> int:
@@ -94,10 +97,12 @@ class Footprint:
 
     def sizes(self, assignment: _Assignment) -> SizeReport:
         """What `format.sizes.size_report` counts in the folder once it is written."""
-        planned = sum(layer.numel for layer in self.layers)
-        code_bits = stored_bits = 0
+        planned = code_bits = stored_bits = 0
         for layer in self.layers:
+            if layer.name not in assignment or layer.name in self.fixed:
+                continue
             spec = assignment[layer.name]
+            planned += layer.numel
             code_bits += layer.numel * (KEPT_BITS if spec is None else spec.bits)
             stored_bits += 8 * _layer_bytes(layer, spec)
         kept = sum(math.prod(shape) for _, _, shape in self.tensors) - planned
@@ -120,9 +125,10 @@ class Footprint:
     def _stored(self, assignment: _Assignment) -> Iterator[_Stored]:
         """The checkpoint's tensors in the order in which they are written."""
         state = {name: (name, dtype, shape) for name, dtype, shape in self.tensors}
-        quantized = {name for name, spec in assignment.items() if spec is not None}
+        specs = {**assignment, **self.fixed}
+        quantized = {name for name, spec in specs.items() if spec is not None}
         for layer in self.layers:
-            spec = assignment[layer.name]
+            spec = specs.get(layer.name)
             if spec is None:
                 continue
             shapes = compressed.stored_shapes(layer.out_features, layer.in_features, spec)

@@ -65,8 +65,14 @@ class Manifest:
 
 
 def plan_to_dict(plan: BitPlan) -> dict[str, Any]:
-    """A plan as JSON: specs as text ("3b-g64"), "kept" for a layer left in 16 bits."""
+    """A plan as JSON: specs as text ("3b-g64"), "kept" for a layer left in 16 bits.
+
+    Fixed layers are only mentioned where there are some.
+    """
     fields = asdict(plan)
+    fixed = list(fields.pop("fixed"))
+    if fixed:
+        fields["fixed"] = fixed
     fields["assignment"] = {
         name: KEPT if spec is None else str(spec) for name, spec in plan.assignment.items()
     }
@@ -84,7 +90,8 @@ def plan_from_dict(fields: Mapping[str, Any]) -> BitPlan:
             name: None if text == KEPT else QuantSpec.parse(text)
             for name, text in fields["assignment"].items()
         }
-        return BitPlan(**{**fields, "assignment": assignment})
+        fixed = tuple(fields.get("fixed", ()))
+        return BitPlan(**{**fields, "assignment": assignment, "fixed": fixed})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"the plan is not readable: {error}") from error
 

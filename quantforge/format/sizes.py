@@ -14,29 +14,32 @@ from quantforge.types import KEPT_BITS
 def size_report(folder: str | Path) -> SizeReport:
     """Count the sizes of a quantized checkpoint; of the tensors only `weight_shape` is loaded.
 
-    The planned weights are those the plan in quantforge.json covers, layers it keeps included;
-    without a manifest, the quantized ones. Their stored bits are the bits of the packed codes, the
-    scales and the zero-points as they lie in the file, padding included. A tied head is not stored
-    and not counted.
+    The planned weights are those the plan in quantforge.json covers, layers it keeps included and
+    fixed ones left out; without a manifest, the quantized ones. Their stored bits are the bits of
+    the packed codes, the scales and the zero-points as they lie in the file, padding included. A
+    tied head is not stored and not counted.
 
     Raises:
         InputError: see `open_checkpoint`, or no layer was planned.
     """
     checkpoint = open_checkpoint(folder)
     reader = TensorReader()
-    planned = code_bits = stored_bits = 0
+    planned = code_bits = stored_bits = kept = 0
     owned: set[str] = set()
+    fixed = checkpoint.manifest.plan.fixed if checkpoint.manifest else ()
     for name, spec in checkpoint.specs().items():
         entries = checkpoint.layer_entries(name)
         if compressed.SHAPE not in entries:
             raise InputError(f"{folder}: {name} has no {compressed.SHAPE}")
         weights = int(reader.load(entries.pop(compressed.SHAPE)).prod())
-        planned += weights
-        code_bits += weights * spec.bits
-        stored_bits += 8 * sum(entry.size_bytes for entry in entries.values())
+        if name in fixed:
+            kept += weights
+        else:
+            planned += weights
+            code_bits += weights * spec.bits
+            stored_bits += 8 * sum(entry.size_bytes for entry in entries.values())
         owned |= {f"{name}.{compressed.SHAPE}", *(entry.name for entry in entries.values())}
     assignment = checkpoint.manifest.plan.assignment if checkpoint.manifest else {}
-    kept = 0
     for name, entry in checkpoint.entries.items():
         if name in owned:
             continue

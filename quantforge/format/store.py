@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,19 +16,22 @@ from quantforge.files import atomic_path
 from quantforge.types import QuantizedWeight, QuantSpec
 
 
+@dataclass(frozen=True, slots=True)
 class CandidateStore:
     """Keeps the integers of every candidate of every layer on disk.
 
     Attributes:
         folder: one `<layer>.safetensors` a layer; made on first `put`.
         device: where `get` puts what it reads.
+        elsewhere: layer name → folder, of layers that another store holds.
     """
 
-    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        self.folder, self.device = folder, device
+    folder: Path
+    device: torch.device | str = "cpu"
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
 
     def _path(self, layer: str) -> Path:
-        return self.folder / f"{layer}.safetensors"
+        return self.elsewhere.get(layer, self.folder) / f"{layer}.safetensors"
 
     def put(self, layer: str, weights: Mapping[QuantSpec, QuantizedWeight]) -> None:
         """Write all candidates of one layer, atomically."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -84,6 +84,40 @@ class Architecture:
                     )
                     found.append(info)
         return tuple(found)
+
+    def vocabulary(self, module: nn.Module) -> tuple[LayerInfo, ...]:
+        """The token embedding and the head, [vocabulary, hidden]; one matrix where they are tied.
+
+        Raises:
+            InputError: one of them is of another kind than an embedding and a linear.
+        """
+        config: Any = module.config
+        embedding, head = module.get_submodule(self.embedding), module.get_submodule(self.head)
+        for name, part, kind in (
+            (self.embedding, embedding, nn.Embedding),
+            (self.head, head, nn.Linear),
+        ):
+            if not isinstance(part, kind):
+                found = type(part).__name__
+                raise InputError(f"{name} is a {found}, expected a float {kind.__name__}")
+        tied = bool(config.tie_word_embeddings)
+        kinds: list[tuple[str, Literal["linear", "embedding", "tied"]]]
+        kinds = [(self.embedding, "tied")] if tied else [
+            (self.embedding, "embedding"), (self.head, "linear")
+        ]  # fmt: skip
+        matrices: dict[str, Any] = {name: module.get_submodule(name).weight for name, _ in kinds}
+        return tuple(
+            LayerInfo(
+                name=name,
+                kind=kind,
+                out_features=matrices[name].shape[0],
+                in_features=matrices[name].shape[1],
+                block=-1,
+                stage=0,
+                fused_group=name,
+            )
+            for name, kind in kinds
+        )
 
 
 ARCHITECTURES: Registry[Architecture] = Registry("architecture")

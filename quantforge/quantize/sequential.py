@@ -29,6 +29,11 @@ from quantforge.quantize.streams import Streams
 from quantforge.results import LayerReport
 from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantizedWeight
 
+# By whether the layer is outside the blocks.
+_ONE_PASS = {
+    False: "one-pass compensation on the float network's inputs",
+    True: "rounded or compensated, whichever gave the lower held-out KL",
+}
 # Layer name → diagonal blocks of its output gram, which cover its rows in order.
 OutputGrams = Callable[[str], Sequence[Tensor]]
 
@@ -170,8 +175,9 @@ def quantize_sequentially(
     generator: torch.Generator,
     monitor: Monitor,
     output_grams: OutputGrams | None = None,
+    enter: Callable[[], None] | None = None,
 ) -> Iterator[QuantizedLayer]:
-    """Quantize the network in place, block by block, yielding layers as they are finished.
+    """Quantize the blocks in place, one by one, yielding layers as they are finished.
 
     Args:
         model: the network; holds dequantized weights afterwards.
@@ -183,8 +189,9 @@ def quantize_sequentially(
         generator: for the order of batches in learned rounding.
         monitor: progress and cancellation.
         output_grams: gives a layer's output gram, for `output_feedback`; None goes without.
+        enter: quantizes the embedding, before the first block is looked at.
     """
-    streams = Streams(model, calibration, config)
+    streams = Streams(model, calibration, config, enter)
     blocks = streams.quantized.blocks
     for index, block in enumerate(blocks):
         layers = [layer for layer in model.layers if layer.block == index]
@@ -224,19 +231,23 @@ def quantize_from_store(
     predicted: Mapping[str, float | None],
     output_errors: Mapping[str, float],
     *,
+    layers: Sequence[LayerInfo],
     monitor: Monitor,
+    what: str = "quantize",
 ) -> Iterator[QuantizedLayer]:
-    """Take the one-pass integers of the calibration, yielding layers in forward order.
+    """Take the one-pass integers of the calibration, yielding layers in order.
 
     Args:
-        model: the network; holds dequantized weights afterwards.
+        model: the network; the layers hold dequantized weights afterwards.
         plan: spec of every layer.
         store: integers of every candidate.
         predicted: layer name → predicted loss increase, for the report; None where unknown.
         output_errors: layer name → relative output error measured by the calibration.
+        layers: which ones.
         monitor: progress and cancellation.
+        what: stage for the monitor.
     """
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(layers):
         spec = plan.assignment[layer.name]
         if spec is None:
             yield QuantizedLayer(layer=layer, weight=None, report=kept_report(layer))
@@ -255,7 +266,7 @@ def quantize_from_store(
             rtn_output_error=float("nan"),
             damping=float("nan"),
             dead_columns=0,
-            note="one-pass compensation on the float network's inputs",
+            note=_ONE_PASS[layer.outside],
         )
         yield QuantizedLayer(layer=layer, weight=quantized, report=report)
-        monitor.step("quantize", index + 1, len(model.layers))
+        monitor.step(what, index + 1, len(layers))

@@ -13,7 +13,7 @@ The held-out sequences walk behind the fitting ones where something is chosen on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,21 @@ class Streams:
         fitting_batches: number of batches at the front that are fitted on.
     """
 
-    def __init__(self, model: Model, calibration: CalibrationSet, config: QuantizeConfig) -> None:
+    def __init__(
+        self,
+        model: Model,
+        calibration: CalibrationSet,
+        config: QuantizeConfig,
+        enter: Callable[[], None] | None = None,
+    ) -> None:
+        """Start both streams at the first block.
+
+        Args:
+            model: the network.
+            calibration: fitting and held-out tokens.
+            config: says which streams are needed.
+            enter: quantizes the embedding, once the float stream has read the float one.
+        """
         pieces = [calibration.fitting]
         if config.needs_held_out:
             pieces.append(calibration.held_out)
@@ -72,8 +86,10 @@ class Streams:
                 precision=config.precision,
             )
 
-        self.quantized = walk()
         self.native = walk() if config.needs_float_stream else None
+        if enter is not None:
+            enter()
+        self.quantized = walk()
         self._moved: set[int] = set()  # batches of the float stream that stand at the exit already
 
     def moments(

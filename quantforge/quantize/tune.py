@@ -15,7 +15,7 @@ graph exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,7 @@ def tune_scales(
     teacher: Tensor,
     config: TuningConfig,
     *,
+    float_head: Tensor | None = None,
     generator: torch.Generator,
     monitor: Monitor,
 ) -> dict[str, QuantizedWeight]:
@@ -53,6 +54,8 @@ def tune_scales(
         tokens: [sequences, length] fitting tokens.
         teacher: [sequences, length, hidden] the float network's head input on them.
         config: steps and step sizes.
+        float_head: [vocabulary, hidden] weight of the float network's head; None where that is the
+            network's own.
         generator: orders the sequences.
         monitor: progress and cancellation.
 
@@ -62,6 +65,7 @@ def tune_scales(
     module, architecture = model.module, model.architecture
     projection: Any = module.get_submodule(architecture.head)
     head = projection.weight.detach().bfloat16()
+    taught = head if float_head is None else float_head.bfloat16()
     body = module.get_submodule(architecture.blocks.rpartition(".")[0])
     with (
         _stand_ins(module, weights) as layers,
@@ -84,7 +88,7 @@ def tune_scales(
                 with torch.enable_grad(), compute_in("bfloat16", head.device):
                     output = body(input_ids=tokens[index : index + 1], use_cache=False)
                 hidden = output.last_hidden_state
-                gradient = distillation_gradient(hidden.detach()[0], teacher[index], head)
+                gradient = distillation_gradient(hidden.detach()[0], teacher[index], head, taught)
                 share = gradient / (config.batch * gradient.shape[0])
                 torch.autograd.backward(hidden, share.to(hidden.dtype).unsqueeze(0))
             factor = min(1.0, (step + 1) / config.warm_up) * (1.0 - step / config.steps)
@@ -96,21 +100,69 @@ def tune_scales(
         return {name: layer.finish() for name, layer in layers.items()}
 
 
+def kept_if_better(
+    model: Model,
+    weights: Mapping[str, QuantizedWeight],
+    tune: Callable[[], dict[str, QuantizedWeight]],
+    measure: Callable[[], float],
+) -> Mapping[str, QuantizedWeight]:
+    """Tune, and undo it unless it lowers what is measured.
+
+    Args:
+        model: the quantized network, which holds `weights`; what is kept is put into it, norms as
+            the checkpoint will hold them.
+        weights: layer name → integers and scales.
+        tune: `tune_scales`, ready to be called.
+        measure: of the network as it stands, on tokens that it is not tuned on.
+
+    Returns:
+        The tuned weights, or `weights` itself where tuning was undone.
+    """
+    norms = [(one, one.detach().clone()) for one in model.module.parameters() if one.ndim == 1]
+    before = measure()
+    release_freed()
+    tuned = tune()
+    release_freed()
+    _put(model, tuned)
+    with torch.no_grad():
+        for parameter, _ in norms:
+            parameter.copy_(parameter.bfloat16())
+    if measure() < before:
+        return tuned
+    _put(model, weights)
+    with torch.no_grad():
+        for parameter, norm in norms:
+            parameter.copy_(norm)
+    return weights
+
+
 @torch.no_grad()
-def distillation_gradient(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+def _put(model: Model, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Write dequantized weights into their layers."""
+    for name, weight in weights.items():
+        parameter: Any = model.module.get_submodule(name).weight
+        parameter.copy_(weight.dequantize())
+
+
+@torch.no_grad()
+def distillation_gradient(
+    student: Tensor, teacher: Tensor, head: Tensor, teacher_head: Tensor | None = None
+) -> Tensor:
     """Gradient of Σ_t KL(p_t ‖ q_t) with respect to the student's head input, [tokens, hidden].
 
     Args:
         student: [tokens, hidden] head input of the network being tuned.
         teacher: [tokens, hidden] head input of the float network.
-        head: [vocabulary, hidden] weight of the head, shared by both.
+        head: [vocabulary, hidden] weight of the student's head.
+        teacher_head: of the teacher's; None where they share one.
     """
+    teacher_head = head if teacher_head is None else teacher_head
     pieces = []
     for ours, theirs in zip(
         torch.split(student, HEAD_CHUNK), torch.split(teacher, HEAD_CHUNK), strict=True
     ):
         difference = torch.softmax((ours.to(head.dtype) @ head.T).float(), -1)
-        difference -= torch.softmax((theirs.to(head.dtype) @ head.T).float(), -1)
+        difference -= torch.softmax((theirs.to(head.dtype) @ teacher_head.T).float(), -1)
         pieces.append((difference.to(head.dtype) @ head).float())
     return torch.cat(pieces)
 

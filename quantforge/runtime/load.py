@@ -9,7 +9,7 @@ nothing left over is accepted. Memory is that of the packed tensors; no code of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def load(
     specs = checkpoint.specs()
     target = checked_device(device)
     chosen = _config_dtype(checkpoint) if dtype is None else dtype
-    _check_backend(backend, specs, chosen, target)
+    require_backend(backend, specs.values(), chosen, target)
     model = _build(checkpoint, chosen)
     _swap(model, specs, chosen, backend, checkpoint.folder)
     _fill(model, checkpoint, specs, target, chosen)
@@ -91,11 +91,15 @@ def _config_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return dtype
 
 
-def _check_backend(
-    backend: str, specs: Mapping[str, QuantSpec], dtype: torch.dtype, device: torch.device
+def require_backend(
+    backend: str, specs: Iterable[QuantSpec], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Fail before loading, not in the first forward."""
-    for spec in sorted(set(specs.values())):
+    """Fail before loading, not in the first forward.
+
+    Raises:
+        UsageError: the backend is unknown or cannot run one of these.
+    """
+    for spec in sorted(set(specs)):
         request = Request(
             bits=spec.bits,
             group_size=spec.group_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from quantforge.errors import BudgetError
 from quantforge.search.budget import Budget
+from quantforge.search.choice import Costs, Limits, Losses
 from quantforge.search.config import SearchConfig
+from quantforge.search.latency import LatencyModel, Times
 from quantforge.search.solvers import SOLVERS
 from quantforge.types import KEPT_BITS, BitPlan, LayerInfo, QuantSpec, Sensitivity
 
@@ -38,14 +41,23 @@ def candidate_bytes(sensitivity: Sensitivity) -> int:
 def average_bits(
     layers: Sequence[LayerInfo], assignment: Mapping[str, QuantSpec | None]
 ) -> tuple[float, float]:
-    """Average (stored, code) bits a weight of an assignment."""
-    weights = sum(layer.numel for layer in layers)
-    stored = sum(stored_cost(layer, assignment[layer.name]) for layer in layers)
-    code = 0
+    """Average (stored, code) bits a weight of an assignment, fixed layers left out."""
+    weights, code = planned_weights(layers), 0
     for layer in layers:
         spec = assignment[layer.name]
-        code += layer.numel * (spec.bits if spec is not None else KEPT_BITS)
-    return stored / weights, code / weights
+        if not layer.fixed:
+            code += layer.numel * (spec.bits if spec is not None else KEPT_BITS)
+    return spent_bits(layers, assignment) / weights, code / weights
+
+
+def planned_weights(layers: Sequence[LayerInfo]) -> int:
+    """Weights that budgets in bits count."""
+    return sum(layer.numel for layer in layers if not layer.fixed)
+
+
+def spent_bits(layers: Sequence[LayerInfo], assignment: Mapping[str, QuantSpec | None]) -> int:
+    """Stored bits that budgets in bits count."""
+    return sum(stored_cost(one, assignment[one.name]) for one in layers if not one.fixed)
 
 
 def table_row(
@@ -67,7 +79,10 @@ def known_losses(
     candidates = set(sensitivity.specs)
     known = {n: s for n, s in assignment.items() if s is None or s in candidates}
     losses = table_row(sensitivity, sensitivity.loss, {**dict.fromkeys(assignment), **known})
-    return {name: losses[name] if name in known else None for name in assignment}
+    return {
+        name: losses[name] if name in known and math.isfinite(losses[name]) else None
+        for name in assignment
+    }
 
 
 def make_plan(
@@ -87,6 +102,7 @@ def make_plan(
         code_bits=code,
         predicted_loss=predicted,
         solver=solver,
+        fixed=tuple(layer.name for layer in sensitivity.layers if layer.fixed),
     )
 
 
@@ -102,7 +118,10 @@ def _items(sensitivity: Sensitivity, config: SearchConfig) -> list[list[int]]:
 def _tables(
     sensitivity: Sensitivity, items: Sequence[Sequence[int]]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """[items, specs + 1] losses and costs; the last column keeps the item in 16 bits."""
+    """[items, specs + 1] losses and costs; the last column keeps the item in 16 bits.
+
+    A fixed item is not kept and costs nothing.
+    """
     specs = sensitivity.specs
     loss = np.zeros((len(items), len(specs) + 1))
     cost = np.zeros((len(items), len(specs) + 1), dtype=np.int64)
@@ -110,6 +129,9 @@ def _tables(
     for item, rows in enumerate(items):
         members = [sensitivity.layers[row] for row in rows]
         loss[item, :-1] = table[list(rows)].sum(axis=0)
+        if members[0].fixed:
+            loss[item, -1] = np.inf
+            continue
         cost[item, -1] = sum(stored_cost(layer, None) for layer in members)
         for column, spec in enumerate(specs):
             if math.isfinite(loss[item, column]):
@@ -117,24 +139,44 @@ def _tables(
     return loss, cost
 
 
-def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> BitPlan:
+def search(
+    sensitivity: Sensitivity,
+    budget: Budget,
+    config: SearchConfig,
+    latency: LatencyModel | None = None,
+) -> BitPlan:
     """The plan of least predicted loss within the budget that the configured solver finds.
+
+    Several limits that bind at one time are an integer program, which then takes the place of the
+    dynamic program; the plan names what found it.
 
     Args:
         sensitivity: predicted losses of all candidates.
-        budget: limit on the average stored bits.
+        budget: limits on the average stored bits and on latency.
         config: solver and tying rules.
+        latency: times of layers; needed where the budget limits latency.
 
     Raises:
         BudgetError: all of the solver's plans exceed the budget; names the range they reach.
+        InputError: `latency` does not know a candidate.
     """
     items = _items(sensitivity, config)
     loss, cost = _tables(sensitivity, items)
-    weights = sum(layer.numel for layer in sensitivity.layers)
-    limit = budget.total_bits(weights)
-    choice = SOLVERS[config.solver](loss, cost[None], [limit])
-    if choice is None:
+    limit = budget.total_bits(planned_weights(sensitivity.layers))
+    times = Times.of(sensitivity, items, np.isfinite(loss), budget, latency)
+    costs, limits = np.stack([cost, *times.costs]), [limit, *times.limits]
+    if times.limits and limit >= np.where(np.isfinite(loss), cost, 0).max(axis=1).sum():
+        costs, limits = costs[1:], limits[1:]  # bits do not bind
+    solver = config.solver
+    if solver == "dynamic-program" and len(limits) > 1:
+        solver = "integer-program"
+    apart = [row for row, group in enumerate(items) if sensitivity.layers[group[0]].outside]
+    picks = _solve(solver, loss, costs, limits, apart)
+    if picks is None:
+        times.require_reachable(budget)
         low, high = reachable_bits(sensitivity, config)
+        if times.limits and limit >= low * planned_weights(sensitivity.layers):
+            raise BudgetError(f"budget {budget.text}: no plan is within all parts; loosen one")
         floor = math.ceil(low * 1000) / 1000
         kind = "uniform plans" if config.solver == "uniform" else "plans"
         raise BudgetError(
@@ -142,34 +184,96 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
             f"bits a weight; raise --budget to at least {floor:.3f}bit"
         )
     assignment: dict[str, QuantSpec | None] = {}
-    for rows, pick in zip(items, choice.picks, strict=True):
+    for rows, pick in zip(items, picks, strict=True):
         spec = sensitivity.specs[pick] if pick < len(sensitivity.specs) else None
         for row in rows:
             assignment[sensitivity.layers[row].name] = spec
     ordered = {layer.name: assignment[layer.name] for layer in sensitivity.layers}
-    return make_plan(sensitivity, ordered, budget=budget.text, solver=config.solver)
+    return make_plan(sensitivity, ordered, budget=budget.text, solver=solver)
+
+
+def _solve(
+    solver: str, loss: Losses, costs: Costs, limits: Limits, apart: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Candidate of every item; None if none of the solver's choices is within the limits.
+
+    "uniform" is about the layers of the blocks: every choice for the items that stand apart
+    (embedding and head, two at most) is tried beside it.
+
+    Args:
+        solver: name of a solver.
+        loss: [items, candidates].
+        costs: [resources, items, candidates].
+        limits: [resources].
+        apart: items outside the blocks.
+    """
+    if solver != "uniform" or not apart:
+        choice = SOLVERS[solver](loss, costs, limits)
+        return None if choice is None else choice.picks
+    inside = [row for row in range(len(loss)) if row not in apart]
+    best, least = None, math.inf
+    options = [np.flatnonzero(np.isfinite(loss[row])).tolist() for row in apart]
+    for taken in product(*options):
+        left = np.asarray(limits) - costs[:, list(apart), list(taken)].sum(axis=1)
+        if (left < 0).any():
+            continue
+        choice = SOLVERS[solver](loss[inside], costs[:, inside], left)
+        lost = float(loss[list(apart), list(taken)].sum())
+        if choice is not None and choice.loss + lost < least:
+            least = choice.loss + lost
+            found = dict(zip([*inside, *apart], [*choice.picks, *taken], strict=True))
+            best = tuple(found[row] for row in range(len(loss)))
+    return best
 
 
 def reachable_bits(sensitivity: Sensitivity, config: SearchConfig) -> tuple[float, float]:
     """Lowest and highest average stored bits that plans of the configured solver can have."""
-    loss, cost = _tables(sensitivity, _items(sensitivity, config))
+    items = _items(sensitivity, config)
+    loss, cost = _tables(sensitivity, items)
     feasible = np.isfinite(loss)
-    weights = sum(layer.numel for layer in sensitivity.layers)
+    weights = planned_weights(sensitivity.layers)
+    low = np.where(feasible, cost, np.iinfo(np.int64).max).min(axis=1)
+    high = np.where(feasible, cost, 0).max(axis=1)
     if config.solver == "uniform":
-        totals = cost.sum(axis=0)[feasible.all(axis=0)]
-        return float(totals.min() / weights), float(totals.max() / weights)
-    lowest = np.where(feasible, cost, np.iinfo(np.int64).max).min(axis=1).sum()
-    highest = np.where(feasible, cost, 0).max(axis=1).sum()
+        inside = np.array([not sensitivity.layers[rows[0]].outside for rows in items])
+        totals = cost[inside].sum(axis=0)[feasible[inside].all(axis=0)]
+        lowest = totals.min() + low[~inside].sum()
+        highest = totals.max() + high[~inside].sum()
+    else:
+        lowest, highest = low.sum(), high.sum()
     return float(lowest / weights), float(highest / weights)
 
 
-def uniform_plans(sensitivity: Sensitivity) -> list[BitPlan]:
-    """One plan for every candidate that fits all layers, by increasing stored bits."""
+def uniform_plans(
+    sensitivity: Sensitivity, outside: Mapping[str, QuantSpec | None] | None = None
+) -> list[BitPlan]:
+    """One plan for every candidate that fits all layers of the blocks, by stored bits.
+
+    Args:
+        sensitivity: of all candidates.
+        outside: spec of embedding and head, the same in all plans; kept where it says nothing,
+            unless they are fixed.
+    """
+    inside = [row for row, layer in enumerate(sensitivity.layers) if not layer.outside]
+    given = {**_fixed_specs(sensitivity), **(outside or {})}
     plans = []
     for column, spec in enumerate(sensitivity.specs):
-        if bool(sensitivity.loss[:, column].isfinite().all()):
-            assignment = dict.fromkeys((layer.name for layer in sensitivity.layers), spec)
+        if bool(sensitivity.loss[inside, column].isfinite().all()):
+            assignment = {
+                layer.name: given.get(layer.name) if layer.outside else spec
+                for layer in sensitivity.layers
+            }
             plans.append(
                 make_plan(sensitivity, assignment, budget=f"uniform {spec}", solver="uniform")
             )
     return sorted(plans, key=lambda plan: plan.stored_bits)
+
+
+def _fixed_specs(sensitivity: Sensitivity) -> dict[str, QuantSpec]:
+    """Layer name → the only spec it has, of fixed layers."""
+    found = {}
+    for row, layer in enumerate(sensitivity.layers):
+        if layer.fixed:
+            (column,) = sensitivity.loss[row].isfinite().nonzero().flatten().tolist()
+            found[layer.name] = sensitivity.specs[column]
+    return found

@@ -8,10 +8,13 @@ A budget is one or several parts, joined by a comma or a plus, all of which must
 | `120MB`, `1.2GiB` | bytes of the whole checkpoint: embeddings, norms, head and headers too |
 | `0.4x`          | the same, as a share of the network's weights in bfloat16 |
 | `vram:8GB@4096` | weights in memory and the keys and values of that many tokens, batch 1 |
+| `latency:12ms`  | a decoding step's time in the planned weights; `@4` is a batch of four |
+| `latency:-25%`  | the same, less than 16 bits take |
 | `kl:0.05`       | KL to the float network in nats a token, measured on held-out tokens |
 | `ppl:+2%`       | rise of the perplexity over the float network's, likewise |
 
-The first four are sizes, which a plan meets by arithmetic. Bytes are a constant and the stored
+The first four are sizes, which a plan meets by arithmetic, and so it does latency, by the times of
+a device (`search.latency`). Bytes are a constant and the stored
 bits over eight, but for the headers, so they become a limit in bits once the network's shapes are
 known (`quantforge.planning`). The last two are found by measuring plans (`quantforge.targets`).
 """
@@ -32,7 +35,8 @@ UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
-EXAMPLES = "3bit, 3.25bpw, 120MB, 0.4x, vram:8GB@4096, kl:0.05 or ppl:+2%"
+SECONDS = {"US": Fraction(1, 10**6), "MS": Fraction(1, 10**3), "S": Fraction(1)}
+EXAMPLES = "3bit, 3.25bpw, 120MB, 0.4x, vram:8GB@4096, latency:-25%, kl:0.05 or ppl:+2%"
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _SIZE = rf"{_NUMBER}\s*([kmgt]i?b)"
@@ -44,12 +48,12 @@ class Limit:
 
     Attributes:
         kind: "bits" a planned weight; "bytes" of the checkpoint; "share" of the bfloat16 weights;
-            "vram", bytes of memory.
+            "vram", bytes of memory; "latency" in seconds; "latency-share" of what 16 bits take.
         amount: the limit, exact.
-        context: tokens whose keys and values are in memory; only of "vram".
+        context: of "vram", tokens whose keys and values are in memory; of latency, the batch.
     """
 
-    kind: Literal["bits", "bytes", "share", "vram"]
+    kind: Literal["bits", "bytes", "share", "vram", "latency", "latency-share"]
     amount: Fraction
     context: int = 0
 
@@ -112,15 +116,20 @@ class Budget:
     @property
     def sizes(self) -> tuple[Limit, ...]:
         """The limits in bytes, which need the network's shapes."""
-        return tuple(limit for limit in self.limits if limit.kind != "bits")
+        return tuple(one for one in self.limits if one.kind in ("bytes", "share", "vram"))
+
+    @property
+    def latency(self) -> tuple[Limit, ...]:
+        """The limits in time, which need the times of a device."""
+        return tuple(one for one in self.limits if one.kind in ("latency", "latency-share"))
 
     def total_bits(self, weights: int) -> int:
         """Largest whole number of stored bits for `weights` weights."""
         return int(self.bits * weights)
 
     def in_bits(self, bits: Fraction) -> Budget:
-        """The same text with one limit in bits in the place of all limits and targets."""
-        return replace(self, limits=(Limit("bits", bits),), targets=())
+        """The same text and limits in time, with one in bits in the place of all others."""
+        return replace(self, limits=(Limit("bits", bits), *self.latency), targets=())
 
 
 def _part(text: str, whole: str) -> Limit | Target:
@@ -164,6 +173,27 @@ def _memory(match: re.Match[str], text: str) -> Limit:
     return Limit("vram", _bytes(match[1], match[2], text), context)
 
 
+def _latency(match: re.Match[str], text: str) -> Limit:
+    amount = Fraction(match[1]) * SECONDS[match[2].upper()]
+    if amount <= 0:
+        raise UsageError(f"budget {text!r} leaves no time; give e.g. latency:12ms")
+    return Limit("latency", amount, _batch(match[3], text))
+
+
+def _faster(match: re.Match[str], text: str) -> Limit:
+    less = Fraction(match[1]) / 100
+    if not 0 < less < 1:
+        raise UsageError(f"budget {text!r} is out of range; give latency:-1% to latency:-99%")
+    return Limit("latency-share", 1 - less, _batch(match[2], text))
+
+
+def _batch(digits: str | None, text: str) -> int:
+    batch = 1 if digits is None else int(digits)
+    if batch < 1:
+        raise UsageError(f"budget {text!r} has no batch; give a number of sequences, e.g. @1")
+    return batch
+
+
 def _kl(match: re.Match[str], text: str) -> Target:
     return Target("kl", _positive(float(match[1]), text), text)
 
@@ -183,6 +213,8 @@ _FORMS: tuple[tuple[str, Callable[[re.Match[str], str], Limit | Target]], ...] =
     (_SIZE, _checkpoint),
     (rf"{_NUMBER}\s*x", _share),
     (rf"vram:\s*{_SIZE}\s*@\s*(\d+)(k?)", _memory),
+    (rf"latency:\s*{_NUMBER}\s*(us|ms|s)(?:\s*@\s*(\d+))?", _latency),
+    (rf"latency:\s*-\s*{_NUMBER}\s*%(?:\s*@\s*(\d+))?", _faster),
     (rf"kl:\s*{_NUMBER}", _kl),
     (rf"ppl:\s*\+?\s*{_NUMBER}\s*%", _perplexity),
 )

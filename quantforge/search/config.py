@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from typing import Annotated, Literal
 
@@ -14,6 +15,19 @@ from quantforge.types import PER_CHANNEL, SUPPORTED_BITS, QuantSpec
 def _checked_group_size(size: int) -> int:
     """A size that a spec takes; its ValueError becomes the recipe's error line."""
     return QuantSpec(SUPPORTED_BITS[0], size).group_size
+
+
+def _checked_inclusion(text: str) -> str:
+    """What `EmbeddingsConfig.include` takes; its ValueError becomes the recipe's error line."""
+    width = re.fullmatch(r"(\d+)bit", text)
+    if text not in ("keep", "plan"):
+        try:
+            QuantSpec.parse(f"{width[1]}b-pc" if width else text)
+        except ValueError:
+            raise ValueError(
+                f"{text!r} is none of keep, plan, 8bit or a spec like 8b-g64"
+            ) from None
+    return text
 
 
 Bits = Annotated[int, Field(ge=SUPPORTED_BITS[0], le=SUPPORTED_BITS[-1])]
@@ -59,3 +73,21 @@ class SearchConfig(Config):
     def _specs(self) -> set[QuantSpec]:
         kinds = {False: (True,), True: (True, False), "only": (False,)}[self.asymmetric]
         return {QuantSpec(*one) for one in product(self.bits, self.group_sizes, kinds)}
+
+
+class EmbeddingsConfig(Config):
+    """What becomes of the token embedding and the head; one matrix where they are tied.
+
+    Attributes:
+        include: "keep" leaves them in 16 bits; "plan" makes them layers of the search; a spec
+            ("8b-g64", or "8bit" in the first of `group_sizes` that divides) is what they get, and
+            budgets in bits do not count them then. None plans them under budgets in bytes, shares
+            and memory, and keeps them under others. Stock transformers does not load a quantized
+            embedding; `quantforge.load` does.
+        bits: widths of their candidates where they are planned.
+        group_sizes: group sizes likewise; those that do not divide the hidden size drop out.
+    """
+
+    include: Annotated[str, AfterValidator(_checked_inclusion)] | None = None
+    bits: tuple[Bits, ...] = Field(default=(4, 5, 6, 8), min_length=1)
+    group_sizes: tuple[GroupSize, ...] = Field(default=(64, PER_CHANNEL), min_length=1)

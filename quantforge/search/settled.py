@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from quantforge.errors import BudgetError, InputError, UsageError
-from quantforge.search.allocate import average_bits
+from quantforge.search.allocate import average_bits, planned_weights, spent_bits
 from quantforge.search.budget import Budget
 from quantforge.search.config import SearchConfig
 from quantforge.types import BitPlan, LayerInfo, QuantSpec
@@ -68,8 +68,7 @@ def settled_plan(
         raise UsageError("there are several candidates: the plan has to be searched")
     _require_fit(layers, spec)
     assignment = dict.fromkeys((layer.name for layer in layers), spec)
-    weights = sum(layer.numel for layer in layers)
-    cost = sum(spec.stored_bits(layer.out_features, layer.in_features) for layer in layers)
+    weights, cost = planned_weights(layers), spent_bits(layers, assignment)
     stored, code = average_bits(layers, assignment)
     if budget is None:
         text = f"{math.ceil(Fraction(1000 * cost, weights)) / 1000:g}bit"

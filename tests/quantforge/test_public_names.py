@@ -6,7 +6,7 @@ import pytest
 
 import quantforge
 
-FUNCTIONS = ("evaluate", "generate", "inspect", "load", "plan", "quantize")
+FUNCTIONS = ("evaluate", "generate", "inspect", "load", "plan", "profile", "quantize")
 
 
 @pytest.fixture

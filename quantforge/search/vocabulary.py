@@ -1,0 +1,160 @@
+"""Which candidates the embedding and the head have: all, the one that was asked for, or none.
+
+Under a budget in bits they are kept, because stock loaders know no quantized embedding. A budget in
+bytes is about the whole checkpoint, of which they can be a third: there they are layers of the
+search. A spec that was asked for is theirs whatever the budget says, and budgets in bits, which are
+averages over what is searched, do not count them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+
+from torch import Tensor, cat
+
+from quantforge.errors import InputError, UsageError
+from quantforge.search.budget import Budget
+from quantforge.search.config import EmbeddingsConfig, SearchConfig
+from quantforge.types import LayerInfo, QuantSpec, Sensitivity
+
+Candidates = Mapping[LayerInfo, tuple[QuantSpec, ...]]
+"""Layers outside the blocks that a plan covers → their specs; of a fixed one there is one."""
+
+
+def vocabulary_candidates(
+    layers: Sequence[LayerInfo],
+    config: EmbeddingsConfig,
+    search: SearchConfig,
+    budget: Budget | None,
+) -> Candidates:
+    """The candidates of embedding and head under a budget.
+
+    Args:
+        layers: embedding and head, or the one matrix that is both.
+        config: says what becomes of them.
+        search: says whether anything is searched.
+        budget: decides where `config` does not; None where there is none.
+
+    Raises:
+        InputError: the groups of the spec that was asked for do not divide the rows.
+        UsageError: they are to be planned, but nothing is searched.
+    """
+    include = config.include
+    if include is None:
+        whole = budget is not None and bool(budget.sizes) and search.settled is None
+        include = "plan" if whole else "keep"
+    if include == "keep":
+        return {}
+    if include == "plan":
+        if search.settled is not None:
+            raise UsageError(
+                "embeddings.include=plan needs a search, but search has one candidate; "
+                "give embeddings a spec, e.g. --include-embeddings 8bit"
+            )
+        return {layer: planned_candidates(layer, config) for layer in layers}
+    return {replace(layer, fixed=True): (_asked(layer, include, config),) for layer in layers}
+
+
+def given_candidates(
+    layers: Sequence[LayerInfo],
+    given: Mapping[str, QuantSpec | None],
+    fixed: Sequence[str],
+    config: EmbeddingsConfig,
+) -> Candidates:
+    """Embedding and head under a plan that a user gives: what it says, or else what was asked for.
+
+    Args:
+        layers: embedding and head, or the one matrix that is both.
+        given: layer name → spec, maybe theirs too.
+        fixed: names that the plan says were fixed.
+        config: says what becomes of those that the plan does not name.
+
+    Raises:
+        InputError: the groups of the spec that was asked for do not divide the rows.
+        UsageError: both say something.
+    """
+    asked = config.include not in (None, "keep", "plan")
+    named = [layer for layer in layers if layer.name in given]
+    if named and asked:
+        raise UsageError(
+            f"the plan says what {named[0].name} gets, and embeddings.include says "
+            f"{config.include}; give one"
+        )
+    found: dict[LayerInfo, tuple[QuantSpec, ...]] = {}
+    for layer in layers:
+        spec = given.get(layer.name)
+        if layer.name in given:
+            key = replace(layer, fixed=layer.name in fixed and spec is not None)
+            found[key] = () if spec is None else (spec,)
+        elif asked and config.include is not None:
+            found[replace(layer, fixed=True)] = (_asked(layer, config.include, config),)
+    return found
+
+
+def planned_candidates(layer: LayerInfo, config: EmbeddingsConfig) -> tuple[QuantSpec, ...]:
+    """The specs of one matrix where it is planned."""
+    specs = {QuantSpec(*pair) for pair in product(config.bits, config.group_sizes)}
+    return tuple(sorted(spec for spec in specs if spec.divides(layer.in_features)))
+
+
+def _asked(layer: LayerInfo, text: str, config: EmbeddingsConfig) -> QuantSpec:
+    """The spec that was asked for."""
+    width = re.fullmatch(r"(\d+)bit", text)
+    if width is None:
+        specs = [QuantSpec.parse(text)]
+    else:
+        specs = [QuantSpec(int(width[1]), size) for size in config.group_sizes]
+    for spec in specs:
+        if spec.divides(layer.in_features):
+            return spec
+    raise InputError(
+        f"{layer.name}: {specs[0]} does not divide rows of {layer.in_features}; "
+        f"give --include-embeddings another group size, or {specs[0].bits}b-pc"
+    )
+
+
+def outside_specs(
+    layers: Sequence[LayerInfo], assignment: Mapping[str, QuantSpec | None]
+) -> dict[str, QuantSpec | None]:
+    """What a plan gives the layers outside the blocks."""
+    return {layer.name: assignment[layer.name] for layer in layers if layer.outside}
+
+
+def inside_blocks(sensitivity: Sensitivity) -> Sensitivity:
+    """The rows of the layers of the blocks alone."""
+    rows = [row for row, layer in enumerate(sensitivity.layers) if not layer.outside]
+    stderr = sensitivity.stderr
+    return replace(
+        sensitivity,
+        layers=tuple(sensitivity.layers[row] for row in rows),
+        loss=sensitivity.loss[rows],
+        error=sensitivity.error[rows],
+        stderr=None if stderr is None else stderr[rows],
+    )
+
+
+def joined(first: Sensitivity, second: Sensitivity) -> Sensitivity:
+    """One table of two tables' layers, with the candidates of both; +inf where one has none."""
+    specs = tuple(sorted({*first.specs, *second.specs}))
+
+    def wide(one: Sensitivity, table: Tensor | None) -> Tensor:
+        found = one.loss.new_full((len(one.layers), len(specs)), math.inf)
+        if table is not None:
+            found[:, [specs.index(spec) for spec in one.specs]] = table
+        return found
+
+    def both(a: Tensor | None, b: Tensor | None) -> Tensor:
+        return cat([wide(first, a), wide(second, b)])
+
+    return replace(
+        first,
+        layers=(*first.layers, *second.layers),
+        specs=specs,
+        loss=both(first.loss, second.loss),
+        error=both(first.error, second.error),
+        stderr=None if first.stderr is None else both(first.stderr, second.stderr),
+    )

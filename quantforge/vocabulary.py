@@ -1,0 +1,132 @@
+"""Candidates of the embedding and the head, measured beside those of the blocks and kept likewise.
+
+They have a folder of their own in the cache, so that what was measured of the blocks serves budgets
+that plan them and budgets that keep them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantforge.calibrate.artefact import load_sensitivity, save_sensitivity
+from quantforge.calibrate.candidates import float_weight
+from quantforge.calibrate.vocabulary import head_gram, relative_error, variants
+from quantforge.calibration import CANDIDATES, Calibrator
+from quantforge.capture import product_dtype
+from quantforge.decision import Measurement
+from quantforge.format.store import CandidateStore
+from quantforge.measurements import measurement
+from quantforge.memory import StageTimer
+from quantforge.results import Quality
+from quantforge.search.vocabulary import Candidates, joined
+from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
+
+ESTIMATOR = "measured"
+SENSITIVITY = "sensitivity.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabularyCalibrator:
+    """Measures candidates of the matrices outside the blocks, or takes them from the cache.
+
+    Attributes:
+        calibrator: of the blocks.
+        candidates: layer → specs, those to measure.
+        measure: held-out quality of the network with some weights replaced, one at a time.
+    """
+
+    calibrator: Calibrator
+    candidates: Candidates
+    measure: Callable[[Iterable[Mapping[str, Tensor]]], list[Quality]]
+
+    @contextmanager
+    def beside(self, measured: Measurement, *, fresh: bool) -> Iterator[Measurement]:
+        """The measurement of the blocks with these candidates in it; readable in the body."""
+        base = self.calibrator
+        key = base.key(
+            ESTIMATOR,
+            {layer.name: [str(one) for one in specs] for layer, specs in self.candidates.items()},
+            base.recipe.calibrate.model_dump(
+                mode="json", include={"batch_size", "precision", "damping"}
+            ),
+            base.recipe.evaluate.model_dump(mode="json", include={"curve_windows", "precision"}),
+        )
+
+        def make(folder: Path) -> None:
+            with StageTimer(base.timings, "calibrate"):
+                self._fill(folder, measured, key)
+
+        with measurement(
+            key, make, complete=SENSITIVITY, fresh=fresh, monitor=base.monitor
+        ) as folder:
+            found = load_sensitivity(folder / SENSITIVITY)
+            found = replace(found, layers=tuple(self.candidates))
+            yield _with(measured, found, folder / CANDIDATES)
+
+    def _fill(self, folder: Path, measured: Measurement, key: str) -> None:
+        """Quantize every candidate every way, measure, keep the better one."""
+        if measured.final_hidden is None:
+            raise ValueError("the measurement was made without embedding and head in mind")
+        model, options = self.calibrator.model, self.calibrator.recipe.calibrate
+        store = CandidateStore(folder / CANDIDATES, model.device)
+        gram = head_gram(measured.final_hidden, product_dtype(options.precision), model.device)
+        tokens = self.calibrator.calibration.fitting.flatten()
+        specs = sorted({spec for found in self.candidates.values() for spec in found})
+        shape = (len(self.candidates), len(specs))
+        loss, stderr, error = (torch.full(shape, torch.inf).double() for _ in range(3))
+        done, total = 0, sum(map(len, self.candidates.values()))
+        for row, (layer, fitting) in enumerate(self.candidates.items()):
+            weight = float_weight(model, layer)
+            counts = torch.bincount(tokens, minlength=len(weight)).to(weight)
+            kept = {}
+            for spec in fitting:
+                best, quality = self._best(layer, weight, spec, gram)
+                difference = best.dequantize() - weight
+                column = specs.index(spec)
+                loss[row, column], stderr[row, column] = quality.kl, quality.kl_stderr
+                error[row, column] = relative_error(layer, difference, weight, gram, counts)
+                kept[spec] = best
+                done += 1
+                self.calibrator.monitor.step("embeddings", done, total)
+            if kept:
+                store.put(layer.name, kept)
+        table = Sensitivity(
+            layers=tuple(self.candidates),
+            specs=tuple(specs),
+            loss=loss,
+            error=error,
+            estimator=ESTIMATOR,
+            fingerprint=key,
+            stderr=stderr,
+        )
+        save_sensitivity(table, folder / SENSITIVITY)  # last: says that all is there
+
+    def _best(
+        self, layer: LayerInfo, weight: Tensor, spec: QuantSpec, gram: Tensor
+    ) -> tuple[QuantizedWeight, Quality]:
+        """The variant of least held-out KL, and that."""
+        damping = self.calibrator.recipe.calibrate.damping
+        ways = [one for _, one in variants(layer, weight, spec, gram, damping)]
+        qualities = self.measure({layer.name: one.dequantize()} for one in ways)
+        best = min(range(len(ways)), key=lambda index: qualities[index].kl)
+        return ways[best], qualities[best]
+
+
+def _with(measured: Measurement, found: Sensitivity, folder: Path) -> Measurement:
+    """A measurement with further layers in it."""
+    names = {layer.name: folder for layer in found.layers}
+    if measured.sensitivity is None or measured.store is None:
+        store = CandidateStore(folder, elsewhere=names)
+        return replace(measured, store=store, vocabulary=found)
+    return replace(
+        measured,
+        sensitivity=joined(measured.sensitivity, found),
+        store=replace(measured.store, elsewhere=names),
+        vocabulary=found,
+    )
