@@ -38,6 +38,8 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = torch.float32,
     backend: str = "auto",
+    mode: str = "exact",
+    head_bits: int | None = None,
 ) -> nn.Module:
     """A checkpoint as a network whose linears stay packed.
 
@@ -46,12 +48,16 @@ def load(
         device: where to put it.
         dtype: of activations and kept tensors; None takes the checkpoint's.
         backend: kernels to run on.
+        mode: "exact", or "a8" for inputs rounded to int8 by group: faster, and not exact.
+        head_bits: 8 runs a head kept in 16 bits through an 8-bit copy.
 
     Raises:
         InputError: the folder is not a whole checkpoint.
         UsageError: the backend cannot run here; the message says why.
     """
-    return load_packed(path, device=device, dtype=dtype, backend=backend)
+    return load_packed(
+        path, device=device, dtype=dtype, backend=backend, mode=mode, head_bits=head_bits
+    )
 
 
 def evaluate(

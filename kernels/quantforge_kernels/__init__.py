@@ -7,6 +7,7 @@ backend wants. Importing this needs torch only.
 
 from quantforge_kernels.backends import (
     BACKENDS,
+    CPU,
     Backend,
     BackendError,
     Capability,
@@ -27,6 +28,7 @@ from quantforge_kernels.reference import PER_CHANNEL, dequantize
 
 __all__ = [
     "BACKENDS",
+    "CPU",
     "LAYOUT_VERSION",
     "PER_CHANNEL",
     "Backend",

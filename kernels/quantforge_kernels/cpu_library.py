@@ -43,7 +43,9 @@ class Weight:
     geometry: Geometry
 
     @property
-    def arguments(self) -> tuple[object, ...]:
+    def arguments(
+        self,
+    ) -> tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.Array[ctypes.c_int64]]:
         """As the library takes them."""
         numbers = numbers_of(self.geometry, self.scale.dtype)
         return pointer(self.codes), pointer(self.scale), pointer(self.zero), numbers
@@ -68,7 +70,7 @@ def library() -> ctypes.CDLL:
 
 def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     """The library with its result types."""
-    for name in ("qf_prepare", "qf_linear", "qf_unpack", "qf_rows"):
+    for name in ("qf_prepare", "qf_linear", "qf_unpack", "qf_rows", "qf_decode"):
         getattr(loaded, name).restype = None
     loaded.qf_stream.restype = ctypes.c_uint64
     return loaded
