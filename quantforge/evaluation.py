@@ -25,6 +25,7 @@ from quantforge.models import Architecture, architecture_of
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.recipe import compose, resolve_target
 from quantforge.results import EvaluationReport, InspectReport, Quality, SizeReport
+from quantforge.runtime.decode import Decoder, obstacle
 from quantforge.runtime.load import load as load_packed
 from quantforge.types import LayerInfo
 
@@ -153,9 +154,11 @@ def generate(
     tokenizer = load_tokenizer(Path(checkpoint))
     if tokenizer is None:
         raise InputError(f"{checkpoint} has no tokenizer, which a prompt needs; add its files")
+    fast = not obstacle(module)
     pieces = stream(
         module, tokenizer, prompt,
         tokens=tokens, temperature=temperature, top_p=top_p, seed=seed,
+        continuation=(lambda capacity: Decoder(module, capacity).logits) if fast else None,
     )  # fmt: skip
     for index, piece in enumerate(pieces):
         yield piece
