@@ -47,7 +47,7 @@ def time_layers(
         UsageError: the kernels cannot run a candidate.
     """
     for found in candidates.values():
-        require_backend(backend, found, dtype, device)
+        require_backend(backend, "exact", found, dtype, device)
     generator = torch.Generator().manual_seed(0)
     calls: dict[tuple[Shape, QuantSpec | None], Callable[[], Tensor]] = {}
     for shape, specs in candidates.items():
@@ -59,6 +59,7 @@ def time_layers(
             if spec.divides(shape[1]):
                 weight = _random(shape, spec, generator, device)
                 packed = QuantLinear.from_weight(weight, backend=backend)
+                packed.prepare(dtype, backend=backend)
                 calls[shape, spec] = _call(packed, inputs)
     taken: dict[tuple[Shape, QuantSpec | None], list[float]] = {key: [] for key in calls}
     for number in range(WARM_UP + repeats):
