@@ -17,7 +17,7 @@ from quantforge.errors import InputError
 from quantforge.format.manifest import KEPT
 from quantforge.types import BitPlan, LayerInfo, QuantSpec
 
-_FIELDS = ("assignment", "budget", "stored_bits", "code_bits", "predicted_loss", "solver")
+_FIELDS = ("assignment", "budget", "stored_bits", "code_bits", "predicted_loss", "solver", "gap")
 
 GivenPlan = str | Path | BitPlan | Mapping[str, Any]
 

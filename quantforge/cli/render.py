@@ -124,6 +124,7 @@ def show_plan(report: PlanReport, out: Console) -> None:
         *_plan_rows(report.plan.budget, report.plan.stored_bits, report.plan.code_bits),
         *([("reachable", f"{low:.3f} to {high:.3f} stored bits a weight")] if low < high else []),
         ("predicted loss", _predicted(report.plan.predicted_loss, report.predicted_error)),
+        *([("  the best", f"at most {number(gap)} nats less")] if (gap := report.plan.gap) else []),
         *_target_rows(report.targets),
         *_size_rows(report.sizes),
     ]

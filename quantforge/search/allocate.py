@@ -11,7 +11,10 @@ from torch import Tensor
 
 from quantforge.errors import BudgetError
 from quantforge.search.budget import Budget
+from quantforge.search.choice import Choice
 from quantforge.search.config import SearchConfig
+from quantforge.search.interactions import pair_loss, pairwise_objective
+from quantforge.search.pairwise import local_search
 from quantforge.search.solvers import SOLVERS
 from quantforge.types import KEPT_BITS, BitPlan, LayerInfo, QuantSpec, Sensitivity
 
@@ -76,9 +79,11 @@ def make_plan(
     *,
     budget: str,
     solver: str,
+    gap: float | None = None,
 ) -> BitPlan:
     """A plan from an assignment, with its bits and predicted loss filled in."""
     predicted = sum(table_row(sensitivity, sensitivity.loss, assignment).values())
+    predicted += interaction_loss(sensitivity, assignment)
     stored, code = average_bits(sensitivity.layers, assignment)
     return BitPlan(
         assignment=dict(assignment),
@@ -87,6 +92,16 @@ def make_plan(
         code_bits=code,
         predicted_loss=predicted,
         solver=solver,
+        gap=gap,
+    )
+
+
+def interaction_loss(sensitivity: Sensitivity, assignment: Mapping[str, QuantSpec | None]) -> float:
+    """What the pairs of layers of an assignment add, in nats a token; all specs are candidates."""
+    column = {spec: index for index, spec in enumerate(sensitivity.specs)}
+    specs = [assignment[layer.name] for layer in sensitivity.layers]
+    return pair_loss(
+        sensitivity.interactions, [None if spec is None else column[spec] for spec in specs]
     )
 
 
@@ -132,7 +147,7 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
     loss, cost = _tables(sensitivity, items)
     weights = sum(layer.numel for layer in sensitivity.layers)
     limit = budget.total_bits(weights)
-    choice = SOLVERS[config.solver](loss, cost[None], [limit])
+    solver, choice = _solve(sensitivity, items, loss, cost, limit, config)
     if choice is None:
         low, high = reachable_bits(sensitivity, config)
         floor = math.ceil(low * 1000) / 1000
@@ -147,7 +162,22 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
         for row in rows:
             assignment[sensitivity.layers[row].name] = spec
     ordered = {layer.name: assignment[layer.name] for layer in sensitivity.layers}
-    return make_plan(sensitivity, ordered, budget=budget.text, solver=config.solver)
+    return make_plan(sensitivity, ordered, budget=budget.text, solver=solver, gap=choice.gap)
+
+
+def _solve(
+    sensitivity: Sensitivity,
+    items: Sequence[Sequence[int]],
+    loss: NDArray[np.float64],
+    cost: NDArray[np.int64],
+    limit: int,
+    config: SearchConfig,
+) -> tuple[str, Choice | None]:
+    """Name of the solver that is used, and its choice."""
+    if sensitivity.interactions is None:
+        return config.solver, SOLVERS[config.solver](loss, cost[None], [limit])
+    objective = pairwise_objective(loss, sensitivity.interactions, items)
+    return "pairwise", local_search(objective, cost[None], [limit])
 
 
 def reachable_bits(sensitivity: Sensitivity, config: SearchConfig) -> tuple[float, float]:
