@@ -269,6 +269,7 @@ class Calibrator:
             final_hidden=final,
             uniform=uniform,
             output_grams=partial(load_output_gram, folder / OUTPUT_GRAMS),
+            evidence=partial(load_evidence, folder / EVIDENCE),
             factors=factors,
         )
 

@@ -10,12 +10,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
 
 import torch
+from torch import Tensor
 
+from quantforge.assembling import borrowed_weights, derivatives, put_together
 from quantforge.calibration import Calibrator
-from quantforge.decision import Chosen, Measurement, choose
+from quantforge.decision import Chosen, Decided, Measurement, choose
 from quantforge.errors import InputError
 from quantforge.evaluate.generate import greedy
 from quantforge.evaluate.quality import ReferenceOutputs
@@ -24,7 +25,7 @@ from quantforge.format.footprint import Footprint
 from quantforge.format.store import CandidateStore
 from quantforge.memory import StageTimer, release_freed
 from quantforge.models import Model
-from quantforge.planning import excess, find_plan, priced, require_within
+from quantforge.planning import excess, find_plan, priced, require_within, spent_bits
 from quantforge.progress import Monitor
 from quantforge.quantize.sequential import (
     QuantizedLayer,
@@ -34,7 +35,8 @@ from quantforge.quantize.sequential import (
 )
 from quantforge.quantize.tune import tune_scales
 from quantforge.recipe import Recipe
-from quantforge.results import Generation, Quality, TargetOutcome
+from quantforge.refinement import Refined, Surroundings, refine
+from quantforge.results import Generation, Quality
 from quantforge.search.allocate import reachable_bits, table_row, uniform_plans
 from quantforge.search.budget import Budget, Limit
 from quantforge.search.settled import settled_plan
@@ -116,18 +118,22 @@ class Job:
             budget = Budget.parse(only.budget)
         return find_plan(sensitivity, budget, self.footprint, self.recipe.search)
 
-    def decide(
-        self, measured: Measurement, budget: Budget | None
-    ) -> tuple[BitPlan, tuple[TargetOutcome, ...]]:
-        """The plan within all limits of a budget and inside its targets, and how it met those.
+    def decide(self, measured: Measurement, budget: Budget | None) -> Decided:
+        """The plan within all limits of a budget and inside its targets, refined if so configured.
 
         Raises:
             BudgetError: there is none.
         """
-        if budget is None or not budget.targets or self.given is not None:
-            return self.find(measured.sensitivity, budget), ()
-        met = self._meet(measured, budget)
-        return met.plan, met.outcomes
+        if budget is None or self.given is not None:
+            return Decided(plan=self.find(measured.sensitivity, budget))
+        if budget.targets:
+            met = self._meet(measured, budget)
+            return Decided(plan=met.plan, targets=met.outcomes)
+        plan = self.find(measured.sensitivity, budget)
+        if measured.sensitivity is None or not self.recipe.search.refine:
+            return Decided(plan=plan)
+        refined = self._refine(plan, measured, budget)
+        return Decided(plan=refined.plan, refinement=refined.rounds)
 
     def search(self, measured: Measurement, budget: Budget | None) -> Chosen:
         """The plan for a budget, measured beside the uniform networks.
@@ -137,7 +143,8 @@ class Job:
         one that is given is measured if its integers are known, and always taken.
         """
         with self._timed("search"):
-            plan, targets = self.decide(measured, budget)
+            decided = self.decide(measured, budget)
+            plan = decided.plan
             if measured.sensitivity is None:
                 return Chosen(plan=plan, measured=measured)
             if plan.predicted_loss is None:
@@ -147,7 +154,7 @@ class Job:
             (quality,) = self.measure_plans([plan], store, "measure the plan")
         room = self._room(plan, measured.sensitivity, budget)
         chosen = choose(plan, quality, measured, room, given=self.given is not None)
-        return replace(chosen, targets=targets)
+        return replace(chosen, targets=decided.targets, refinement=decided.refinement)
 
     def _given_plan(
         self, given: Mapping[str, QuantSpec | None], sensitivity: Sensitivity | None
@@ -194,14 +201,40 @@ class Job:
             ],
         )
 
+    def _refine(self, plan: BitPlan, measured: Measurement, budget: Budget) -> Refined:
+        """The best of the plans around one, by networks that are measured."""
+        sensitivity, store = measured.needed_for_search()
+        if measured.evidence is None or measured.final_hidden is None:
+            raise ValueError("the measurement was made without a search in mind")
+        limit = spent_bits(self.model.layers, plan.assignment)
+        if not budget.sizes:  # in bytes a few headers more may not fit: no more bits than now
+            limit = budget.total_bits(sum(layer.numel for layer in self.model.layers))
+        count, target = self.recipe.calibrate.gradient_sequences, measured.final_hidden
+
+        def derive(one: BitPlan) -> Tensor:
+            return derivatives(
+                self.model, one, sensitivity.specs, store, self.calibration.fitting[:count],
+                target, options=self.recipe.calibrate, monitor=self.monitor,
+            ).mean(0)  # fmt: skip
+
+        surroundings = Surroundings(
+            derive=derive,
+            measure=lambda plans: self.measure_plans(plans, store, "measure plans around it"),
+            within=lambda one: self._within(one, budget),
+            limit=limit,
+        )
+        products = measured.evidence().products
+        return refine(plan, sensitivity, products, self.recipe.search, surroundings)
+
     def fitting_uniform(self, sensitivity: Sensitivity, budget: Budget) -> list[BitPlan]:
         """Uniform plans within all limits of a budget."""
-        return [
-            plan
-            for plan in uniform_plans(sensitivity)
-            if plan.stored_bits <= budget.bits
-            and all(excess(x, self.footprint, plan.assignment) <= 0 for x in budget.sizes)
-        ]
+        return [plan for plan in uniform_plans(sensitivity) if self._within(plan, budget)]
+
+    def _within(self, plan: BitPlan, budget: Budget) -> bool:
+        """Whether a plan is within all limits of a budget."""
+        return plan.stored_bits <= budget.bits and all(
+            excess(limit, self.footprint, plan.assignment) <= 0 for limit in budget.sizes
+        )
 
     def _room(self, plan: BitPlan, sensitivity: Sensitivity, budget: Budget | None) -> Budget:
         """A budget as one limit in bits, by which uniform plans are let in beside `plan`."""
@@ -354,24 +387,15 @@ class Job:
             what: stage for the monitor.
             all_windows: take every held-out sequence instead of `evaluate.curve_windows`.
         """
-        _ = self.float_continuations  # before anything changes the network
-        modules: dict[str, Any] = {
-            layer.name: self.model.module.get_submodule(layer.name) for layer in self.model.layers
-        }
-        floats = {name: module.weight.detach().clone() for name, module in modules.items()}
         windows = None if all_windows else self.recipe.evaluate.curve_windows
         text = self.calibration.description
         qualities = []
-        try:
+        _ = self.float_continuations  # before anything changes the network
+        with borrowed_weights(self.model) as floats:
             for index, plan in enumerate(plans):
-                for name, spec in plan.assignment.items():
-                    kept = floats[name] if spec is None else store.get(name, spec).dequantize()
-                    put_weight(self.model, name, kept)
+                put_together(self.model, plan, store, floats)
                 qualities.append(self.measure_held_out(windows, text=text))
                 self.monitor.step(what, index + 1, len(plans))
-        finally:  # an interrupt must not leave a caller's network in memory changed
-            for name, weight in floats.items():
-                put_weight(self.model, name, weight)
         return qualities
 
     def _timed(self, stage: str) -> StageTimer:

@@ -15,6 +15,7 @@ from quantforge.results import (
     LayerReport,
     PairedDifference,
     Quality,
+    RefinementRound,
     SizeReport,
     TargetOutcome,
 )
@@ -43,6 +44,7 @@ class Report:
         versions: library versions.
         warnings: one line each.
         targets: how the budget's targets of quality were met, before tuning.
+        refinement: what looking around the plan found; empty without `search.refine`.
     """
 
     model: str
@@ -62,6 +64,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     targets: tuple[TargetOutcome, ...] = ()
+    refinement: tuple[RefinementRound, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +174,7 @@ class PlanReport:
         work: time and memory of `quantize`.
         sensitivity: what the estimator took, or would where it came from the cache; None where
             nothing is searched.
+        refinement: what looking around the plan found; empty without `search.refine`.
     """
 
     model: str
@@ -190,6 +194,7 @@ class PlanReport:
     servers: tuple[ServerSupport, ...] = ()
     work: WorkEstimate | None = None
     sensitivity: EstimatorCost | None = None
+    refinement: tuple[RefinementRound, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

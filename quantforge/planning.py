@@ -46,20 +46,20 @@ def find_plan(
     smallest = _smallest(sensitivity, budget, config)
     require_within(budget, footprint, smallest.assignment, "the smallest plan")
     room = min(-excess(limit, footprint, smallest.assignment) for limit in budget.sizes)
-    floor = _spent(sensitivity.layers, smallest.assignment)
+    floor = spent_bits(sensitivity.layers, smallest.assignment)
     total = min(budget.total_bits(weights), floor + 8 * room)
     for _ in range(_MOST_ROUNDS):
         plan = search(sensitivity, budget.in_bits(Fraction(total, weights)), config)
         too_large = max(excess(limit, footprint, plan.assignment) for limit in budget.sizes)
         if too_large <= 0:
             return plan
-        total = _spent(sensitivity.layers, plan.assignment) - 8 * too_large
+        total = spent_bits(sensitivity.layers, plan.assignment) - 8 * too_large
         if total <= floor:
             break
     return smallest
 
 
-def _spent(layers: Sequence[LayerInfo], assignment: Assignment) -> int:
+def spent_bits(layers: Sequence[LayerInfo], assignment: Assignment) -> int:
     """Stored bits of all layers."""
     return sum(stored_cost(layer, assignment[layer.name]) for layer in layers)
 
@@ -145,7 +145,7 @@ def _rounded_up(size: int) -> str:
 def cost_text(layers: Sequence[LayerInfo], assignment: Assignment) -> str:
     """What an assignment costs, as a budget that it just meets: "3.053bit"."""
     weights = sum(layer.numel for layer in layers)
-    return f"{math.ceil(Fraction(1000 * _spent(layers, assignment), weights)) / 1000:g}bit"
+    return f"{math.ceil(Fraction(1000 * spent_bits(layers, assignment), weights)) / 1000:g}bit"
 
 
 def priced(

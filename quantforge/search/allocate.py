@@ -105,7 +105,7 @@ def interaction_loss(sensitivity: Sensitivity, assignment: Mapping[str, QuantSpe
     )
 
 
-def _items(sensitivity: Sensitivity, config: SearchConfig) -> list[list[int]]:
+def tied_rows(sensitivity: Sensitivity, config: SearchConfig) -> list[list[int]]:
     """Rows of the table that must share a spec, in forward order."""
     groups: dict[str, list[int]] = {}
     for row, layer in enumerate(sensitivity.layers):
@@ -114,7 +114,7 @@ def _items(sensitivity: Sensitivity, config: SearchConfig) -> list[list[int]]:
     return list(groups.values())
 
 
-def _tables(
+def cost_tables(
     sensitivity: Sensitivity, items: Sequence[Sequence[int]]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """[items, specs + 1] losses and costs; the last column keeps the item in 16 bits."""
@@ -143,8 +143,8 @@ def search(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> Bi
     Raises:
         BudgetError: all of the solver's plans exceed the budget; names the range they reach.
     """
-    items = _items(sensitivity, config)
-    loss, cost = _tables(sensitivity, items)
+    items = tied_rows(sensitivity, config)
+    loss, cost = cost_tables(sensitivity, items)
     weights = sum(layer.numel for layer in sensitivity.layers)
     limit = budget.total_bits(weights)
     solver, choice = _solve(sensitivity, items, loss, cost, limit, config)
@@ -182,7 +182,7 @@ def _solve(
 
 def reachable_bits(sensitivity: Sensitivity, config: SearchConfig) -> tuple[float, float]:
     """Lowest and highest average stored bits that plans of the configured solver can have."""
-    loss, cost = _tables(sensitivity, _items(sensitivity, config))
+    loss, cost = cost_tables(sensitivity, tied_rows(sensitivity, config))
     feasible = np.isfinite(loss)
     weights = sum(layer.numel for layer in sensitivity.layers)
     if config.solver == "uniform":

@@ -39,6 +39,9 @@ class SearchConfig(Config):
             single sequences (`search.interactions`): "none", "sparse" (layers of one block and of
             adjacent ones) or "full" (all). With them plans are found by exchanges from the dynamic
             program's, and say how far they may be from the best.
+        refine: rounds of looking around the plan that was found: its network is differentiated and
+            some twenty near it are measured on held-out tokens (`quantforge.refinement`). Not for
+            targets of quality, nor for the plans of `pareto`.
         correct: multiply predicted losses by what measured uniform networks say of their spec.
         independent: let layers that servers fuse (q/k/v, gate/up) have different specs.
     """
@@ -48,16 +51,19 @@ class SearchConfig(Config):
     asymmetric: bool | Literal["only"] = False
     solver: SolverName = "dynamic-program"
     interactions: Literal["none", "sparse", "full"] = "none"
+    refine: int = Field(default=0, ge=0)
     correct: bool = True
     independent: bool = False
 
     @model_validator(mode="after")
-    def _only_additive_solvers_are_chosen(self) -> SearchConfig:
+    def _solver_does_what_is_asked(self) -> SearchConfig:
         if self.interactions != "none" and self.solver != "dynamic-program":
             raise ValueError(
                 f"interactions are searched by exchanges, not by solver {self.solver}: leave the "
                 "solver or the interactions out"
             )
+        if self.refine and self.solver == "uniform":
+            raise ValueError("refine exchanges the grids of layers, solver uniform has one for all")
         return self
 
     def candidates(self, row_lengths: set[int]) -> tuple[QuantSpec, ...]:
