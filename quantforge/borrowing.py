@@ -7,15 +7,11 @@ loading the written checkpoint in that dtype does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from quantforge.models import Model
-from quantforge.quantize.sequential import put_weight
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -66,29 +62,6 @@ def restored_on_error(module: nn.Module) -> Iterator[None]:
                     tensor.copy_(before[name])
             for name, part in module.named_modules():
                 part.training = name in training
-
-
-@contextmanager
-def changed_weights(model: Model) -> Iterator[Callable[[Mapping[str, Tensor | None]], None]]:
-    """Yields a function that gives layers other weights; they have their own again after the body.
-
-    The function takes layer name → [out, in] weight, or None for the layer's own. A layer that a
-    later call does not name stays as it is.
-    """
-    floats: dict[str, Tensor] = {}
-
-    def put(weights: Mapping[str, Tensor | None]) -> None:
-        for name, weight in weights.items():
-            if name not in floats:
-                module: Any = model.module.get_submodule(name)
-                floats[name] = module.weight.detach().clone()
-            put_weight(model, name, floats[name] if weight is None else weight)
-
-    try:
-        yield put
-    finally:  # an interrupt must not leave a caller's network in memory changed
-        for name, weight in floats.items():
-            put_weight(model, name, weight)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from quantforge.recipe import Recipe
 from quantforge.results import CurvePoint, Quality
 from quantforge.search.allocate import uniform_plans
 from quantforge.search.correction import corrected, correction_factors
+from quantforge.search.interactions import shrunk_interactions
 from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantSpec, Sensitivity
 from quantforge.workspace import machine_traits
 
@@ -254,6 +255,13 @@ class Calibrator:
     def _read_all(self, folder: Path, name: str) -> Measurement:
         """What a filled folder holds, with predictions corrected by the uniform networks."""
         raw, uniform = load_sensitivity(folder / name), load_curve(folder / UNIFORM)
+        kind = self.recipe.search.interactions
+        if kind != "none":
+            evidence = load_evidence(folder / EVIDENCE)
+            pairs = shrunk_interactions(
+                evidence.products, evidence.length, raw.layers, sparse=kind == "sparse"
+            )
+            raw = replace(raw, interactions=pairs)
         known = {QuantSpec.parse(p.name.removeprefix("uniform ")): p.quality.kl for p in uniform}
         factors = correction_factors(raw, known if self.recipe.search.correct else {})
         channels, final = load_traces(folder / TRACES)
@@ -264,6 +272,7 @@ class Calibrator:
             final_hidden=final,
             uniform=uniform,
             output_grams=partial(load_output_gram, folder / OUTPUT_GRAMS),
+            evidence=partial(load_evidence, folder / EVIDENCE),
             factors=factors,
         )
 

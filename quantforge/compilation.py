@@ -14,9 +14,9 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from quantforge.borrowing import changed_weights
+from quantforge.assembling import changed_weights, derivatives, stored_weights
 from quantforge.calibration import Calibrator
-from quantforge.decision import Chosen, Measurement, choose
+from quantforge.decision import Chosen, Decided, Measurement, choose
 from quantforge.errors import InputError
 from quantforge.evaluate.generate import greedy
 from quantforge.evaluate.quality import ReferenceOutputs
@@ -34,18 +34,21 @@ from quantforge.quantize.sequential import (
 )
 from quantforge.quantize.tune import kept_if_better, tune_scales
 from quantforge.recipe import Recipe
-from quantforge.results import CurvePoint, Generation, Quality, TargetOutcome
+from quantforge.refinement import Refined, Surroundings, refine
+from quantforge.results import CurvePoint, Generation, Quality
 from quantforge.search.allocate import (
     known_losses,
+    make_plan,
     planned_weights,
     reachable_bits,
+    spent_bits,
     table_row,
     uniform_plans,
 )
 from quantforge.search.budget import Budget, Limit
 from quantforge.search.latency import LatencyModel, in_time, require_in_time
 from quantforge.search.settled import settled_plan
-from quantforge.search.vocabulary import Candidates, outside_specs
+from quantforge.search.vocabulary import Candidates, inside_blocks, outside_specs
 from quantforge.targets import Met, meet
 from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantSpec, Sensitivity
 from quantforge.vocabulary import VocabularyCalibrator
@@ -152,18 +155,22 @@ class Job:
             budget = Budget.parse(only.budget)
         return find_plan(sensitivity, budget, self.footprint, self.recipe.search, self.latency)
 
-    def decide(
-        self, measured: Measurement, budget: Budget | None
-    ) -> tuple[BitPlan, tuple[TargetOutcome, ...]]:
-        """The plan within all limits of a budget and inside its targets, and how it met those.
+    def decide(self, measured: Measurement, budget: Budget | None) -> Decided:
+        """The plan within all limits of a budget and inside its targets, refined if so configured.
 
         Raises:
             BudgetError: there is none.
         """
-        if budget is None or not budget.targets or self.given is not None:
-            return self.find(measured.sensitivity, budget), ()
-        met = self._meet(measured, budget)
-        return met.plan, met.outcomes
+        if budget is None or self.given is not None:
+            return Decided(plan=self.find(measured.sensitivity, budget))
+        if budget.targets:
+            met = self._meet(measured, budget)
+            return Decided(plan=met.plan, targets=met.outcomes)
+        plan = self.find(measured.sensitivity, budget)
+        if measured.sensitivity is None or not self.recipe.search.refine:
+            return Decided(plan=plan)
+        refined = self._refine(plan, measured, budget)
+        return Decided(plan=refined.plan, refinement=refined.rounds)
 
     def search(self, measured: Measurement, budget: Budget | None) -> Chosen:
         """The plan for a budget, measured beside the uniform networks.
@@ -173,7 +180,8 @@ class Job:
         one that is given is measured if its integers are known, and always taken.
         """
         with self._timed("search"):
-            plan, targets = self.decide(measured, budget)
+            decided = self.decide(measured, budget)
+            plan = decided.plan
             if measured.sensitivity is None:
                 return Chosen(plan=plan, measured=measured)
             if plan.predicted_loss is None:
@@ -183,7 +191,12 @@ class Job:
         room = self._room(plan, measured.sensitivity, budget)
         beside = replace(measured, uniform=uniform)
         chosen = choose(plan, quality, beside, room, given=self.given is not None)
-        return replace(chosen, measured=measured, targets=targets)
+        return replace(
+            chosen,
+            measured=measured,
+            targets=decided.targets,
+            refinement=decided.refinement,
+        )
 
     def _compared(
         self, plan: BitPlan, measured: Measurement
@@ -248,6 +261,45 @@ class Job:
             ],
         )
 
+    def _refine(self, plan: BitPlan, measured: Measurement, budget: Budget) -> Refined:
+        """The best of the plans around one, by networks that are measured.
+
+        Embedding and head stay as the plan has them.
+        """
+        sensitivity, store = measured.needed_for_search()
+        if measured.evidence is None or measured.final_hidden is None:
+            raise ValueError("the measurement was made without a search in mind")
+        evidence = measured.evidence()
+        outside = outside_specs(sensitivity.layers, plan.assignment)
+        limit = spent_bits(sensitivity.layers, plan.assignment)
+        if not budget.sizes and not budget.latency:  # otherwise headers or time may not fit
+            limit = budget.total_bits(planned_weights(sensitivity.layers))
+        limit -= spent_bits([x for x in sensitivity.layers if x.outside], plan.assignment)
+        count, target = self.recipe.calibrate.gradient_sequences, measured.final_hidden
+
+        def whole(one: BitPlan) -> BitPlan:
+            specs = {**one.assignment, **outside}
+            return make_plan(sensitivity, specs, budget=one.budget, solver=one.solver)
+
+        def derive(one: BitPlan) -> Tensor:
+            return derivatives(
+                self.model, whole(one), evidence.specs, store,
+                self.calibration.fitting[:count], target,
+                options=self.recipe.calibrate, monitor=self.monitor,
+            ).mean(0)  # fmt: skip
+
+        surroundings = Surroundings(
+            derive=derive,
+            measure=lambda plans: self.measure_plans(
+                [whole(one) for one in plans], store, "measure plans around it"
+            ),
+            within=lambda one: self._within(whole(one), sensitivity, budget),
+            limit=limit,
+        )
+        blocks = inside_blocks(sensitivity, evidence.specs)
+        found = refine(plan, blocks, evidence.products, self.recipe.search, surroundings)
+        return found if found.plan is plan else replace(found, plan=whole(found.plan))
+
     def fitting_uniform(
         self,
         sensitivity: Sensitivity,
@@ -255,13 +307,16 @@ class Job:
         outside: Mapping[str, QuantSpec | None] | None = None,
     ) -> list[BitPlan]:
         """Uniform plans within all limits of a budget, with these specs of embedding and head."""
-        return [
-            plan
-            for plan in uniform_plans(sensitivity, outside)
-            if plan.stored_bits <= budget.bits
+        plans = uniform_plans(sensitivity, outside)
+        return [plan for plan in plans if self._within(plan, sensitivity, budget)]
+
+    def _within(self, plan: BitPlan, sensitivity: Sensitivity, budget: Budget) -> bool:
+        """Whether a plan is within all limits of a budget."""
+        return (
+            plan.stored_bits <= budget.bits
             and all(excess(x, self.footprint, plan.assignment) <= 0 for x in budget.sizes)
             and in_time(budget, sensitivity.layers, plan.assignment, self.latency)
-        ]
+        )
 
     def _room(self, plan: BitPlan, sensitivity: Sensitivity, budget: Budget | None) -> Budget:
         """A budget as one limit in bits, by which uniform plans are let in beside `plan`."""
@@ -434,13 +489,7 @@ class Job:
             what: stage for the monitor.
             all_windows: take every held-out sequence instead of `evaluate.curve_windows`.
         """
-        networks = (
-            {
-                name: None if spec is None else store.get(name, spec).dequantize()
-                for name, spec in plan.assignment.items()
-            }
-            for plan in plans
-        )
+        networks = (stored_weights(plan, store) for plan in plans)
         return self.measure_changed(networks, what, count=len(plans), all_windows=all_windows)
 
     def measure_changed(
@@ -464,9 +513,9 @@ class Job:
         windows = None if all_windows else self.recipe.evaluate.curve_windows
         text = self.calibration.description
         qualities = []
-        with changed_weights(self.model) as put:
+        with changed_weights(self.model) as loan:
             for index, weights in enumerate(networks):
-                put(weights)
+                loan.put(weights)
                 qualities.append(self.measure_held_out(windows, text=text))
                 if what is not None:
                     self.monitor.step(what, index + 1, count)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from quantforge.calibrate.evidence import Evidence
 from quantforge.format.store import CandidateStore
 from quantforge.hull import read_hull
-from quantforge.results import CurvePoint, Quality, TargetOutcome
+from quantforge.results import CurvePoint, Quality, RefinementRound, TargetOutcome
 from quantforge.search.allocate import known_losses, uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.search.correction import relative_error
@@ -33,6 +34,7 @@ class Measurement:
             where nothing is searched.
         store: integers of every candidate, read to the network's device; None likewise.
         uniform: measured uniform networks, by stored bits.
+        evidence: gives the tables that the sensitivities rest on; None where nothing is searched.
         factors: by which the losses of every spec were multiplied to correct them.
         vocabulary: candidates of embedding and head, their losses measured; None where they are
             kept. Part of `sensitivity` too, where there is one.
@@ -44,6 +46,7 @@ class Measurement:
     sensitivity: Sensitivity | None = None
     store: CandidateStore | None = None
     uniform: tuple[CurvePoint, ...] = ()
+    evidence: Callable[[], Evidence] | None = None
     factors: Mapping[QuantSpec, float] = field(default_factory=dict)
     vocabulary: Sensitivity | None = None
 
@@ -76,6 +79,21 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """A plan within a budget, and how it was come by.
+
+    Attributes:
+        plan: within all limits and inside all targets.
+        targets: how it met those.
+        refinement: what looking around the searched plan found.
+    """
+
+    plan: BitPlan
+    targets: tuple[TargetOutcome, ...] = ()
+    refinement: tuple[RefinementRound, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
     """A plan and what it was compared with; nothing where there was no other.
 
@@ -87,6 +105,7 @@ class Chosen:
         cheapest_uniform: name and KL of the cheapest uniform plan of ceil(budget) bits.
         warnings: one line each.
         targets: how the budget's targets were met.
+        refinement: what looking around the plan found.
     """
 
     plan: BitPlan
@@ -96,6 +115,7 @@ class Chosen:
     cheapest_uniform: tuple[str, float] | None = None
     warnings: tuple[str, ...] = ()
     targets: tuple[TargetOutcome, ...] = ()
+    refinement: tuple[RefinementRound, ...] = ()
 
 
 def choose(

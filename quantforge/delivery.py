@@ -20,7 +20,7 @@ import yaml
 from quantforge.calibrate.artefact import save_sensitivity
 from quantforge.calibrate.estimators import ESTIMATORS, Extent
 from quantforge.compilation import Job
-from quantforge.decision import Chosen, Measurement
+from quantforge.decision import Chosen, Decided, Measurement
 from quantforge.estimate import estimate
 from quantforge.export.servers import server_support
 from quantforge.export.verify import verify_checkpoint
@@ -40,7 +40,7 @@ from quantforge.outcomes import (
 from quantforge.quantize.sequential import QuantizedLayer
 from quantforge.report.card import model_card
 from quantforge.report.html import render
-from quantforge.results import LayerReport, Quality, SizeReport, TargetOutcome
+from quantforge.results import LayerReport, Quality, SizeReport
 from quantforge.search.allocate import (
     candidate_bytes,
     known_losses,
@@ -104,6 +104,7 @@ def deliver(
             *target_warnings(job, chosen, quality),
         ),
         targets=chosen.targets,
+        refinement=chosen.refinement,
     )
     if staged is not None:
         write_documents(job, report, chosen.measured.sensitivity, staged)
@@ -197,11 +198,11 @@ def dry_run(
         budget: likewise.
         output: folder for the plan.
     """
-    targets: tuple[TargetOutcome, ...] = ()
     if measured is None:
-        plan = job.find(None, budget)
+        decided = Decided(plan=job.find(None, budget))
     else:
-        plan, targets = job.decide(measured, budget)
+        decided = job.decide(measured, budget)
+    plan = decided.plan
     sensitivity = None if measured is None else measured.sensitivity
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -231,11 +232,12 @@ def dry_run(
         warnings=tuple(loading_warnings(layers, plan)),
         predicted_error=None if measured is None else measured.predicted_error(plan),
         memory=job.footprint.memory_bytes(assignment, memory[0].context) if memory else None,
-        targets=targets,
+        targets=decided.targets,
         servers=server_support(layers, assignment),
         work=work,
         latency=latency_rows(job, assignment, budget),
         sensitivity=None if sensitivity is None else estimator_cost(job, sensitivity, work.rate),
+        refinement=decided.refinement,
     )
 
 

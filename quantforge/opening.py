@@ -67,10 +67,17 @@ def limit_of(recipe: Recipe, budget: str | None, plan: GivenPlan | None) -> Budg
 
     Raises:
         InputError: the plan is a file that does not exist.
-        UsageError: there is both a plan and a budget, or neither though one is needed.
+        UsageError: there is both a plan and a budget, or neither though one is needed, or the
+            budget has a target of quality and its plan is to be refined.
     """
     if plan is None:
-        return needed_budget(recipe.budget, recipe.search)
+        limit = needed_budget(recipe.budget, recipe.search)
+        if limit is not None and limit.targets and recipe.search.refine:
+            raise UsageError(
+                f"search.refine={recipe.search.refine} does not go with {limit.text}: plans for a "
+                "target are measured as they are; set search.refine=0 or give a size"
+            )
+        return limit
     if budget is not None:
         raise UsageError("there is a plan and a budget; a plan says what it takes: give one")
     if isinstance(plan, str | Path) and not Path(plan).is_file():

@@ -15,6 +15,7 @@ from quantforge.results import (
     LayerReport,
     PairedDifference,
     Quality,
+    RefinementRound,
     SizeReport,
     TargetOutcome,
 )
@@ -43,6 +44,7 @@ class Report:
         versions: library versions.
         warnings: one line each.
         targets: how the budget's targets of quality were met, before tuning.
+        refinement: what looking around the plan found; empty without `search.refine`.
     """
 
     model: str
@@ -62,6 +64,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     targets: tuple[TargetOutcome, ...] = ()
+    refinement: tuple[RefinementRound, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +193,7 @@ class PlanReport:
             nothing is searched.
         latency: one for every batch that the budget names, or for one sequence; empty where no
             device was named.
+        refinement: what looking around the plan found; empty without `search.refine`.
     """
 
     model: str
@@ -210,6 +214,7 @@ class PlanReport:
     work: WorkEstimate | None = None
     sensitivity: EstimatorCost | None = None
     latency: tuple[LatencyReport, ...] = ()
+    refinement: tuple[RefinementRound, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

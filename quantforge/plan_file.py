@@ -17,7 +17,9 @@ from quantforge.errors import InputError
 from quantforge.format.manifest import KEPT
 from quantforge.types import BitPlan, LayerInfo, QuantSpec
 
-_FIELDS = ("assignment", "budget", "stored_bits", "code_bits", "predicted_loss", "solver", "fixed")
+_FIELDS = (
+    "assignment", "budget", "stored_bits", "code_bits", "predicted_loss", "solver", "fixed", "gap",
+)  # fmt: skip
 
 GivenPlan = str | Path | BitPlan | Mapping[str, Any]
 

@@ -21,6 +21,7 @@ from quantforge.errors import BudgetError
 from quantforge.format.footprint import Footprint
 from quantforge.search.allocate import (
     average_bits,
+    interaction_loss,
     known_losses,
     planned_weights,
     reachable_bits,
@@ -201,12 +202,15 @@ def priced(
     stored, code = average_bits(layers, assignment)
     losses = [] if sensitivity is None else list(known_losses(sensitivity, assignment).values())
     known = [loss for loss in losses if loss is not None]
+    predicted = None
+    if sensitivity is not None and len(known) == len(layers):
+        predicted = math.fsum(known) + interaction_loss(sensitivity, assignment)
     return BitPlan(
         assignment=dict(assignment),
         budget=cost_text(layers, assignment),
         stored_bits=stored,
         code_bits=code,
-        predicted_loss=math.fsum(known) if len(known) == len(layers) else None,
+        predicted_loss=predicted,
         solver="file",
         fixed=tuple(layer.name for layer in layers if layer.fixed),
     )

@@ -100,6 +100,26 @@ class TargetOutcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RefinementRound:
+    """One look around a plan, by networks measured on held-out tokens before any tuning.
+
+    Attributes:
+        plans: how many were measured, the plan itself aside.
+        layers: how many layers have another spec afterwards; 0 where the plan was kept.
+        before: KL of the plan in nats a token.
+        after: KL of the best; not above `before`.
+        stderr: standard error of their difference over windows. The best of many is better on the
+            windows it was chosen on than on others.
+    """
+
+    plans: int
+    layers: int
+    before: float
+    after: float
+    stderr: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
     """What happened to one layer.
 

@@ -186,9 +186,11 @@ class BitPlan:
         code_bits: average code bits a weight, likewise.
         predicted_loss: predicted increase of the loss, in nats a token; None where it was not
             estimated, because nothing was searched.
-        solver: what found it (a name of `search.solver`, or "file"; "given" where there was nothing
-            to search).
+        solver: what found it (a name of `search.solver`, "pairwise" where layers interact,
+            "refined" after `search.refine`, or "file"; "given" where there was nothing to search).
         fixed: layers of the assignment whose spec was given beforehand, beside the budget.
+        gap: no plan within the budget is predicted to lose less by more than this, in nats a token;
+            None where no search says so.
     """
 
     assignment: Mapping[str, QuantSpec | None]
@@ -198,6 +200,7 @@ class BitPlan:
     predicted_loss: float | None
     solver: str
     fixed: tuple[str, ...] = ()
+    gap: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +221,23 @@ class CalibrationSet:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Interactions:
+    """What pairs of layers lose together beyond what each loses alone.
+
+    Layers i and j at specs a and b add 2 · weights[i, j] · mean over samples s of
+    projections[s, i, a] · projections[s, j, b], in nats a token.
+
+    Attributes:
+        projections: [samples, layers, specs] float64, in the square root of nats a token; 0 where a
+            spec does not fit.
+        weights: [layers, layers] float64, symmetric, 0 on the diagonal, in 0..1.
+    """
+
+    projections: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sensitivity:
     """What calibration learns; any budget is answered from it.
 
@@ -231,6 +251,7 @@ class Sensitivity:
         fingerprint: of everything that made it.
         stderr: [layers, specs] float64, standard error of `loss`; +inf where the candidate does not
             fit. None where the estimator has none.
+        interactions: of pairs of layers; None where losses add up.
     """
 
     layers: tuple[LayerInfo, ...]
@@ -240,3 +261,4 @@ class Sensitivity:
     estimator: str
     fingerprint: str
     stderr: Tensor | None = None
+    interactions: Interactions | None = None

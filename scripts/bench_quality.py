@@ -41,31 +41,32 @@ import argparse
 import json
 import os
 import statistics
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarking import (
+    add_common_arguments,
+    cpu_timer,
+    on_texts,
+    opened,
+    parameters_restored,
+    references,
+)
 
 from quantforge.calibration import Needs
 from quantforge.compilation import Job, Measurement
-from quantforge.evaluate.quality import ReferenceOutputs, measure, paired
-from quantforge.files import fingerprint
+from quantforge.evaluate.quality import ReferenceOutputs, paired
 from quantforge.load.batches import make_set
-from quantforge.load.text import describe_windows, evaluation_windows
 from quantforge.memory import peak_bytes, reset_peak
-from quantforge.opening import configure, open_job
-from quantforge.progress import Monitor, ProgressEvent
 from quantforge.quantize.config import CROSS_METHODS, QuantizeConfig, TuningConfig
 from quantforge.recipe import Recipe
 from quantforge.results import Quality
 from quantforge.search.allocate import uniform_plans
 from quantforge.search.budget import Budget
-from quantforge.testing import offgrid
 from quantforge.types import PER_CHANNEL, BitPlan, CalibrationSet, QuantSpec
 
 # Rows that need sensitivities and candidates.
@@ -106,17 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     settings = candidates(options.rows) | {"evaluate.prompts": []} | json.loads(options.settings)
     with cpu_timer() as shared:
-        recipe = configure(options.model, calibration=options.calibration, settings=settings)
-        job = open_job(options.model, recipe, monitor=Monitor(progress=show))
-        if options.offgrid is not None:
-            offgrid(job.model.module, seed=options.offgrid)
-            changed = fingerprint(job.model.source.fingerprint, "offgrid", options.offgrid)
-            job.model.source = replace(job.model.source, fingerprint=changed)
-        _ = job.reference
-    texts = {
-        text: job.reference if text == HELD_OUT else reference(job, text, options)
-        for text in options.text
-    }
+        job = opened(options, settings)
+    texts = references(job, options)
     print(f"load and text {shared[0]:.0f} CPU s")
     whole, rows = job.calibration, []
     for seed in options.seeds:
@@ -141,25 +133,17 @@ def measure_rows(
     before: Sequence[Row],
 ) -> list[Row]:
     """Make every network of one seed and measure it on every text; prints as it goes."""
-    parameters = dict(job.model.module.named_parameters())
-    floats = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     recipe, rows = job.recipe, []
     with ExitStack() as held:
         searched, shared = measurements(job, options, held)
         for name in options.rows:
-            with cpu_timer() as spent:
-                known = reset_peak()
-                plan = make(job, name, searched, shared)
-                peak = peak_bytes() or 0
-            job.recipe = recipe
-            qualities = {}
-            for text, outputs in texts.items():
-                qualities[text] = measure(
-                    job.model.module, job.model.architecture, outputs.windows, outputs,
-                    text=text, precision=options.precision,
-                )  # fmt: skip
-            for parameter, original in zip(parameters.values(), floats.values(), strict=True):
-                parameter.copy_(original)
+            with parameters_restored(job):
+                with cpu_timer() as spent:
+                    known = reset_peak()
+                    plan = make(job, name, searched, shared)
+                    peak = peak_bytes() or 0
+                job.recipe = recipe
+                qualities = on_texts(job, texts, options)
             rows.append(
                 Row(
                     name=name, seed=job.seed, stored_bits=plan.stored_bits, cpu_seconds=spent[0],
@@ -302,22 +286,6 @@ def together(recipes: Sequence[Recipe]) -> Recipe:
     return recipes[0].model_copy(update={"quantize": changed})
 
 
-def reference(job: Job, text: str, options: argparse.Namespace) -> ReferenceOutputs:
-    """The float network on a text."""
-    windows = evaluation_windows(
-        text, job.model.tokenizer, windows=options.windows, length=options.window_length
-    )
-    print(describe_windows(text, job.model.tokenizer, windows))
-    return ReferenceOutputs.collect(
-        job.model.module,
-        job.model.architecture,
-        windows,
-        precision=options.precision,
-        keep_head_copy=True,
-        monitor=job.monitor,
-    )
-
-
 def table(rows: Sequence[Row], texts: Sequence[str], first: Row) -> str:
     """Markdown rows, with the columns of the module's header; errors are over windows."""
     lines = []
@@ -364,36 +332,12 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
-@contextmanager
-def cpu_timer() -> Iterator[list[float]]:
-    """Yields a list that holds the process time of the body once it has run."""
-    spent: list[float] = []
-    began = time.process_time()
-    yield spent
-    spent.append(time.process_time() - began)
-
-
-def show(event: ProgressEvent) -> None:
-    """Progress on stderr, one line a stage."""
-    end = "\n" if event.done == event.total else "\r"
-    print(f"{event.stage} {event.done}/{event.total}", end=end, file=sys.stderr, flush=True)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="recipe, folder or .gguf")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", action="append", required=True, help="may be given again")
+    add_common_arguments(parser)
     parser.add_argument("--rows", nargs="+", required=True)
-    parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--window-length", type=int, default=1024)
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--offgrid", type=int, metavar="SEED", help="rescale channels first")
-    parser.add_argument("--settings", default="{}", help="recipe keys as JSON")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--json", help="file for all numbers")
     return parser.parse_args(argv)
 
 

@@ -23,8 +23,8 @@ EstimatorName = Literal[
 class CurvatureLimits(Config):
     """What the estimators that differentiate twice may take.
 
-    A product with the Hessian costs some six forward passes over the text, in float32, and holds
-    the graphs of both derivatives.
+    Products with the Hessian take several forward passes over the text each, in float32, and hold
+    graphs of both derivatives: of one sequence at a time for "hawq-v2", of all for "hawq".
 
     Attributes:
         sequences: fitting sequences, one a pass.
@@ -34,10 +34,10 @@ class CurvatureLimits(Config):
         tolerance: relative error at which products end earlier.
     """
 
-    sequences: int = Field(default=4, ge=1)
+    sequences: int = Field(default=2, ge=1)
     tokens: int = Field(default=128, ge=2)
     products: int = Field(default=32, ge=2)
-    layer_products: int = Field(default=8, ge=2)
+    layer_products: int = Field(default=6, ge=2)
     tolerance: float = Field(default=0.05, gt=0)
 
 

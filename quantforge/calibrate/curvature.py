@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from quantforge.capture import plain_attention
 from quantforge.errors import InputError, UsageError
-from quantforge.methods.curvature.operator import draw_probe
+from quantforge.methods.curvature.operator import Matvec, draw_probe
 from quantforge.methods.curvature.trace import BlockTraces
 from quantforge.models import Model
 from quantforge.numerics import draw_categorical
@@ -125,6 +126,32 @@ class LossHessian:
                 gradients = torch.autograd.grad(self._loss(index), weights, create_graph=True)
                 _add(total, torch.autograd.grad(gradients, weights, grad_outputs=directions))
         return total
+
+    @contextmanager
+    def layer_blocks(self) -> Iterator[list[Matvec]]:
+        """Products with each layer's diagonal block, in the body, from graphs that are kept.
+
+        The loss and its gradient are formed once for all of them, so that a product costs only the
+        second derivative, and only of what lies between the layer and the loss. Memory holds the
+        graphs of all batches at once.
+        """
+        with _differentiable(self.model, self.layers) as weights:
+            gradients = []
+            for index in range(len(self.batches)):
+                self.monitor.check("curvature")
+                gradients.append(torch.autograd.grad(self._loss(index), weights, create_graph=True))
+
+            def product(layer: int, vector: Tensor) -> Tensor:
+                self.monitor.check("curvature")
+                direction, total = vector.view_as(weights[layer]), torch.zeros_like(vector)
+                for one in gradients:
+                    (part,) = torch.autograd.grad(
+                        one[layer], weights[layer], grad_outputs=direction, retain_graph=True
+                    )
+                    total += part.flatten()
+                return total
+
+            yield [partial(product, layer) for layer in range(len(weights))]
 
     def gradient(self) -> Tensor:
         """[dimension] gradient of the loss in the weights' dtype."""

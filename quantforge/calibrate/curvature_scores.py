@@ -143,10 +143,10 @@ def measure_curvature(
             converged=traces.converged,
         )
     results = []
-    for index, layer in enumerate(hessian.layers):
-        single = hessian.of_layers([layer])
-        results.append(_of_layer(single.product, layer.numel, config, generator))
-        monitor.step("curvature", index + 1, len(hessian.layers), layer.name)
+    with hessian.layer_blocks() as blocks:
+        for index, (layer, product) in enumerate(zip(hessian.layers, blocks, strict=True)):
+            results.append(_of_layer(product, layer.numel, config, generator))
+            monitor.step("curvature", index + 1, len(hessian.layers), layer.name)
     values, errors, products, converged = zip(*results, strict=True)
     return LayerCurvature(
         layers=hessian.layers,

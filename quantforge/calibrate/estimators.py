@@ -44,8 +44,10 @@ from quantforge.registry import Registry
 from quantforge.results import Quality
 from quantforge.types import LayerInfo, QuantSpec, Sensitivity
 
-# A product with the Hessian in forward passes over the same tokens, about.
+# A product with the Hessian of all layers in forward passes over the same tokens, about.
 PRODUCT_PASSES = 6.0
+# With that of one layer, its gradient's graph at hand: through half the network on average.
+LAYER_PRODUCT_PASSES = 1.5
 # A forward and a backward pass likewise.
 BACKWARD_PASSES = 3.0
 
@@ -300,7 +302,7 @@ def _eigenvalue_cost(extent: Extent) -> Cost:
     return Cost(
         what=f"at most {limits.layer_products} products with the Hessian over {tokens} tokens for "
         f"each of {extent.layers} layers",
-        forward_tokens=PRODUCT_PASSES * limits.layer_products * extent.layers * tokens,
+        forward_tokens=LAYER_PRODUCT_PASSES * limits.layer_products * extent.layers * tokens,
     )
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         ServerSupport,
         WorkEstimate,
     )
-    from quantforge.results import Quality, SizeReport, TargetOutcome
+    from quantforge.results import Quality, RefinementRound, SizeReport, TargetOutcome
 
 JSON_VERSION = 1
 _PIPE_WIDTH = 160
@@ -83,6 +83,7 @@ def show_quantized(report: Report, out: Console) -> None:
         *_size_rows(report.sizes),
         *_quality_rows(report.quality),
         *_target_rows(report.targets),
+        *_refinement_rows(report.refinement),
     ]
     plan = next((point for point in report.curve if not point.name.startswith("uniform ")), None)
     if plan is not None:  # like the uniform networks: one-pass compensation, the same windows
@@ -126,7 +127,9 @@ def show_plan(report: PlanReport, out: Console) -> None:
         *_plan_rows(report.plan.budget, report.plan.stored_bits, report.plan.code_bits),
         *([("reachable", f"{low:.3f} to {high:.3f} stored bits a weight")] if low < high else []),
         ("predicted loss", _predicted(report.plan.predicted_loss, report.predicted_error)),
+        *([("  the best", f"at most {number(gap)} nats less")] if (gap := report.plan.gap) else []),
         *_target_rows(report.targets),
+        *_refinement_rows(report.refinement),
         *_size_rows(report.sizes),
     ]
     rows += [_latency_row(one) for one in report.latency]
@@ -263,6 +266,21 @@ def _target_rows(targets: Sequence[TargetOutcome]) -> list[tuple[str, str]]:
         )
         for one in targets
     ]
+
+
+def _refinement_rows(rounds: Sequence[RefinementRound]) -> list[tuple[str, str]]:
+    rows = []
+    for one in rounds:
+        moved = f"{one.layers} layers exchanged" if one.layers else "the plan was kept"
+        gain = with_error(one.after - one.before, one.stderr)
+        rows.append(
+            (
+                "refined",
+                f"{one.plans} plans measured, {moved}: KL {number(one.before)} to "
+                f"{number(one.after)} nats before tuning ({gain})",
+            )
+        )
+    return rows
 
 
 def _estimator_rows(cost: EstimatorCost | None) -> list[tuple[str, str]]:

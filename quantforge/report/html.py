@@ -122,7 +122,9 @@ def _headline(report: Report) -> str:
 
 def _decisions(report: Report) -> str:
     layers = report.layers
-    sentences = [*_targets(report), *against_uniform(report), *_spread(layers)]
+    sentences = [
+        *_targets(report), *_refinement(report), *against_uniform(report), *_spread(layers)
+    ]  # fmt: skip
     if report.plan.solver == "file":
         intro = (
             f"The widths and groupings of all {len(layers)} layers are those of a plan that was "
@@ -136,7 +138,7 @@ def _decisions(report: Report) -> str:
         )
     else:
         intro = (
-            f"The {report.plan.solver} solver chose a width and a grouping for each of "
+            f"{_chooser(report.plan.solver)} chose a width and a grouping for each of "
             f"{len(layers)} layers. It spends a bit where that lowers the predicted loss most for "
             "the bits it stores: a layer with many bits is one the loss is sensitive to for its "
             f"size. The plan's predicted loss is {significant(report.plan.predicted_loss)} nats a "
@@ -158,6 +160,24 @@ def _targets(report: Report) -> Iterator[str]:
             f"tuning it measures {with_error(one.measured, one.stderr)}, at most "
             f"{significant(one.upper)} ({one.windows} held-out windows); predicted "
             f"{estimate(one.predicted)}."
+        )
+
+
+def _chooser(solver: str) -> str:
+    """What found the plan, as the subject of a sentence."""
+    if solver == "refined":
+        return "A search that measured the plans around its own"
+    return f"The {solver} solver"
+
+
+def _refinement(report: Report) -> Iterator[str]:
+    """Sentences on what looking around the plan found."""
+    for one in report.refinement:
+        yield (
+            f"Refinement: {one.plans} plans around the one that was found were measured before "
+            f"tuning; {one.layers} layers changed, held-out KL {significant(one.before)} to "
+            f"{significant(one.after)}, a difference of "
+            f"{with_error(one.after - one.before, one.stderr)} on the windows it was chosen on."
         )
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from quantforge.errors import BudgetError
 from quantforge.search.budget import Budget
-from quantforge.search.choice import Costs, Limits, Losses
+from quantforge.search.choice import Choice, Costs, Limits, Losses
 from quantforge.search.config import SearchConfig
+from quantforge.search.interactions import pair_loss, pairwise_objective
 from quantforge.search.latency import LatencyModel, Times
+from quantforge.search.pairwise import local_search
 from quantforge.search.solvers import SOLVERS
 from quantforge.types import KEPT_BITS, BitPlan, LayerInfo, QuantSpec, Sensitivity
 
@@ -91,9 +93,11 @@ def make_plan(
     *,
     budget: str,
     solver: str,
+    gap: float | None = None,
 ) -> BitPlan:
     """A plan from an assignment, with its bits and predicted loss filled in."""
     predicted = sum(table_row(sensitivity, sensitivity.loss, assignment).values())
+    predicted += interaction_loss(sensitivity, assignment)
     stored, code = average_bits(sensitivity.layers, assignment)
     return BitPlan(
         assignment=dict(assignment),
@@ -103,10 +107,20 @@ def make_plan(
         predicted_loss=predicted,
         solver=solver,
         fixed=tuple(layer.name for layer in sensitivity.layers if layer.fixed),
+        gap=gap,
     )
 
 
-def _items(sensitivity: Sensitivity, config: SearchConfig) -> list[list[int]]:
+def interaction_loss(sensitivity: Sensitivity, assignment: Mapping[str, QuantSpec | None]) -> float:
+    """What the pairs of layers of an assignment add, in nats a token; all specs are candidates."""
+    column = {spec: index for index, spec in enumerate(sensitivity.specs)}
+    specs = [assignment[layer.name] for layer in sensitivity.layers]
+    return pair_loss(
+        sensitivity.interactions, [None if spec is None else column[spec] for spec in specs]
+    )
+
+
+def tied_rows(sensitivity: Sensitivity, config: SearchConfig) -> list[list[int]]:
     """Rows of the table that must share a spec, in forward order."""
     groups: dict[str, list[int]] = {}
     for row, layer in enumerate(sensitivity.layers):
@@ -115,7 +129,7 @@ def _items(sensitivity: Sensitivity, config: SearchConfig) -> list[list[int]]:
     return list(groups.values())
 
 
-def _tables(
+def cost_tables(
     sensitivity: Sensitivity, items: Sequence[Sequence[int]]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """[items, specs + 1] losses and costs; the last column keeps the item in 16 bits.
@@ -160,19 +174,15 @@ def search(
         BudgetError: all of the solver's plans exceed the budget; names the range they reach.
         InputError: `latency` does not know a candidate.
     """
-    items = _items(sensitivity, config)
-    loss, cost = _tables(sensitivity, items)
+    items = tied_rows(sensitivity, config)
+    loss, cost = cost_tables(sensitivity, items)
     limit = budget.total_bits(planned_weights(sensitivity.layers))
     times = Times.of(sensitivity, items, np.isfinite(loss), budget, latency)
     costs, limits = np.stack([cost, *times.costs]), [limit, *times.limits]
     if times.limits and limit >= np.where(np.isfinite(loss), cost, 0).max(axis=1).sum():
         costs, limits = costs[1:], limits[1:]  # bits do not bind
-    solver = config.solver
-    if solver == "dynamic-program" and len(limits) > 1:
-        solver = "integer-program"
-    apart = [row for row, group in enumerate(items) if sensitivity.layers[group[0]].outside]
-    picks = _solve(solver, loss, costs, limits, apart)
-    if picks is None:
+    solver, choice = _solve(sensitivity, items, loss, costs, limits, config)
+    if choice is None:
         times.require_reachable(budget)
         low, high = reachable_bits(sensitivity, config)
         if times.limits and limit >= low * planned_weights(sensitivity.layers):
@@ -184,52 +194,76 @@ def search(
             f"bits a weight; raise --budget to at least {floor:.3f}bit"
         )
     assignment: dict[str, QuantSpec | None] = {}
-    for rows, pick in zip(items, picks, strict=True):
+    for rows, pick in zip(items, choice.picks, strict=True):
         spec = sensitivity.specs[pick] if pick < len(sensitivity.specs) else None
         for row in rows:
             assignment[sensitivity.layers[row].name] = spec
     ordered = {layer.name: assignment[layer.name] for layer in sensitivity.layers}
-    return make_plan(sensitivity, ordered, budget=budget.text, solver=solver)
+    return make_plan(sensitivity, ordered, budget=budget.text, solver=solver, gap=choice.gap)
 
 
 def _solve(
-    solver: str, loss: Losses, costs: Costs, limits: Limits, apart: Sequence[int]
-) -> tuple[int, ...] | None:
-    """Candidate of every item; None if none of the solver's choices is within the limits.
-
-    "uniform" is about the layers of the blocks: every choice for the items that stand apart
-    (embedding and head, two at most) is tried beside it.
+    sensitivity: Sensitivity,
+    items: Sequence[Sequence[int]],
+    loss: Losses,
+    costs: Costs,
+    limits: Limits,
+    config: SearchConfig,
+) -> tuple[str, Choice | None]:
+    """Name of the solver that is used, and its choice; None if no choice is within the limits.
 
     Args:
-        solver: name of a solver.
+        sensitivity: whose layers interact or do not.
+        items: rows of the layers of each.
         loss: [items, candidates].
         costs: [resources, items, candidates].
         limits: [resources].
-        apart: items outside the blocks.
+        config: names the solver.
     """
-    if solver != "uniform" or not apart:
-        choice = SOLVERS[solver](loss, costs, limits)
-        return None if choice is None else choice.picks
+    if sensitivity.interactions is not None:
+        objective = pairwise_objective(loss, sensitivity.interactions, items)
+        return "pairwise", local_search(objective, costs, limits)
+    solver = config.solver
+    if solver == "dynamic-program" and len(limits) > 1:
+        solver = "integer-program"
+    apart = [row for row, group in enumerate(items) if sensitivity.layers[group[0]].outside]
+    if solver == "uniform" and apart:
+        return solver, _uniform_beside(loss, costs, limits, apart)
+    return solver, SOLVERS[solver](loss, costs, limits)
+
+
+def _uniform_beside(
+    loss: Losses, costs: Costs, limits: Limits, apart: Sequence[int]
+) -> Choice | None:
+    """The best uniform choice for the blocks' layers, with any for the items that stand apart.
+
+    Embedding and head are two at most, so every choice of theirs is tried.
+    """
     inside = [row for row in range(len(loss)) if row not in apart]
-    best, least = None, math.inf
+    best: Choice | None = None
     options = [np.flatnonzero(np.isfinite(loss[row])).tolist() for row in apart]
     for taken in product(*options):
-        left = np.asarray(limits) - costs[:, list(apart), list(taken)].sum(axis=1)
+        spent = costs[:, list(apart), list(taken)].sum(axis=1)
+        left = np.asarray(limits) - spent
         if (left < 0).any():
             continue
-        choice = SOLVERS[solver](loss[inside], costs[:, inside], left)
+        choice = SOLVERS["uniform"](loss[inside], costs[:, inside], left)
         lost = float(loss[list(apart), list(taken)].sum())
-        if choice is not None and choice.loss + lost < least:
-            least = choice.loss + lost
+        if choice is not None and (best is None or choice.loss + lost < best.loss):
             found = dict(zip([*inside, *apart], [*choice.picks, *taken], strict=True))
-            best = tuple(found[row] for row in range(len(loss)))
+            best = Choice(
+                picks=tuple(found[row] for row in range(len(loss))),
+                loss=choice.loss + lost,
+                costs=tuple((spent + choice.costs).tolist()),
+                bound=choice.bound + lost,
+            )
     return best
 
 
 def reachable_bits(sensitivity: Sensitivity, config: SearchConfig) -> tuple[float, float]:
     """Lowest and highest average stored bits that plans of the configured solver can have."""
-    items = _items(sensitivity, config)
-    loss, cost = _tables(sensitivity, items)
+    items = tied_rows(sensitivity, config)
+    loss, cost = cost_tables(sensitivity, items)
     feasible = np.isfinite(loss)
     weights = planned_weights(sensitivity.layers)
     low = np.where(feasible, cost, np.iinfo(np.int64).max).min(axis=1)

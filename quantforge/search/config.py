@@ -6,7 +6,7 @@ import re
 from itertools import product
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from quantforge.config import Config
 from quantforge.types import PER_CHANNEL, SUPPORTED_BITS, QuantSpec
@@ -49,6 +49,13 @@ class SearchConfig(Config):
             (HiGHS) or "pareto" (HAWQ-V2's enumeration, thinned where it grows too large); by
             "lagrangian" prices, within one layer's step of the best; or "uniform", one grid for
             all layers.
+        interactions: what pairs of layers lose beyond what each loses alone, from gradients of
+            single sequences (`search.interactions`): "none", "sparse" (layers of one block and of
+            adjacent ones) or "full" (all). With them plans are found by exchanges from the dynamic
+            program's, and say how far they may be from the best.
+        refine: rounds of looking around the plan that was found: its network is differentiated and
+            some twenty near it are measured on held-out tokens (`quantforge.refinement`). Not for
+            targets of quality, nor for the plans of `pareto`.
         correct: multiply predicted losses by what measured uniform networks say of their spec.
         independent: let layers that servers fuse (q/k/v, gate/up) have different specs.
     """
@@ -57,8 +64,21 @@ class SearchConfig(Config):
     group_sizes: tuple[GroupSize, ...] = (32, 64, 128, 192, PER_CHANNEL)
     asymmetric: bool | Literal["only"] = False
     solver: SolverName = "dynamic-program"
+    interactions: Literal["none", "sparse", "full"] = "none"
+    refine: int = Field(default=0, ge=0)
     correct: bool = True
     independent: bool = False
+
+    @model_validator(mode="after")
+    def _solver_does_what_is_asked(self) -> SearchConfig:
+        if self.interactions != "none" and self.solver != "dynamic-program":
+            raise ValueError(
+                f"interactions are searched by exchanges, not by solver {self.solver}: leave the "
+                "solver or the interactions out"
+            )
+        if self.refine and self.solver == "uniform":
+            raise ValueError("refine exchanges the grids of layers, solver uniform has one for all")
+        return self
 
     def candidates(self, row_lengths: set[int]) -> tuple[QuantSpec, ...]:
         """All grids whose groups divide at least one row length, sorted."""

@@ -4,8 +4,9 @@ A sensitivity estimate that treats outputs, tokens and layers as independent is 
 depends on the grid more than on the layer: on SmolLM2-135M the factored Fisher estimate is 14 % low
 at 3 bits with groups of 64, and 43 % low per channel, where errors of a row move together. The
 uniform network of a spec measures that factor once for all layers, so every loss of the spec is
-multiplied by measured KL / predicted loss. A spec without a uniform network (its group does not
-divide every layer), or outside the measured range, takes the factor of the nearest measured one.
+multiplied by measured KL / predicted loss, interactions of layers included where there are any. A
+spec without a uniform network (its group does not divide every layer), or outside the measured
+range, takes the factor of the nearest measured one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import replace
 
 import torch
 
+from quantforge.search.interactions import uniform_loss
 from quantforge.types import PER_CHANNEL, QuantSpec, Sensitivity
 
 # Per channel counts as a very large group when distances between specs are taken.
@@ -52,7 +54,7 @@ def correction_factors(
     """
     known = {}
     for column, spec in enumerate(sensitivity.specs):
-        predicted = float(sensitivity.loss[:, column].sum())
+        predicted = uniform_loss(sensitivity, column)
         kl = measured.get(spec)
         if kl is not None and kl > LEAST_KL and 0 < predicted < math.inf:
             known[spec] = kl / predicted
@@ -66,11 +68,17 @@ def _nearest(spec: QuantSpec, known: Mapping[QuantSpec, float]) -> float:
 
 
 def corrected(sensitivity: Sensitivity, factors: Mapping[QuantSpec, float]) -> Sensitivity:
-    """The same table with every spec's losses multiplied by its factor."""
+    """The same table with every spec's losses multiplied by its factor.
+
+    A pair of layers takes the geometric mean of both specs' factors.
+    """
     factor: Sequence[float] = [factors[spec] for spec in sensitivity.specs]
     scale = torch.tensor(factor, dtype=torch.float64)
     stderr = None if sensitivity.stderr is None else sensitivity.stderr * scale
-    return replace(sensitivity, loss=sensitivity.loss * scale, stderr=stderr)
+    pairs = sensitivity.interactions
+    if pairs is not None:
+        pairs = replace(pairs, projections=pairs.projections * scale.sqrt())
+    return replace(sensitivity, loss=sensitivity.loss * scale, stderr=stderr, interactions=pairs)
 
 
 def relative_error(
@@ -97,7 +105,7 @@ def relative_error(
     """
     known = {}
     for column, spec in enumerate(sensitivity.specs):
-        predicted = float(sensitivity.loss[:, column].sum())
+        predicted = uniform_loss(sensitivity, column)
         kl, error = measured.get(spec, (0.0, 0.0))
         if kl > LEAST_KL and 0 < predicted < math.inf and math.isfinite(error):
             known[spec] = (kl / predicted, error / kl)

@@ -15,11 +15,12 @@ from dataclasses import replace
 from itertools import product
 
 from torch import Tensor, cat
+from torch.nn.functional import pad
 
 from quantforge.errors import InputError, UsageError
 from quantforge.search.budget import Budget
 from quantforge.search.config import EmbeddingsConfig, SearchConfig
-from quantforge.types import LayerInfo, QuantSpec, Sensitivity
+from quantforge.types import Interactions, LayerInfo, QuantSpec, Sensitivity
 
 Candidates = Mapping[LayerInfo, tuple[QuantSpec, ...]]
 """Layers outside the blocks that a plan covers → their specs; of a fixed one there is one."""
@@ -124,21 +125,35 @@ def outside_specs(
     return {layer.name: assignment[layer.name] for layer in layers if layer.outside}
 
 
-def inside_blocks(sensitivity: Sensitivity) -> Sensitivity:
-    """The rows of the layers of the blocks alone."""
+def inside_blocks(
+    sensitivity: Sensitivity, specs: Sequence[QuantSpec] | None = None
+) -> Sensitivity:
+    """The rows of the layers of the blocks alone, and the columns of `specs` (None: all)."""
     rows = [row for row, layer in enumerate(sensitivity.layers) if not layer.outside]
-    stderr = sensitivity.stderr
+    kept = sensitivity.specs if specs is None else tuple(specs)
+    columns = [sensitivity.specs.index(spec) for spec in kept]
+    stderr, pairs = sensitivity.stderr, sensitivity.interactions
+    if pairs is not None:
+        pairs = Interactions(
+            projections=pairs.projections[:, rows][:, :, columns],
+            weights=pairs.weights[rows][:, rows],
+        )
     return replace(
         sensitivity,
         layers=tuple(sensitivity.layers[row] for row in rows),
-        loss=sensitivity.loss[rows],
-        error=sensitivity.error[rows],
-        stderr=None if stderr is None else stderr[rows],
+        specs=kept,
+        loss=sensitivity.loss[rows][:, columns],
+        error=sensitivity.error[rows][:, columns],
+        stderr=None if stderr is None else stderr[rows][:, columns],
+        interactions=pairs,
     )
 
 
 def joined(first: Sensitivity, second: Sensitivity) -> Sensitivity:
-    """One table of two tables' layers, with the candidates of both; +inf where one has none."""
+    """One table of two tables' layers, with the candidates of both; +inf where one has none.
+
+    Layers of the second do not interact with any.
+    """
     specs = tuple(sorted({*first.specs, *second.specs}))
 
     def wide(one: Sensitivity, table: Tensor | None) -> Tensor:
@@ -150,6 +165,15 @@ def joined(first: Sensitivity, second: Sensitivity) -> Sensitivity:
     def both(a: Tensor | None, b: Tensor | None) -> Tensor:
         return cat([wide(first, a), wide(second, b)])
 
+    pairs = first.interactions
+    if pairs is not None:
+        samples, more = len(pairs.projections), len(second.layers)
+        projections = pairs.projections.new_zeros(samples, len(first.layers) + more, len(specs))
+        columns = [specs.index(spec) for spec in first.specs]
+        projections[:, : len(first.layers), columns] = pairs.projections
+        pairs = Interactions(
+            projections=projections, weights=pad(pairs.weights, (0, more, 0, more))
+        )
     return replace(
         first,
         layers=(*first.layers, *second.layers),
@@ -157,4 +181,5 @@ def joined(first: Sensitivity, second: Sensitivity) -> Sensitivity:
         loss=both(first.loss, second.loss),
         error=both(first.error, second.error),
         stderr=None if first.stderr is None else both(first.stderr, second.stderr),
+        interactions=pairs,
     )

@@ -8,6 +8,7 @@ import quantforge
 from quantforge.calibrate.estimators import ESTIMATORS
 from quantforge.opening import configure, open_job
 from quantforge.progress import Monitor
+from quantforge.search.budget import Budget
 from quantforge.testing import markov_tokens, tiny_llama, train
 from quantforge.types import QuantSpec
 
@@ -85,3 +86,29 @@ def test_a_plan_says_which_estimator_it_rests_on_and_what_that_cost(module, tmp_
     written = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
     assert written["estimator"] == "measured"
     assert QuantSpec.parse(written["specs"][0]) == QuantSpec(2)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "full"])
+def test_interactions_come_from_the_cache_and_are_part_of_every_prediction(module, kind):
+    plans = {}
+    for interactions in ("none", kind):
+        seen = set()
+        settings = SETTINGS | {"search.interactions": interactions}
+        report = quantforge.plan(
+            module, budget="2.8bit", calibration=batches(), settings=settings,
+            progress=lambda event, seen=seen: seen.add(event.stage),
+        )  # fmt: skip
+        plans[interactions] = report.plan
+        uniform = {one.name: one.predicted_loss for one in report.uniform}
+    assert not seen & SHARED  # nothing is measured again
+    assert (plans["none"].solver, plans[kind].solver) == ("dynamic-program", "pairwise")
+    assert plans["none"].gap == 0.0
+    assert plans[kind].gap >= 0.0
+    assert plans[kind].predicted_loss != plans["none"].predicted_loss
+    recipe = configure(module, settings=settings)
+    job = open_job(module, recipe, calibration=batches())
+    with job.measure(fresh=False) as measured:
+        for point in measured.uniform:  # corrected with their pairs
+            assert uniform[point.name] == pytest.approx(point.quality.kl, rel=1e-9)
+        again = job.find(measured.sensitivity, Budget.parse("2.8bit"))
+    assert again.assignment == plans[kind].assignment

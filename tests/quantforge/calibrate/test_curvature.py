@@ -357,3 +357,17 @@ def test_bad_input_is_refused(model, tokens):
     hessian = LossHessian.of(half, tokens)
     with pytest.raises(InputError, match="q_proj is in bfloat16: curvature needs float32"):
         hessian.product(torch.ones(hessian.dimension))
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_kept_graphs_give_every_layers_own_block(model, tokens, batch_size):
+    layers = some_layers(model)
+    hessian = LossHessian.of(model, tokens, layers=layers, batch_size=batch_size)
+    before = [p.requires_grad for p in model.module.parameters()]
+    with hessian.layer_blocks() as blocks:
+        for layer, product in zip(layers, blocks, strict=True):
+            single = hessian.of_layers([layer])
+            for vector in random_vectors(layer.numel, 2):
+                torch.testing.assert_close(product(vector), single.product(vector))
+                torch.testing.assert_close(product(-2 * vector), -2 * product(vector))
+    assert [p.requires_grad for p in model.module.parameters()] == before

@@ -31,6 +31,7 @@ from quantforge.results import (
     LayerReport,
     PairedDifference,
     Quality,
+    RefinementRound,
     SizeReport,
     TargetOutcome,
 )
@@ -152,6 +153,10 @@ def plan_report() -> PlanReport:
         ),
         servers=(ServerSupport(name="vLLM", loads=False, why="loads 4 bits, the plan has 2"),),
         work=WorkEstimate(multiply_adds=6e12, rate=5e10, seconds=120.0, memory_bytes=2_500_000_000),
+        refinement=(
+            RefinementRound(plans=21, layers=4, before=0.25, after=0.24, stderr=0.002),
+            RefinementRound(plans=20, layers=0, before=0.24, after=0.24, stderr=0.0),
+        ),
         sensitivity=EstimatorCost(name="hawq-v2", what="32 products", seconds=61.0),
     )
 

@@ -54,6 +54,9 @@ def test_plan_report_as_tables(reports) -> None:
         "memory when run 1.23 GB with keys and values",
         "quantize takes at least 2:00 (6,000.0 G multiply-adds, 50.0 G a second)",
         "and memory about 2.5 GB",
+        "refined 21 plans measured, 4 layers exchanged: KL 0.25 to 0.24 nats before tuning "
+        "(-0.0100 ± 0.0020)",
+        "refined 20 plans measured, the plan was kept: KL 0.24 to 0.24 nats before tuning (0)",
         "sensitivity hawq-v2: 32 products, about 1:01 where not in the cache",
         "vLLM no loads 4 bits, the plan has 2",
         "disk in the cache 4.53 GB",

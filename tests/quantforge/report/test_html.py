@@ -8,6 +8,7 @@ import html.parser
 import pytest
 
 from quantforge.report.html import render
+from quantforge.results import RefinementRound
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -171,3 +172,12 @@ def test_destroyed_network_is_shown_as_such(build):
     text = Page(render(build(quality=quality))).text
     assert "infinite" in text
     assert "±\u00a0unknown" in text
+
+
+def test_a_refined_plan_says_what_was_measured_around_it(report):
+    one = RefinementRound(plans=21, layers=4, before=0.25, after=0.24, stderr=0.002)
+    plan = dataclasses.replace(report.plan, solver="refined")
+    text = Page(render(dataclasses.replace(report, plan=plan, refinement=(one,)))).text
+    assert "A search that measured the plans around its own chose a width" in text
+    assert "21 plans around the one that was found" in text
+    assert "4 layers changed, held-out KL 0.250 to 0.240, a difference of" in text
