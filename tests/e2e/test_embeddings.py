@@ -1,6 +1,7 @@
 """Quantized embeddings and heads through real runs: planned, fixed, kept, and read again."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -177,6 +178,8 @@ def test_commands_show_load_measure_and_run_it(run, small, checkpoint, text, tmp
     assert "model.embed_tokens is 8b-pc: quantforge.load reads the checkpoint" in done.stdout
     card = (tmp_path / "out" / "README.md").read_text()
     assert "its token embedding is quantized" in card
+    assert "`model.embed_tokens` is 8b-pc: budgets in bits do not count it." in card
+    assert re.search(r"embedding, head +model.embed_tokens 8b-pc", done.stdout)
     assert "model.embed_tokens" in (tmp_path / "out" / "report.html").read_text()
     manifest = json.loads((tmp_path / "out" / "quantforge.json").read_text())
     assert manifest["stock_readable"] is False
