@@ -191,3 +191,19 @@ def test_commands_show_load_measure_and_run_it(run, small, checkpoint, text, tmp
     )
     assert 0 < measured.quality.kl < 1
     assert len("".join(quantforge.generate(tmp_path / "out", "The", tokens=3))) == 3
+
+
+def test_stock_transformers_loads_a_quantized_head_of_its_own(call, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    names = call(quantforge.plan, False, budget="3bit").plan.assignment
+    plan = {**dict.fromkeys(names, "3b-g32"), EMBEDDING: "kept", HEAD: "6b-pc"}
+    planned = call(quantforge.plan, False, plan=plan)
+    report = call(quantforge.quantize, False, plan=plan, output=tmp_path / "out")
+    assert planned.sizes == report.sizes
+    assert report.sizes.checkpoint_bytes == bytes_on_disk(tmp_path / "out")
+    assert not any("quantforge.load" in warning for warning in report.warnings)
+    assert json.loads((tmp_path / "out" / "quantforge.json").read_text())["stock_readable"] is True
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(logits(stock), logits(quantforge.load(tmp_path / "out")))
+    assert len(stock.lm_head.weight[0].unique()) <= 64
