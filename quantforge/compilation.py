@@ -190,7 +190,12 @@ class Job:
             quality, uniform = self._compared(plan, measured)
         room = self._room(plan, measured.sensitivity, budget)
         beside = replace(measured, uniform=uniform)
-        chosen = choose(plan, quality, beside, room, given=self.given is not None)
+        barred: set[str] = set()
+        if budget is not None and budget.latency:
+            outside = outside_specs(measured.sensitivity.layers, plan.assignment)
+            fitting = self.fitting_uniform(measured.sensitivity, budget, outside)
+            barred = {point.name for point in uniform} - {one.budget for one in fitting}
+        chosen = choose(plan, quality, beside, room, given=self.given is not None, barred=barred)
         return replace(
             chosen,
             measured=measured,
@@ -221,8 +226,12 @@ class Job:
     ) -> BitPlan:
         plan = priced(self.layers, given, sensitivity)
         if plan.predicted_loss is None and not self.recipe.quantize.sequential:
-            known = set() if sensitivity is None else set(sensitivity.specs)
-            name, spec = next((n, s) for n, s in given.items() if s is not None and s not in known)
+            losses = (
+                dict.fromkeys(given) if sensitivity is None else known_losses(sensitivity, given)
+            )
+            name, spec = next(
+                (n, s) for n, s in given.items() if s is not None and losses[n] is None
+            )
             raise InputError(
                 f"{name} is {spec}, which is no candidate: without quantize.sequential=true the "
                 "plan can only have specs of search.bits and search.group_sizes"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -125,6 +125,7 @@ def choose(
     budget: Budget,
     *,
     given: bool = False,
+    barred: Collection[str] = (),
 ) -> Chosen:
     """Compare a plan with the uniform networks and take whichever fits and is better.
 
@@ -136,10 +137,11 @@ def choose(
         measured: holds the uniform networks, with the plan's embedding and head.
         budget: decides which uniform plans fit, by its limit in bits.
         given: the plan is the user's own: it is taken, and a better uniform network only named.
+        barred: uniform networks that do not fit for another reason than bits, such as latency.
     """
     warnings = []
     uniform = measured.uniform
-    fitting = [point for point in uniform if point.stored_bits <= budget.bits]
+    fitting = [p for p in uniform if p.stored_bits <= budget.bits and p.name not in barred]
     best = min(fitting, key=lambda point: point.quality.kl, default=None)
     if best is not None and best.quality.kl < quality.kl and given:
         warnings.append(

@@ -130,7 +130,7 @@ def write_checkpoint(
         shard_bytes=job.recipe.export.shard_bytes,
         dtype=KEPT_DTYPE,
         head=job.model.architecture.head,
-        stock_readable=not asymmetric_layers(plan) and not quantized_outside(job.layers, plan),
+        stock_readable=not asymmetric_layers(plan) and not quantized_embeddings(job.layers, plan),
     ) as writer:
         for one in layers:
             rows.append(one.report)
@@ -316,9 +316,11 @@ def asymmetric_layers(plan: BitPlan) -> list[str]:
     return [n for n, spec in plan.assignment.items() if spec is not None and not spec.symmetric]
 
 
-def quantized_outside(layers: Iterable[LayerInfo], plan: BitPlan) -> list[str]:
-    """Embedding and head as far as they are quantized, which transformers cannot load."""
-    return [one.name for one in layers if one.outside and plan.assignment[one.name] is not None]
+def quantized_embeddings(layers: Iterable[LayerInfo], plan: BitPlan) -> list[str]:
+    """The token embedding if it is quantized, which transformers cannot load; a head it can."""
+    return [
+        one.name for one in layers if one.kind != "linear" and plan.assignment[one.name] is not None
+    ]
 
 
 def loading_warnings(layers: Iterable[LayerInfo], plan: BitPlan) -> list[str]:
@@ -330,9 +332,7 @@ def loading_warnings(layers: Iterable[LayerInfo], plan: BitPlan) -> list[str]:
     names = asymmetric_layers(plan)
     if names:
         found.append(f"{len(names)} layers are asymmetric, first {names[0]}: {only}")
-    packed = [f"{name} is {plan.assignment[name]}" for name in quantized_outside(layers, plan)]
-    if packed:
-        found.append(f"{' and '.join(packed)}: {only}")
+    found += [f"{x} is {plan.assignment[x]}: {only}" for x in quantized_embeddings(layers, plan)]
     return found
 
 

@@ -18,7 +18,7 @@ from quantforge.loading import load_source
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.recipe import compose, resolve_target
 from quantforge.runtime.profile import Shape, time_layers
-from quantforge.search.vocabulary import planned_candidates
+from quantforge.search.vocabulary import planned_candidates, vocabulary_candidates
 from quantforge.types import QuantSpec
 from quantforge.workspace import machine_traits
 
@@ -80,6 +80,11 @@ def profile(
         if layer.kind != "embedding":  # of which a step looks up a row
             found = planned_candidates(layer, recipe.embeddings)
             wanted.setdefault((layer.out_features, layer.in_features), set()).update(found)
+    for layer, asked in vocabulary_candidates(
+        matrices, recipe.embeddings, recipe.search, None
+    ).items():
+        if layer.kind != "embedding":
+            wanted[layer.out_features, layer.in_features].update(asked)
     taken = time_layers(
         {shape: sorted(found) for shape, found in wanted.items()},
         batch=batch,

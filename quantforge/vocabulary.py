@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantforge.calibrate.artefact import load_sensitivity, save_sensitivity
 from quantforge.calibrate.candidates import float_weight
-from quantforge.calibrate.vocabulary import head_gram, relative_error, variants
+from quantforge.calibrate.vocabulary import MatrixQuantizer, head_gram, relative_error
 from quantforge.calibration import CANDIDATES, Calibrator
 from quantforge.capture import product_dtype
 from quantforge.decision import Measurement
@@ -25,7 +25,7 @@ from quantforge.measurements import measurement
 from quantforge.memory import StageTimer
 from quantforge.results import Quality
 from quantforge.search.vocabulary import Candidates, joined
-from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
+from quantforge.types import LayerInfo, QuantSpec, Sensitivity
 
 ESTIMATOR = "measured"
 SENSITIVITY = "sensitivity.json"
@@ -70,7 +70,7 @@ class VocabularyCalibrator:
             yield _with(measured, found, folder / CANDIDATES)
 
     def _fill(self, folder: Path, measured: Measurement, key: str) -> None:
-        """Quantize every candidate every way, measure, keep the better one."""
+        """Quantize every candidate the best way, and measure."""
         if measured.final_hidden is None:
             raise ValueError("the measurement was made without embedding and head in mind")
         model, options = self.calibrator.model, self.calibrator.recipe.calibrate
@@ -84,14 +84,17 @@ class VocabularyCalibrator:
         for row, (layer, fitting) in enumerate(self.candidates.items()):
             weight = float_weight(model, layer)
             counts = torch.bincount(tokens, minlength=len(weight)).to(weight)
-            kept = {}
-            for spec in fitting:
-                best, quality = self._best(layer, weight, spec, gram)
-                difference = best.dequantize() - weight
+            quantizer = MatrixQuantizer(layer, weight, gram, options.damping)
+            kept, way = {}, ""
+            for spec in sorted(fitting):
+                if not way:
+                    way = self._best_way(layer, quantizer, spec)
+                kept[spec] = quantizer.make(way, spec)
+                weights = kept[spec].dequantize()
+                (quality,) = self.measure([{layer.name: weights}])
                 column = specs.index(spec)
                 loss[row, column], stderr[row, column] = quality.kl, quality.kl_stderr
-                error[row, column] = relative_error(layer, difference, weight, gram, counts)
-                kept[spec] = best
+                error[row, column] = relative_error(layer, weights - weight, weight, gram, counts)
                 done += 1
                 self.calibrator.monitor.step("embeddings", done, total)
             if kept:
@@ -107,15 +110,15 @@ class VocabularyCalibrator:
         )
         save_sensitivity(table, folder / SENSITIVITY)  # last: says that all is there
 
-    def _best(
-        self, layer: LayerInfo, weight: Tensor, spec: QuantSpec, gram: Tensor
-    ) -> tuple[QuantizedWeight, Quality]:
-        """The variant of least held-out KL, and that."""
-        damping = self.calibrator.recipe.calibrate.damping
-        ways = [one for _, one in variants(layer, weight, spec, gram, damping)]
-        qualities = self.measure({layer.name: one.dequantize()} for one in ways)
-        best = min(range(len(ways)), key=lambda index: qualities[index].kl)
-        return ways[best], qualities[best]
+    def _best_way(self, layer: LayerInfo, quantizer: MatrixQuantizer, spec: QuantSpec) -> str:
+        """The way of least held-out KL."""
+        if len(quantizer.ways) == 1:
+            return quantizer.ways[0]
+        qualities = self.measure(
+            {layer.name: quantizer.make(way, spec).dequantize()} for way in quantizer.ways
+        )
+        losses = dict(zip(quantizer.ways, (quality.kl for quality in qualities), strict=True))
+        return min(losses, key=losses.__getitem__)
 
 
 def _with(measured: Measurement, found: Sensitivity, folder: Path) -> Measurement:

@@ -108,7 +108,7 @@ Embeddings = Annotated[
         show_default=False,
         help="Quantize the token embedding and the head: a spec (8bit, 8b-g64), 'plan' to search "
         "theirs with the layers', 'keep' for 16 bits; default: plan under budgets in bytes, x and "
-        "vram:, else keep. Only quantforge.load reads a quantized embedding.",
+        "vram: without a part in bits, else keep. Only quantforge.load reads such embeddings.",
     ),
 ]
 LatencyDevice = Annotated[

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         FrontierPoint,
         InspectReport,
         LatencyReport,
+        LayerReport,
         ParetoReport,
         PlannedLayer,
         PlanReport,
@@ -80,6 +81,7 @@ def show_quantized(report: Report, out: Console) -> None:
         ("model", report.source),
         ("calibration", report.calibration),
         *_plan_rows(report.plan.budget, report.plan.stored_bits, report.plan.code_bits),
+        *_outside_rows(report.layers),
         *_size_rows(report.sizes),
         *_quality_rows(report.quality),
         *_target_rows(report.targets),
@@ -130,6 +132,7 @@ def show_plan(report: PlanReport, out: Console) -> None:
         *([("  the best", f"at most {number(gap)} nats less")] if (gap := report.plan.gap) else []),
         *_target_rows(report.targets),
         *_refinement_rows(report.refinement),
+        *_outside_rows(report.layers),
         *_size_rows(report.sizes),
     ]
     rows += [_latency_row(one) for one in report.latency]
@@ -206,6 +209,7 @@ def show_inspection(report: InspectReport, out: Console, *, layers: bool) -> Non
     rows = [("folder", report.path), ("model", report.model), ("format", report.format)]
     if report.budget:
         rows.append(("budget", report.budget))
+    rows += _outside_rows(report.layers)
     rows += _size_rows(report.sizes)
     rows.append(("kept in 16 bits", f"{len(report.kept)} tensors"))
     versions = ", ".join(f"{name} {version}" for name, version in sorted(report.versions.items()))
@@ -220,6 +224,16 @@ def show_inspection(report: InspectReport, out: Console, *, layers: bool) -> Non
 def _plan_rows(budget: str, stored: float, code: float) -> list[tuple[str, str]]:
     bits = f"{stored:.3f} stored bits a weight ({code:.3f} of them codes)"
     return [("budget", budget), ("plan", bits)]
+
+
+def _outside_rows(layers: Sequence[PlannedLayer | LayerReport]) -> list[tuple[str, str]]:
+    """Embedding and head where a plan covers them: the layers of no numbered block."""
+    found = [
+        f"{one.name} {one.spec}"
+        for one in layers
+        if not any(part.isdigit() for part in one.name.split("."))
+    ]
+    return [("embedding, head", ", ".join(found))] if found else []
 
 
 def _size_rows(sizes: SizeReport) -> list[tuple[str, str]]:

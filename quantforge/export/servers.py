@@ -23,23 +23,28 @@ class _Rule:
         bits: widths it has kernels or a decoder for.
         symmetric: it loads no zero-points.
         fuses: members of a fused group must share a spec.
-        outside: it loads a quantized embedding and head.
+        embedding: it loads a quantized token embedding.
+        head: it loads a quantized head of its own, not tied to the embedding.
     """
 
     name: str
     bits: tuple[int, ...]
     symmetric: bool = False
     fuses: bool = True
-    outside: bool = False
+    embedding: bool = False
+    head: bool = False
 
 
 _RULES = (
-    _Rule(name="quantforge.load", bits=(2, 3, 4, 5, 6, 7, 8), fuses=False, outside=True),
+    _Rule(
+        name="quantforge.load", bits=(2, 3, 4, 5, 6, 7, 8), fuses=False, embedding=True, head=True
+    ),
     _Rule(
         name="transformers 5.23, compressed-tensors 0.20",
         bits=(2, 3, 4, 5, 6, 8),
         symmetric=True,
         fuses=False,
+        head=True,
     ),
     _Rule(name="vLLM 0.33 on NVIDIA (Turing or newer)", bits=(2, 3, 4, 5, 6, 7, 8)),
     _Rule(name="vLLM 0.33 on CPU and XPU", bits=(4,)),
@@ -70,10 +75,11 @@ def _judge(
         return ServerSupport(name=rule.name, loads=False, why=why)
     if rule.symmetric and any(not spec.symmetric for spec in specs):
         return ServerSupport(name=rule.name, loads=False, why="loads no zero-points")
-    packed = [x.name for x in layers if x.outside and assignment[x.name] is not None]
-    if packed and not rule.outside:
-        why = f"loads no quantized {packed[0]}"
-        return ServerSupport(name=rule.name, loads=False, why=why)
+    for layer in layers:
+        known = rule.head if layer.kind == "linear" else rule.embedding
+        if layer.outside and assignment[layer.name] is not None and not known:
+            why = f"loads no quantized {'head' if layer.kind == 'linear' else 'embedding'}"
+            return ServerSupport(name=rule.name, loads=False, why=why)
     split = _split_group(layers, assignment) if rule.fuses else None
     if split is not None:
         why = f"fuses {split}, whose members have different specs"

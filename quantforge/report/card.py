@@ -140,8 +140,18 @@ def _limit_lines(report: Report) -> Iterator[str]:
         )
     kept = sum(layer.spec == KEPT for layer in report.layers)
     weights = f"{report.sizes.kept_weights:,} weights (embeddings, head, norms)"
+    if outside := [x for x in report.layers if place(x.name).block is None]:
+        weights = "Norms"
+        packed = [f"`{x.name}` is {x.spec}" for x in outside if x.spec != KEPT]
+        if packed:
+            yield f"{'; '.join(packed)}: budgets in bits {_counted(report)}."
     layers = f" and {kept} of {len(report.layers)} planned layers" if kept else ""
     yield f"{weights}{layers} are kept in 16 bits."
+
+
+def _counted(report: Report) -> str:
+    """Whether embedding and head are part of the stored bits that are told."""
+    return "do not count it" if report.plan.fixed else "count it like any layer"
 
 
 def _inline(text: str) -> str:

@@ -306,7 +306,10 @@ def _sizes(report: Report) -> str:
         ("planned weights", f"{sizes.planned_weights:,}"),
         ("code bits per planned weight", f"{sizes.code_bits:.4f}"),
         ("stored bits per planned weight", f"{sizes.stored_bits:.4f}"),
-        ("other weights (embeddings, head, norms)", f"{sizes.kept_weights:,}"),
+        (
+            "weights outside the plan (norms; embedding and head unless planned)",
+            f"{sizes.kept_weights:,}",
+        ),
         ("checkpoint", f"{sizes.checkpoint_bytes:,} bytes"),
         ("checkpoint, bits over all weights", f"{sizes.checkpoint_bits:.4f}"),
         ("the same network in 16 bits", f"{sizes.reference_bytes:,} bytes"),

@@ -102,8 +102,8 @@ class EmbeddingsConfig(Config):
         include: "keep" leaves them in 16 bits; "plan" makes them layers of the search; a spec
             ("8b-g64", or "8bit" in the first of `group_sizes` that divides) is what they get, and
             budgets in bits do not count them then. None plans them under budgets in bytes, shares
-            and memory, and keeps them under others. Stock transformers does not load a quantized
-            embedding; `quantforge.load` does.
+            and memory without a part in bits, and keeps them under others. Stock transformers does
+            not load a quantized embedding; `quantforge.load` does.
         bits: widths of their candidates where they are planned.
         group_sizes: group sizes likewise; those that do not divide the hidden size drop out.
     """

@@ -2,8 +2,8 @@
 
 Under a budget in bits they are kept, because stock loaders know no quantized embedding. A budget in
 bytes is about the whole checkpoint, of which they can be a third: there they are layers of the
-search. A spec that was asked for is theirs whatever the budget says, and budgets in bits, which are
-averages over what is searched, do not count them.
+search, unless bits are limited as well. A spec that was asked for is theirs whatever the budget
+says, and budgets in bits, which are averages over what is searched, do not count them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def vocabulary_candidates(
     """
     include = config.include
     if include is None:
-        whole = budget is not None and bool(budget.sizes) and search.settled is None
+        kinds = {limit.kind for limit in (() if budget is None else budget.limits)}
+        whole = bool(kinds & {"bytes", "share", "vram"}) and "bits" not in kinds
+        whole = whole and search.settled is None
         include = "plan" if whole else "keep"
     if include == "keep":
         return {}

@@ -1,6 +1,7 @@
 """Quantized embeddings and heads through real runs: planned, fixed, kept, and read again."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -177,6 +178,8 @@ def test_commands_show_load_measure_and_run_it(run, small, checkpoint, text, tmp
     assert "model.embed_tokens is 8b-pc: quantforge.load reads the checkpoint" in done.stdout
     card = (tmp_path / "out" / "README.md").read_text()
     assert "its token embedding is quantized" in card
+    assert "`model.embed_tokens` is 8b-pc: budgets in bits do not count it." in card
+    assert re.search(r"embedding, head +model.embed_tokens 8b-pc", done.stdout)
     assert "model.embed_tokens" in (tmp_path / "out" / "report.html").read_text()
     manifest = json.loads((tmp_path / "out" / "quantforge.json").read_text())
     assert manifest["stock_readable"] is False
@@ -188,3 +191,19 @@ def test_commands_show_load_measure_and_run_it(run, small, checkpoint, text, tmp
     )
     assert 0 < measured.quality.kl < 1
     assert len("".join(quantforge.generate(tmp_path / "out", "The", tokens=3))) == 3
+
+
+def test_stock_transformers_loads_a_quantized_head_of_its_own(call, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    names = call(quantforge.plan, False, budget="3bit").plan.assignment
+    plan = {**dict.fromkeys(names, "3b-g32"), EMBEDDING: "kept", HEAD: "6b-pc"}
+    planned = call(quantforge.plan, False, plan=plan)
+    report = call(quantforge.quantize, False, plan=plan, output=tmp_path / "out")
+    assert planned.sizes == report.sizes
+    assert report.sizes.checkpoint_bytes == bytes_on_disk(tmp_path / "out")
+    assert not any("quantforge.load" in warning for warning in report.warnings)
+    assert json.loads((tmp_path / "out" / "quantforge.json").read_text())["stock_readable"] is True
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(logits(stock), logits(quantforge.load(tmp_path / "out")))
+    assert len(stock.lm_head.weight[0].unique()) <= 64

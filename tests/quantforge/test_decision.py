@@ -78,3 +78,12 @@ def test_hull_and_warning_are_about_the_plan_that_is_executed(measured):
     alone = choose(plan, quality(0.3), replace(measured, uniform=measured.uniform[1:2]), budget)
     assert alone.hull_kl == pytest.approx(0.2)
     assert len(alone.warnings) == 1
+
+
+def test_a_uniform_network_that_is_too_slow_is_not_taken(measured):
+    budget = Budget.parse("3.6bit")
+    plan = search(measured.sensitivity, budget, SearchConfig())
+    assert choose(plan, quality(0.3), measured, budget).plan is not plan
+    chosen = choose(plan, quality(0.3), measured, budget, barred={"uniform 3b-pc"})
+    assert chosen.plan is plan
+    assert chosen.curve[1:] == measured.uniform  # it is still compared with

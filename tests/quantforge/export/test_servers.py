@@ -50,3 +50,18 @@ def test_the_reason_names_what_is_in_the_way():
     ]
     split = {"q": QuantSpec(4), "k": QuantSpec(4, 32), "o": QuantSpec(4)}
     assert "fuses qk, whose members" in server_support(LAYERS, split)[2].why
+
+
+@pytest.mark.parametrize(
+    ("kind", "loading"),
+    [("tied", ("quantforge",)), ("embedding", ("quantforge",)), ("linear", ALL[:2])],
+)
+def test_who_loads_what_is_outside_the_blocks(kind, loading):
+    outside = LayerInfo(
+        name="e", kind=kind, out_features=32, in_features=64, block=-1, stage=0, fused_group="e"
+    )
+    plan = dict.fromkeys((*(layer.name for layer in LAYERS), "e"), QuantSpec(4, 32))
+    for one, key in zip(server_support((*LAYERS, outside), plan), ALL, strict=True):
+        assert one.loads == (key in loading), one
+    for one in server_support((*LAYERS, outside), {**plan, "e": None}):
+        assert one.loads, one

@@ -1,5 +1,7 @@
 """Bytes predicted from shapes against the bytes of files, equal to the last."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,3 +85,40 @@ def test_a_network_without_known_heads_has_no_memory_budget():
     footprint = Footprint(layers=model.layers, tensors=(), shard_bytes=1, token_bytes=None)
     with pytest.raises(InputError, match="keys and values"):
         footprint.memory_bytes({}, 1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_sizes_with_a_quantized_embedding_and_head(tmp_path, tied, fixed):
+    """Padded rows: 80 columns of 5 bits. What is fixed is no part of the plan, planned or not."""
+    module = tiny_llama(blocks=1, hidden=80, intermediate=128, tied=tied)
+    model = from_module(module)
+    outside = model.architecture.vocabulary(module)
+    assert [x.kind for x in outside] == (["tied"] if tied else ["embedding", "linear"])
+    specs = {x.name: QuantSpec(5, 16) for x in outside}
+    inside = {x.name: QuantSpec(3, 16) for x in model.layers}
+    plan = plan_of(inside | specs)
+    if fixed:
+        plan = replace(plan, fixed=tuple(specs))
+    footprint = Footprint.of(model, shard_bytes=1 << 30, fixed=specs if fixed else None)
+    with CheckpointWriter(
+        tmp_path, model_config=model_config(module), plan=plan, ignore=["lm_head"] if tied else [],
+        stock_readable=False,
+    ) as writer:  # fmt: skip
+        for layer in (*model.layers, *outside):
+            spec = plan.assignment[layer.name]
+            weight = random_weight(layer.out_features, layer.in_features, spec)
+            kind = "linear" if layer.kind == "linear" else "embedding"
+            writer.add_layer(layer.name, weight, kind=kind)
+        for name, tensor in module.state_dict().items():
+            if name.rpartition(".")[0] not in plan.assignment:
+                writer.add_tensor(name, tensor)
+        found = writer.finish()
+    assert footprint.sizes(plan.assignment) == found == size_report(tmp_path)
+    weights = sum(x.numel for x in model.layers)
+    assert found.planned_weights == weights + (0 if fixed else sum(x.numel for x in outside))
+    assert footprint.checkpoint_bytes(inside) == (
+        footprint.checkpoint_bytes(plan.assignment) if fixed else footprint.checkpoint_bytes(
+            inside | dict.fromkeys(specs)
+        )
+    )  # fmt: skip
