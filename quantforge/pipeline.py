@@ -25,9 +25,19 @@ from quantforge.opening import Source, configure, limit_of, open_job, target_of
 from quantforge.plan_file import GivenPlan
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.results import ParetoReport, PlanReport, Report
+from quantforge.runtime.transformers_plugin import use_in_transformers
 from quantforge.workspace import check_output, staging
 
-__all__ = ["evaluate", "generate", "inspect", "load", "pareto", "plan", "quantize"]
+__all__ = [
+    "evaluate",
+    "generate",
+    "inspect",
+    "load",
+    "pareto",
+    "plan",
+    "quantize",
+    "use_in_transformers",
+]
 
 Progress = Callable[[ProgressEvent], None]
 
