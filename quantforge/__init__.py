@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         plan,
         profile,
         quantize,
+        use_in_transformers,
     )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "plan",
     "profile",
     "quantize",
+    "use_in_transformers",
 ]
 
 _DISTRIBUTION = "quantforge-compiler"

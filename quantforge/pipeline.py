@@ -26,9 +26,20 @@ from quantforge.outcomes import ParetoReport, PlanReport, Report
 from quantforge.plan_file import GivenPlan
 from quantforge.profiling import profile
 from quantforge.progress import Monitor, ProgressEvent
+from quantforge.runtime.transformers_plugin import use_in_transformers
 from quantforge.workspace import check_output, staging
 
-__all__ = ["evaluate", "generate", "inspect", "load", "pareto", "plan", "profile", "quantize"]
+__all__ = [
+    "evaluate",
+    "generate",
+    "inspect",
+    "load",
+    "pareto",
+    "plan",
+    "profile",
+    "quantize",
+    "use_in_transformers",
+]
 
 Progress = Callable[[ProgressEvent], None]
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         FrontierPoint,
         InspectReport,
         LatencyReport,
-        LayerReport,
         ParetoReport,
         PlannedLayer,
         PlanReport,
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
         ServerSupport,
         WorkEstimate,
     )
-    from quantforge.results import Quality, RefinementRound, SizeReport, TargetOutcome
+    from quantforge.results import LayerReport, Quality, RefinementRound, SizeReport, TargetOutcome
 
 JSON_VERSION = 1
 _PIPE_WIDTH = 160

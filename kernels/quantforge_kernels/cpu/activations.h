@@ -12,6 +12,7 @@ namespace quantforge {
 // Memory for one call, kept by the calling thread for the next.
 struct Scratch {
   std::vector<float> values, scales;
+  std::vector<uint16_t> halves;
   std::vector<int8_t> codes;
   std::vector<int32_t> code_sums;
 };
@@ -30,12 +31,16 @@ inline void fill_values(const void* x, bool half, int64_t rows, const Shape& sha
                  Activations& result) {
   const int64_t stride = shape.units() * UNIT;
   scratch.values.resize(rows * stride);
+  if (half) scratch.halves.resize(rows * stride);
   for (int64_t row = 0; row < rows; ++row) {
     float* values = scratch.values.data() + row * stride;
     if (half) {
       const uint16_t* source = static_cast<const uint16_t*>(x) + row * shape.columns;
       for (int64_t column = 0; column < shape.columns; ++column)
         values[column] = widen_one(source[column]);
+      uint16_t* halves = scratch.halves.data() + row * stride;
+      std::memcpy(halves, source, 2 * shape.columns);
+      std::fill(halves + shape.columns, halves + stride, uint16_t{0});
     } else {
       std::memcpy(values, static_cast<const float*>(x) + row * shape.columns, 4 * shape.columns);
     }
@@ -43,6 +48,7 @@ inline void fill_values(const void* x, bool half, int64_t rows, const Shape& sha
   }
   result.stride = stride;
   result.values = scratch.values.data();
+  result.halves = scratch.halves.data();
 }
 
 // q = round(x / t) with t = max|x| / 127 over `count` values; a multiple of sixteen of them is the

@@ -5,7 +5,8 @@
 // ways to multiply:
 //
 //   exact, float32     Σ_g s_g Σ_c (code_c − zero_g) x_c, all in float32
-//   exact, bfloat16    Σ_c bf16((code_c − zero_g) s_g) x_c, summed in float32
+//   exact, bfloat16    Σ_c bf16((code_c − zero_g) s_g) x_c, summed in float32; with AVX-512 BF16 two
+//                      columns an instruction, which takes numbers below 2^-126 as zero
 //   8-bit activations  Σ_k s_g t_k (Σ_c code_c q_c − zero_g Σ_c q_c), the inner sums in int32, where
 //                      x_c ≈ t_k q_c inside chunk k of a group
 //
@@ -23,44 +24,101 @@ struct Activations {
   int64_t chunk_units;  // units that share an activation scale
   int64_t chunks;       // of a row
   const float* values;
+  const uint16_t* halves;  // the same in bfloat16, for the products that round weights to it
   const int8_t* codes;
   const float* scales;
   const int32_t* code_sums;
 };
 
+#if defined(__AVX512F__)
+constexpr bool HAS_LOOK_UP = true;
+#else
+constexpr bool HAS_LOOK_UP = false;
+#endif
+
 template <int M>
 constexpr int CHAINS = M == 1 ? 4 : 2;  // independent sums, so that additions need not wait
+
+// Ask for the cache lines that come a page later: the tiles of a thread follow one another. Measured
+// on one core of Zen 5: the 8-bit products read 5 to 15 % faster with 4096 than with 1024 or 2048.
+template <int BITS>
+QF_INLINE void fetch_ahead(const uint32_t* source) {
+  constexpr int AHEAD = 4096;
+#pragma GCC unroll 8
+  for (int vector = 0; vector < BITS; ++vector)
+    __builtin_prefetch(reinterpret_cast<const uint8_t*>(source) + AHEAD + 64 * vector);
+}
 
 QF_INLINE Integers byte_of(Words slot, int byte) {
   const Words moved = byte == 0 ? slot : slot >> (8 * byte);
   return (Integers)(byte == 3 ? moved : (moved & 0xff));
 }
 
-template <int BITS, int M, bool ROUND>
+// How a byte of a slot becomes code − zero in float32. Up to four bits and with the constant zero it
+// is looked up by its low four bits, which needs no mask: what is above the code is zero in a slot.
+template <int BITS, bool CONSTANT_ZERO>
+struct Difference {
+  Floats zero;
+
+  QF_INLINE_MEMBER explicit Difference(Integers zeros) {
+    if constexpr (BITS <= 4 && CONSTANT_ZERO && HAS_LOOK_UP) {
+      for (int code = 0; code < LANES; ++code) zero[code] = code - (1 << (BITS - 1));
+    } else {
+      zero = to_floats(zeros);
+    }
+  }
+  QF_INLINE_MEMBER Floats operator()(Words slot, int byte) const {
+    if constexpr (BITS <= 4 && CONSTANT_ZERO && HAS_LOOK_UP) {
+      return look_up(zero, byte == 0 ? slot : slot >> (8 * byte));
+    } else {
+      return to_floats(byte_of(slot, byte)) - zero;
+    }
+  }
+};
+
+template <int BITS, int M, bool ROUND, bool CONSTANT_ZERO>
 void exact_tile(const Weight& weight, int64_t tile, const Activations& x, int64_t row, Floats* out) {
   const Shape& shape = weight.shape;
   const int64_t units = shape.units() / shape.groups;
   const uint32_t* source = weight.codes(tile);
   const float* values = x.values + row * x.stride;
+  const uint16_t* halves = x.halves + row * x.stride;
   for (int m = 0; m < M; ++m) out[m] = floats_of(0);
   for (int64_t group = 0; group < shape.groups; ++group) {
     Floats scale = weight.scale(tile, group);
     if (ROUND && shape.wide_scales) scale = round_to_bfloat16(scale);
-    const Floats zero = to_floats(weight.zero(tile, group));
-    const Floats offset = -(zero * scale);
+    const Difference<BITS, CONSTANT_ZERO> difference(weight.zero(tile, group));
     Floats sum[M][CHAINS<M>];
     for (int m = 0; m < M; ++m)
       for (int chain = 0; chain < CHAINS<M>; ++chain) sum[m][chain] = floats_of(0);
     for (int64_t unit = 0; unit < units; ++unit) {
       Words slots[SLOTS];
+      fetch_ahead<BITS>(source);
       decode_unit<BITS>(source, slots);
       source += BITS * LANES;
 #pragma GCC unroll 8
       for (int slot = 0; slot < SLOTS; ++slot) {
+#if defined(__AVX512BF16__)
+        if constexpr (ROUND) {
+#pragma GCC unroll 2
+          for (int byte = 0; byte < 4; byte += 2) {
+            const Floats first = difference(slots[slot], byte) * scale;
+            const Floats second = difference(slots[slot], byte + 1) * scale;
+#pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) {
+              uint32_t pair;
+              std::memcpy(&pair, halves + m * x.stride + 4 * slot + byte, sizeof(pair));
+              Floats& chain = sum[m][(2 * slot + byte / 2) % CHAINS<M>];
+              chain = dot_pair(chain, first, second, pair);
+            }
+          }
+          continue;
+        }
+#endif
 #pragma GCC unroll 4
         for (int byte = 0; byte < 4; ++byte) {
-          Floats code = to_floats(byte_of(slots[slot], byte));
-          code = ROUND ? round_to_bfloat16(code * scale + offset) : code - zero;
+          Floats code = difference(slots[slot], byte);
+          if constexpr (ROUND) code = round_to_bfloat16(code * scale);
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) {
             sum[m][byte % CHAINS<M>] += code * values[m * x.stride + 4 * slot + byte];
@@ -68,6 +126,7 @@ void exact_tile(const Weight& weight, int64_t tile, const Activations& x, int64_
         }
       }
       values += UNIT;
+      halves += UNIT;
     }
     for (int m = 0; m < M; ++m) {
       Floats total = sum[m][0];
@@ -94,6 +153,7 @@ void quantized_tile(const Weight& weight, int64_t tile, const Activations& x, in
         for (int chain = 0; chain < CHAINS<M>; ++chain) sum[m][chain] = integers_of(0);
       for (int64_t unit = 0; unit < x.chunk_units; ++unit) {
         Words slots[SLOTS];
+        fetch_ahead<BITS>(source);
         decode_unit<BITS>(source, slots);
         source += BITS * LANES;
 #pragma GCC unroll 8
@@ -170,9 +230,11 @@ void some_tile(const Weight& weight, int64_t tile, const Activations& x, int64_t
   if (mode == Mode::QUANTIZED) {
     quantized_tile<BITS, M>(weight, tile, x, row, out);
   } else if (mode == Mode::ROUNDED) {
-    exact_tile<BITS, M, true>(weight, tile, x, row, out);
+    weight.zeros ? exact_tile<BITS, M, true, false>(weight, tile, x, row, out)
+                 : exact_tile<BITS, M, true, true>(weight, tile, x, row, out);
   } else {
-    exact_tile<BITS, M, false>(weight, tile, x, row, out);
+    weight.zeros ? exact_tile<BITS, M, false, false>(weight, tile, x, row, out)
+                 : exact_tile<BITS, M, false, true>(weight, tile, x, row, out);
   }
 }
 

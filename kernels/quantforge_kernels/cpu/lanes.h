@@ -11,6 +11,7 @@
 #endif
 
 #define QF_INLINE static inline __attribute__((always_inline))
+#define QF_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace quantforge {
 
@@ -85,6 +86,31 @@ QF_INLINE Halves narrow(Floats value) {
 }
 
 QF_INLINE Floats round_to_bfloat16(Floats value) { return widen(narrow(value)); }
+
+// table[value mod 16] of every lane: one instruction where there is one.
+QF_INLINE Floats look_up(Floats table, Words value) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_permutexvar_ps((__m512i)value, (__m512)table);
+#else
+  Floats result;
+  for (int lane = 0; lane < LANES; ++lane) result[lane] = table[value[lane] & 15];
+  return result;
+#endif
+}
+
+#if defined(__AVX512BF16__)
+// Per lane, sum + first · a + second · b with both factors rounded to bfloat16 and (a, b) the two
+// bfloat16 in `pair`; the products are exact and the sums rounded to float32, as fused ones are.
+QF_INLINE Floats dot_pair(Floats sum, Floats first, Floats second, uint32_t pair) {
+  const __m512i order = (__m512i)Words{
+      0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005, 0x00160006, 0x00170007,
+      0x00180008, 0x00190009, 0x001a000a, 0x001b000b, 0x001c000c, 0x001d000d, 0x001e000e, 0x001f000f};
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  const __m512i rows = _mm512_permutexvar_epi16(order, (__m512i)both);
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)rows,
+                                  (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(pair)));
+}
+#endif
 
 QF_INLINE float widen_one(uint16_t value) {
   const uint32_t bits = static_cast<uint32_t>(value) << 16;
