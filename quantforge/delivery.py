@@ -199,9 +199,9 @@ def dry_run(
         output: folder for the plan.
     """
     if measured is None:
-        decided = Decided(plan=job.find(None, budget))
+        decided = Decided(plan=job.plans.find(None, budget))
     else:
-        decided = job.decide(measured, budget)
+        decided = job.plans.decide(measured, budget)
     plan = decided.plan
     sensitivity = None if measured is None else measured.sensitivity
     if output is not None:
@@ -288,7 +288,7 @@ def uniform_rows(
     if budget is None or job.given is not None:
         budget = Budget.parse(plan.budget)
     outside = outside_specs(sensitivity.layers, plan.assignment)
-    fitting = {one.budget for one in job.fitting_uniform(sensitivity, budget, outside)}
+    fitting = {one.budget for one in job.plans.fitting_uniform(sensitivity, budget, outside)}
     return tuple(
         UniformPlan(
             name=one.budget,

@@ -257,7 +257,7 @@ def add_plan(
 ) -> None:
     """Rows of one method at one budget."""
     with cpu_timer() as spent:
-        plan = maker.job.decide(measurement, Budget.parse(f"{budget:g}bit")).plan
+        plan = maker.job.plans.decide(measurement, Budget.parse(f"{budget:g}bit")).plan
     for stage in stages(options):
         qualities, seconds = maker.measured(plan, measurement, stage)
         results.add(

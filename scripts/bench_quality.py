@@ -209,13 +209,13 @@ def make(job: Job, name: str, searched: Measurement | None, shared: Measurement 
         raise ValueError(f"nothing was measured for {name}")
     if not name.startswith(SEARCHED):
         job.recipe = settled(job.recipe, name)
-        plan = job.find(None, None)
+        plan = job.plans.find(None, None)
     elif kind == "tuned":
         wanted = f"uniform {QuantSpec.parse(what)}"
         sensitivity, _ = measured.needed_for_search()
         plan = next(p for p in uniform_plans(sensitivity) if p.budget == wanted)
     else:
-        plan = job.find(measured.sensitivity, Budget.parse(what))
+        plan = job.plans.find(measured.sensitivity, Budget.parse(what))
     if kind == "fast":
         update = {"tuning": TuningConfig(steps=0), "sequential": False}
         changed = job.recipe.quantize.model_copy(update=update)

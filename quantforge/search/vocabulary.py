@@ -120,6 +120,11 @@ def _asked(layer: LayerInfo, text: str, config: EmbeddingsConfig) -> QuantSpec:
     )
 
 
+def fixed_specs(candidates: Candidates) -> dict[str, QuantSpec]:
+    """Layer name → the spec it has whatever the plan."""
+    return {layer.name: specs[0] for layer, specs in candidates.items() if layer.fixed}
+
+
 def outside_specs(
     layers: Sequence[LayerInfo], assignment: Mapping[str, QuantSpec | None]
 ) -> dict[str, QuantSpec | None]:

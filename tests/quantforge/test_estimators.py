@@ -110,5 +110,5 @@ def test_interactions_come_from_the_cache_and_are_part_of_every_prediction(modul
     with job.measure(fresh=False) as measured:
         for point in measured.uniform:  # corrected with their pairs
             assert uniform[point.name] == pytest.approx(point.quality.kl, rel=1e-9)
-        again = job.find(measured.sensitivity, Budget.parse("2.8bit"))
+        again = job.plans.find(measured.sensitivity, Budget.parse("2.8bit"))
     assert again.assignment == plans[kind].assignment

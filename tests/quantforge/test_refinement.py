@@ -177,7 +177,7 @@ def test_derivatives_at_a_plan_are_those_of_its_measured_loss(module):
     tokens = job.calibration.fitting[:5]
     with job.measure(fresh=False) as measured:
         sensitivity, store = measured.needed_for_search()
-        plan = job.find(sensitivity, Budget.parse("2.8bit"))
+        plan = job.plans.find(sensitivity, Budget.parse("2.8bit"))
         found = derivatives(
             job.model, plan, sensitivity.specs, store, tokens, measured.final_hidden[:5],
             options=job.recipe.calibrate, monitor=job.monitor,
