@@ -25,6 +25,7 @@ from quantforge.models import Architecture, architecture_of
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.recipe import compose, resolve_target
 from quantforge.results import EvaluationReport, InspectReport, Quality, SizeReport
+from quantforge.runtime.decode import Decoder, obstacle
 from quantforge.runtime.load import load as load_packed
 from quantforge.types import LayerInfo
 
@@ -38,6 +39,8 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = torch.float32,
     backend: str = "auto",
+    mode: str = "exact",
+    head_bits: int | None = None,
 ) -> nn.Module:
     """A checkpoint as a network whose linears stay packed.
 
@@ -46,12 +49,16 @@ def load(
         device: where to put it.
         dtype: of activations and kept tensors; None takes the checkpoint's.
         backend: kernels to run on.
+        mode: "exact", or "a8" for inputs rounded to int8 by group: faster, and not exact.
+        head_bits: 8 runs a head kept in 16 bits through an 8-bit copy.
 
     Raises:
         InputError: the folder is not a whole checkpoint.
         UsageError: the backend cannot run here; the message says why.
     """
-    return load_packed(path, device=device, dtype=dtype, backend=backend)
+    return load_packed(
+        path, device=device, dtype=dtype, backend=backend, mode=mode, head_bits=head_bits
+    )
 
 
 def evaluate(
@@ -147,9 +154,11 @@ def generate(
     tokenizer = load_tokenizer(Path(checkpoint))
     if tokenizer is None:
         raise InputError(f"{checkpoint} has no tokenizer, which a prompt needs; add its files")
+    fast = not obstacle(module)
     pieces = stream(
         module, tokenizer, prompt,
         tokens=tokens, temperature=temperature, top_p=top_p, seed=seed,
+        continuation=(lambda capacity: Decoder(module, capacity).logits) if fast else None,
     )  # fmt: skip
     for index, piece in enumerate(pieces):
         yield piece

@@ -13,7 +13,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from quantforge_kernels import reference
+from quantforge_kernels import cpu_backend, reference
+from quantforge_kernels.geometry import Geometry
 from quantforge_kernels.layout import WIDTHS
 
 AUTO = "auto"
@@ -35,6 +36,7 @@ class Request:
         symmetric: whether there is no zero-point.
         dtype: of the input, and of the computation.
         device: type of the device, e.g. "cpu" or "cuda".
+        mode: how the input enters the product: "exact" as it is, "a8" rounded to int8 by group.
     """
 
     bits: int
@@ -42,6 +44,7 @@ class Request:
     symmetric: bool
     dtype: torch.dtype
     device: str
+    mode: str = "exact"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,7 @@ class Capability:
         dtypes: input dtypes.
         devices: device types; None for all.
         symmetric: accepted values of `Request.symmetric`.
+        modes: accepted values of `Request.mode`.
     """
 
     bits: tuple[int, ...]
@@ -61,20 +65,46 @@ class Capability:
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[str, ...] | None
     symmetric: tuple[bool, ...] = (True, False)
+    modes: tuple[str, ...] = ("exact",)
 
     def obstacle(self, request: Request) -> str:
         """Why the request cannot run; empty if it can."""
-        if request.bits not in self.bits:
-            return f"{request.bits} bits, supported: {_listed(self.bits)}"
-        if self.group_sizes is not None and request.group_size not in self.group_sizes:
-            return f"group size {request.group_size}, supported: {_listed(self.group_sizes)}"
-        if request.dtype not in self.dtypes:
-            return f"inputs of {request.dtype}, supported: {_listed(self.dtypes)}"
-        if self.devices is not None and request.device not in self.devices:
-            return f"tensors on {request.device}, supported: {_listed(self.devices)}"
+        groups, devices = self.group_sizes, self.devices
+        found = (
+            (f"{request.bits} bits", self.bits, request.bits),
+            (f"group size {request.group_size}", groups, request.group_size),
+            (f"inputs of {request.dtype}", self.dtypes, request.dtype),
+            (f"tensors on {request.device}", devices, request.device),
+            (f"mode {request.mode!r}", self.modes, request.mode),
+        )
+        for text, accepted, value in found:
+            if accepted is not None and value not in accepted:
+                return f"{text}, supported: {_listed(accepted)}"
         if request.symmetric not in self.symmetric:
             return "zero-points" if not request.symmetric else "weights without zero-points"
         return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """The operators over a weight in the backend's own order.
+
+    In all of them a weight is the three tensors that `prepare` returned, and a `Geometry`. They
+    take within 2 % of the bytes of the words, scales and zero-points that they replace.
+
+    Attributes:
+        prepare: (words, scale, zero, geometry) → (codes, scale, zero or None), on their device.
+        linear: (x, codes, scale, zero, geometry, bias, mode) → `x @ weight.T + bias`.
+        input_gradient: (gradient, codes, scale, zero, geometry) → `gradient @ weight`.
+        embedding: (ids, codes, scale, zero, geometry, dtype) → rows of the weight.
+    """
+
+    prepare: Callable[
+        [Tensor, Tensor, Tensor | None, Geometry], tuple[Tensor, Tensor, Tensor | None]
+    ]
+    linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, Geometry, Tensor | None, str], Tensor]
+    input_gradient: Callable[[Tensor, Tensor, Tensor, Tensor | None, Geometry], Tensor]
+    embedding: Callable[[Tensor, Tensor, Tensor, Tensor | None, Geometry, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,17 +116,22 @@ class Backend:
         capability: what it can run where it is available.
         unavailable: says why it cannot run on this machine; empty if it can.
         linear: `qlinear` with the signature of `reference.qlinear`, called on checked tensors.
+        prepared: the operators over its own order of the weight; None if it reads the file's.
     """
 
     name: str
     capability: Capability
     unavailable: Callable[[], str]
     linear: LinearFunction
+    prepared: Prepared | None = None
 
     def obstacle(self, request: Request) -> str:
         """Why the request cannot run here; empty if it can."""
-        reason = self.unavailable()
-        return f"not available here: {reason}" if reason else self.capability.obstacle(request)
+        reason = self.capability.obstacle(request)
+        if reason:
+            return reason
+        reason = self.unavailable()  # may build a library: asked last
+        return f"not available here: {reason}" if reason else ""
 
 
 def _always() -> str:
@@ -115,7 +150,28 @@ REFERENCE = Backend(
     linear=reference.qlinear,
 )
 
-BACKENDS: Mapping[str, Backend] = MappingProxyType({REFERENCE.name: REFERENCE})
+CPU = Backend(
+    name="cpu",
+    capability=Capability(
+        bits=WIDTHS,
+        group_sizes=None,
+        dtypes=(torch.float32, torch.bfloat16),
+        devices=("cpu",),
+        modes=("exact", "a8"),
+    ),
+    unavailable=cpu_backend.unavailable,
+    linear=cpu_backend.unprepared_linear,
+    prepared=Prepared(
+        prepare=cpu_backend.prepare,
+        linear=cpu_backend.linear,
+        input_gradient=cpu_backend.input_gradient,
+        embedding=cpu_backend.embedding,
+    ),
+)
+
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {backend.name: backend for backend in (CPU, REFERENCE)}
+)
 
 
 def choose_backend(

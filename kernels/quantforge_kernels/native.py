@@ -1,9 +1,11 @@
 """Builds a C++ source with the system compiler on first use and loads it through ctypes.
 
 The library is cached under a key made of the source, the headers beside it, the compiler's version
-and the instruction set, so that a new compiler, another machine or an edited source never meets a
-stale build. Where no compiler is found, or it fails, callers use the definition in torch and say so
-once.
+the instruction set and the options, so that a new compiler, another machine or an edited source
+never meets a stale build. A library is compiled for the machine it runs on, so the choice among
+AVX-512, AVX2 and portable code is the compiler's target; another target can be asked for, which is
+how one machine tests them all. Where no compiler is found, or it fails, callers use the definition
+in torch and say so once.
 """
 
 from __future__ import annotations
@@ -25,12 +27,38 @@ SOURCES = Path(__file__).resolve().parent / "cpu"
 # The parts of -ffast-math that vectorising needs, and not the flag itself: with it, some compilers
 # link code into the library that makes the whole process flush subnormal numbers to zero.
 MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
-FLAGS = ("-O3", "-march=native", "-fopenmp", *MATH, "-ffinite-math-only", "-std=c++17")
+REASSOCIATE = (*MATH, "-ffinite-math-only")
+# For sources that order their sums themselves and must pass infinities on.
+IN_ORDER = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-Wno-psabi")
+COMMON = ("-O3", "-fopenmp", "-std=c++17")
 LINK = ("-shared", "-fPIC")
 
 
 class BuildError(RuntimeError):
     """The native library could not be built; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a source is compiled.
+
+    Attributes:
+        target: `-march` of the compiler.
+        math: what the compiler may do to floating point.
+        extra: further flags, e.g. of a sanitizer.
+    """
+
+    target: str = "native"
+    math: tuple[str, ...] = REASSOCIATE
+    extra: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """As the compiler takes them."""
+        return (*COMMON, f"-march={self.target}", *self.math, *self.extra, *LINK)
+
+
+DEFAULT = Options()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +106,14 @@ def headers(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.h"))
 
 
-def build(source: Path, folder: Path) -> Path:
+def build(source: Path, folder: Path, options: Options = DEFAULT) -> Path:
     """Compile `source` into `folder` unless it is there already; return the library's path.
 
     Raises:
         BuildError: no compiler, or it failed (its first error line is in the message).
     """
     compiler = find_compiler()
-    flags = (*FLAGS, *LINK)
+    flags = options.flags
     texts = [path.read_text(encoding="utf-8") for path in (source, *headers(source.parent))]
     parts = (*texts, compiler.version, instruction_set(), *flags)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -112,7 +140,7 @@ def default_folder() -> Path:
 
 
 @cache
-def load(name: str) -> ctypes.CDLL:
+def load(name: str, options: Options = DEFAULT) -> ctypes.CDLL:
     """The library of `cpu/<name>.cpp`, built on first use.
 
     Raises:
@@ -121,7 +149,7 @@ def load(name: str) -> ctypes.CDLL:
     if sys.platform == "win32":
         raise BuildError("the native kernels are built for Linux and macOS only")
     try:
-        return ctypes.CDLL(str(build(SOURCES / f"{name}.cpp", default_folder())))
+        return ctypes.CDLL(str(build(SOURCES / f"{name}.cpp", default_folder(), options)))
     except OSError as error:
         raise BuildError(f"{name} could not be built or loaded: {error}") from error
 

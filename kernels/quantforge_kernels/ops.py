@@ -51,7 +51,7 @@ def qlinear(
     """
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be a floating point [..., in], got {x.dtype} {tuple(x.shape)}")
-    _check_weight(words, scale, zero, bits, group_size, x.shape[-1])
+    check_weight(words, scale, zero, bits, group_size, x.shape[-1])
     _check_device(x, words, "words")
     if bias is not None:
         if tuple(bias.shape) != (words.shape[0],) or bias.dtype != x.dtype:
@@ -96,13 +96,13 @@ def qembedding(
     """
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids must be int32 or int64, got {ids.dtype}")
-    _check_weight(words, scale, zero, bits, group_size, width)
+    check_weight(words, scale, zero, bits, group_size, width)
     _check_device(ids, words, "words")
     result: Tensor = _qembedding(ids, words, scale, zero, bits, group_size, width, dtype)
     return result
 
 
-def _check_weight(
+def check_weight(
     words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, width: int
 ) -> None:
     """Check one packed matrix of `width` columns."""

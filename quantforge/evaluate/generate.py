@@ -6,7 +6,7 @@ float networks, randomness comes from one explicit seed, and text is available a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from quantforge.errors import InputError, UsageError
 
 _UNFINISHED = "�"
+
+# Takes token ids that continue a sequence, gives the logits [vocabulary] of the token that follows.
+Continuation = Callable[[list[int]], Tensor]
 
 
 def greedy(module: nn.Module, tokenizer: Any, prompt: str, *, tokens: int = 32) -> str:
@@ -36,6 +39,7 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    continuation: Callable[[int], Continuation] | None = None,
 ) -> Iterator[str]:
     """Yield the continuation in pieces of text as they become certain.
 
@@ -50,6 +54,8 @@ def stream(
         temperature: 0 takes the most likely token; 1 samples from the model's distribution.
         top_p: sample among the most likely tokens that hold this share of the probability.
         seed: of the sampling.
+        continuation: makes what runs the network, given the longest sequence; None runs the module
+            itself with its own cache.
 
     Raises:
         InputError: the prompt has no tokens or does not fit the model.
@@ -57,27 +63,48 @@ def stream(
     """
     _check_options(tokens, temperature, top_p)
     prefix = _encode(module, tokenizer, prompt)
-    return _stream(module, tokenizer, prefix, tokens, _Sampler(temperature, top_p, seed))
+    sampler = _Sampler(temperature, top_p, seed)
+    make = continuation or (lambda _: module_continuation(module))
+    return _stream(module, tokenizer, prefix, tokens, sampler, make)
 
 
-def _stream(
-    module: nn.Module, tokenizer: Any, prefix: list[int], tokens: int, sampler: _Sampler
-) -> Iterator[str]:
-    device = next(module.parameters()).device
-    ends = _end_tokens(module, tokenizer)
-    positions = getattr(getattr(module, "config", None), "max_position_embeddings", None)
-    room = tokens if positions is None else min(tokens, positions - len(prefix))
-    made: list[int] = []
-    shown, cache, following = "", None, prefix
-    for _ in range(room):
+def module_continuation(module: nn.Module) -> Continuation:
+    """Runs a transformers module with a key-value cache of its own."""
+    device, cache = next(module.parameters()).device, None
+
+    def logits(tokens: list[int]) -> Tensor:
+        nonlocal cache
         with torch.no_grad():
             output = module(
-                input_ids=torch.tensor([following], device=device),
+                input_ids=torch.tensor([tokens], device=device),
                 past_key_values=cache,
                 use_cache=True,
             )
         cache = output.past_key_values
-        token = sampler.choose(output.logits[0, -1])
+        last: Tensor = output.logits[0, -1]
+        return last
+
+    return logits
+
+
+def _stream(
+    module: nn.Module,
+    tokenizer: Any,
+    prefix: list[int],
+    tokens: int,
+    sampler: _Sampler,
+    make: Callable[[int], Continuation],
+) -> Iterator[str]:
+    ends = _end_tokens(module, tokenizer)
+    positions = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    room = tokens if positions is None else min(tokens, positions - len(prefix))
+    made: list[int] = []
+    shown, following = "", prefix
+    if room <= 0:
+        return
+    logits = make(len(prefix) + room)
+    for _ in range(room):
+        token = sampler.choose(logits(following))
         if token in ends:
             break
         made.append(token)

@@ -35,6 +35,9 @@ class Architecture:
         embedding: path of the token embedding.
         final_norm: path of the norm between the last block and the head.
         head: path of the output projection.
+        rotary: path of the module that gives cosines and sines of positions, where the block is
+            Llama's: norms before both halves, rotated queries and keys, a gated feed-forward, its
+            four stages in this order. Empty for any other block.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Architecture:
     final_norm: str
     head: str
     folds: tuple[tuple[str, int], ...] = ()
+    rotary: str = ""
 
     def block_list(self, module: nn.Module) -> nn.ModuleList:
         """The decoder blocks of `module`."""

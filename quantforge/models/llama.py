@@ -20,6 +20,7 @@ LLAMA = ARCHITECTURES.register("llama")(
         embedding="model.embed_tokens",
         final_norm="model.norm",
         head="lm_head",
+        rotary="model.rotary_emb",
         folds=(
             ("input_layernorm", 0),
             ("self_attn.v_proj", 1),

@@ -1,9 +1,22 @@
-"""Modules that keep their weight packed: buffers and one operator call."""
+"""Modules that keep their weight packed: buffers and one operator call.
+
+A weight is loaded in the order of the file. `prepare` hands it to the backend that will run it, and
+where that has an order of its own the buffers hold it from then on, in place of the words.
+"""
 
 from __future__ import annotations
 
 import torch
-from quantforge_kernels import packed_words, qembedding, qlinear
+from quantforge_kernels import (
+    Geometry,
+    PreparedWeight,
+    packed_words,
+    prepare,
+    qembedding,
+    qembedding_prepared,
+    qlinear,
+    qlinear_prepared,
+)
 from torch import Tensor, nn
 
 from quantforge.format import compressed
@@ -47,6 +60,52 @@ class PackedWeight(nn.Module):
         self.register_buffer(compressed.PACKED, packed)
         self.register_buffer(compressed.SCALE, scale)
         self.register_buffer(compressed.ZERO_POINT, zero)
+        self.order = ""  # name of the backend whose order the buffers are in; empty: the file's
+
+    @property
+    def geometry(self) -> Geometry:
+        """Shape and grouping, as the kernels take them."""
+        return Geometry(
+            out_features=self.out_features,
+            in_features=self.in_features,
+            bits=self.spec.bits,
+            group_size=self.spec.group_size,
+        )
+
+    @property
+    def prepared(self) -> PreparedWeight | None:
+        """The weight in its backend's order; None while it is in the file's."""
+        if not self.order:
+            return None
+        return PreparedWeight(
+            backend=self.order,
+            geometry=self.geometry,
+            codes=self.weight_packed,
+            scale=self.weight_scale,
+            zero=self.weight_zero_point,
+        )
+
+    def prepare(self, dtype: torch.dtype, *, backend: str = "auto", mode: str = "exact") -> None:
+        """Put the filled buffers into the order of the backend that will run them, once.
+
+        Args:
+            dtype: of the inputs to come.
+            backend: name of a kernel backend, or "auto".
+            mode: how inputs enter the product, "exact" or "a8".
+
+        Raises:
+            BackendError: the backend is unknown or cannot run this.
+        """
+        if self.order:
+            return
+        zero = self.weight_zero_point
+        made = prepare(
+            self.weight_packed, self.weight_scale, zero, self.geometry, dtype,
+            backend=backend, mode=mode,
+        )  # fmt: skip
+        if made is not None:
+            self.fill(made.codes, made.scale, made.zero)
+            self.order = made.backend
 
     def fill(self, packed: Tensor, scale: Tensor, zero: Tensor | None) -> None:
         """Take over loaded buffers: words, 16-bit scales, [out, groups] zero-points."""
@@ -55,6 +114,7 @@ class PackedWeight(nn.Module):
     def share(self, other: PackedWeight) -> None:
         """Use the buffers of `other`, e.g. of the embedding a head is tied to."""
         self.fill(other.weight_packed, other.weight_scale, other.weight_zero_point)
+        self.order = other.order
 
     def extra_repr(self) -> str:
         """The shape and the spec, for printing."""
@@ -73,6 +133,7 @@ class QuantLinear(PackedWeight):
         bias: whether there is one.
         device: of the buffers, which hold nothing until loaded.
         backend: name of a kernel backend, or "auto".
+        mode: how inputs enter the product: "exact" as they are, "a8" rounded to int8 by group.
     """
 
     bias: Tensor | None
@@ -86,9 +147,10 @@ class QuantLinear(PackedWeight):
         bias: bool = False,
         device: torch.device | str = "meta",
         backend: str = "auto",
+        mode: str = "exact",
     ) -> None:
         super().__init__(out_features, in_features, spec, device=device)
-        self.backend = backend
+        self.backend, self.mode = backend, mode
         self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
 
     @classmethod
@@ -106,6 +168,9 @@ class QuantLinear(PackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
+        prepared = self.prepared
+        if prepared is not None:
+            return qlinear_prepared(x, prepared, self.bias, mode=self.mode)
         return qlinear(
             x,
             self.weight_packed,
@@ -143,6 +208,9 @@ class QuantEmbedding(PackedWeight):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] token ids → [..., in]."""
+        prepared = self.prepared
+        if prepared is not None:
+            return qembedding_prepared(ids, prepared, self.dtype)
         return qembedding(
             ids,
             self.weight_packed,

@@ -20,6 +20,7 @@ from torch import nn
 from quantforge.errors import InputError, ResourceError, UsageError
 from quantforge.format import compressed
 from quantforge.format.checkpoint import Checkpoint, TensorReader, open_checkpoint
+from quantforge.methods.rtn import minmax_scale, round_to_nearest
 from quantforge.runtime.linear import PackedWeight, QuantEmbedding, QuantLinear
 from quantforge.types import QuantSpec
 
@@ -32,6 +33,8 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
     backend: str = "auto",
+    mode: str = "exact",
+    head_bits: int | None = None,
 ) -> nn.Module:
     """Load a quantized checkpoint for inference, weights packed.
 
@@ -40,6 +43,10 @@ def load(
         device: where the model runs.
         dtype: of activations, kept weights and the decoded weights; None takes config.json's.
         backend: kernel backend, or "auto".
+        mode: how inputs enter the packed products: "exact" as they are, "a8" rounded to int8 by
+            group, which is faster.
+        head_bits: 8 runs a head that the checkpoint keeps in 16 bits through a copy rounded to 8,
+            in groups of at most 128; None runs it as it is.
 
     Returns:
         The transformers model in evaluation mode, with `generate`. No parameter requires a
@@ -50,15 +57,20 @@ def load(
         UsageError: the device or backend is unknown, or the backend cannot run these layers.
         ResourceError: the device is not there.
     """
+    if head_bits not in (None, 8):
+        raise UsageError(f"head_bits must be 8 or None, got {head_bits}")
     checkpoint = open_checkpoint(path)
     specs = checkpoint.specs()
     target = checked_device(device)
     chosen = _config_dtype(checkpoint) if dtype is None else dtype
-    _check_backend(backend, specs, chosen, target)
+    _check_backend(backend, mode, specs, chosen, target)
     model = _build(checkpoint, chosen)
     _swap(model, specs, chosen, backend, checkpoint.folder)
     _fill(model, checkpoint, specs, target, chosen)
-    _tie(model, backend)
+    if head_bits is not None:
+        _round_head(model, head_bits, backend)
+    _prepare(model, chosen, backend, mode)
+    _tie(model, backend, mode)
     _check_complete(model, checkpoint.folder)
     model.to(target)  # what is in no checkpoint, e.g. rotary frequencies
     _set_generation_config(model, checkpoint.folder)
@@ -92,7 +104,11 @@ def _config_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _check_backend(
-    backend: str, specs: Mapping[str, QuantSpec], dtype: torch.dtype, device: torch.device
+    backend: str,
+    mode: str,
+    specs: Mapping[str, QuantSpec],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Fail before loading, not in the first forward."""
     for spec in sorted(set(specs.values())):
@@ -102,6 +118,7 @@ def _check_backend(
             symmetric=spec.symmetric,
             dtype=dtype,
             device=device.type,
+            mode=mode,
         )
         try:
             choose_backend(backend, request)
@@ -206,6 +223,33 @@ def _fill(
         _place(model, name, placed, checkpoint.folder)
 
 
+def _prepare(model: nn.Module, dtype: torch.dtype, backend: str, mode: str) -> None:
+    """Put every packed weight into the order of its backend, one after another."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.mode = mode
+        if isinstance(module, PackedWeight):
+            module.prepare(dtype, backend=backend, mode=mode)
+
+
+def _round_head(model: Any, bits: int, backend: str) -> None:
+    """Replace a float head, tied or not, by a packed copy; an embedding it is tied to stays."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return
+    tied = bool(model.all_tied_weights_keys)
+    weight = (model.get_input_embeddings() if tied else head).weight
+    if not isinstance(weight, torch.Tensor):  # a packed embedding: the head shares it
+        return
+    columns = weight.shape[1]
+    group = max(width for width in range(1, 129) if columns % width == 0)
+    spec = QuantSpec(bits, group) if group < columns else QuantSpec(bits)
+    packed = round_to_nearest(weight, minmax_scale(weight, spec), spec)
+    name = next(name for name, module in model.named_modules() if module is head)
+    model.set_submodule(name, QuantLinear.from_weight(packed, head.bias, backend=backend))
+    model.config.tie_word_embeddings = False
+
+
 def _place(model: nn.Module, name: str, tensor: torch.Tensor, folder: Path) -> None:
     """Set a parameter or persistent buffer by its path."""
     path, _, leaf = name.rpartition(".")
@@ -227,9 +271,11 @@ def _place(model: nn.Module, name: str, tensor: torch.Tensor, folder: Path) -> N
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
-def _tie(model: Any, backend: str) -> None:
+def _tie(model: Any, backend: str, mode: str) -> None:
     """Let a tied head use the embedding's weight, packed or not."""
     embedding = model.get_input_embeddings()
+    if isinstance(model.get_output_embeddings(), QuantLinear):
+        return  # stored packed beside the embedding, or rounded
     if not isinstance(embedding, PackedWeight):
         model.tie_weights()
         return
@@ -238,7 +284,11 @@ def _tie(model: Any, backend: str) -> None:
         return
     name = next(name for name, module in model.named_modules() if module is head)
     shared = QuantLinear(
-        embedding.out_features, embedding.in_features, embedding.spec, backend=backend
+        embedding.out_features,
+        embedding.in_features,
+        embedding.spec,
+        backend=backend,
+        mode=mode,
     )
     shared.share(embedding)
     model.set_submodule(name, shared)

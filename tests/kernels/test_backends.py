@@ -29,6 +29,12 @@ TABLE = {"fast": FAST, **BACKENDS}
 def test_auto_takes_the_first_that_can() -> None:
     assert choose_backend("auto", REQUEST, TABLE).name == "fast"
     assert choose_backend("auto", replace(REQUEST, bits=3), TABLE).name == "reference"
+    assert choose_backend("auto", replace(REQUEST, device="cpu")).name == "cpu"
+    # a width of input the kernels do not have
+    half = replace(REQUEST, device="cpu", dtype=torch.float16)
+    assert choose_backend("auto", half).name == "reference"
+    with pytest.raises(BackendError, match=r"'cpu' cannot run this layer .inputs of torch.float16"):
+        choose_backend("cpu", half)
 
 
 @pytest.mark.parametrize(
@@ -68,4 +74,4 @@ def test_the_reference_runs_everything() -> None:
         request = Request(
             bits=bits, group_size=group, symmetric=symmetric, dtype=dtype, device=device
         )
-        assert choose_backend("auto", request).name == "reference"
+        assert choose_backend("reference", request).name == "reference"
