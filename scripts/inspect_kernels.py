@@ -47,13 +47,13 @@ def launch_of(kernel: str, target: str, bits: int, group: int) -> Launch:
 def weight_loads(code: Code, build: Build) -> int:
     """128-bit loads of packed weights that an iteration issues, all of them independent.
 
-    In the pipelined loop everything is copied to shared memory; what are not weights there are
-    the copies of the input, `fold` columns of each of its rows, 16 bytes a thread.
+    Where nothing tells them apart, as in a pipeline through shared memory, what are not weights
+    are the loads of the input: 128 columns of each of its rows, 16 bytes a thread.
     """
     backend, _, lanes = TARGETS[build.target]
     direct = code.count(DIRECT)
-    if direct or backend == "hip":
-        return direct or code.count(COPIES[backend])
+    if direct:
+        return direct
     size = 1 if build.integer else 2
     inputs = 128 * build.launch.rows * size // (16 * lanes * build.launch.warps)
     return code.count(COPIES[backend]) - max(1, inputs)

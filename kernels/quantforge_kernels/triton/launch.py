@@ -121,7 +121,9 @@ def choose_launch(
         # 16 rows are also the narrowest matrix instruction of AMD that is not wasteful.
         rows = 8 if m <= 8 and device.backend == "cuda" else 16
         # Two tiles a warp halve what is not unpacking; one, where rows are too few for the device.
-        tiles = 2 if row_tiles >= 2 * device.processors or units < 2 * _FEWEST_UNITS else 1
+        # AMD's warps of 64 lanes need two tiles for loads of 128 bits, four to have enough of them.
+        many = row_tiles >= 2 * device.processors or units < 2 * _FEWEST_UNITS
+        tiles = 4 if device.backend == "hip" else 2 if many else 1
         # A stage ahead, by asynchronous copies, keeps a whole iteration's loads in flight.
         stages = 2 if device.backend == "cuda" else 1
         programs = -(-row_tiles // tiles)

@@ -173,7 +173,7 @@ def _gemm(
     kind = torch.int8 if integer else x.dtype
     arranged = x.new_empty(padded, units * 128, dtype=kind)
     lead = x.new_empty(units * 128 // fold, padded, dtype=torch.float32)
-    total = torch.empty_like(lead) if asymmetric else None
+    total = lead.new_empty(lead.shape) if asymmetric else None
     token_scale = lead.new_empty(padded) if integer else None
     arrange[(padded,)](
         x, arranged, lead, total, token_scale,

@@ -111,6 +111,23 @@ def pieces(bits: int, pair: int) -> tuple[Piece, ...]:
     return tuple(Piece(i, 15, i, 1) for i in range(bits))
 
 
+def padded_group(group_size: int, in_features: int) -> int:
+    """Columns that share a scale in the layout: for a whole row, its padded length.
+
+    Raises:
+        ValueError: a group that is not a multiple of 32 columns, or does not divide the row.
+    """
+    group = group_width(group_size, in_features)
+    if group == in_features:
+        return -(-in_features // TILE_COLUMNS) * TILE_COLUMNS
+    if group % GROUP_STEP or in_features % group:
+        raise ValueError(
+            f"groups of {group} in a row of {in_features}: the layout needs multiples of "
+            f"{GROUP_STEP} that divide it"
+        )
+    return group
+
+
 def repack(
     words: Tensor,
     scale: Tensor,
@@ -137,13 +154,9 @@ def repack(
     """
     if bits not in WIDTHS:
         raise ValueError(f"bits must be one of {WIDTHS}, got {bits}")
-    group = group_width(group_size, in_features)
-    if group != in_features and (group % GROUP_STEP or in_features % group):
-        raise ValueError(f"groups of {group} columns: not a multiple of {GROUP_STEP} in the row")
+    group = padded_group(group_size, in_features)
     rows = words.shape[0]
     row_tiles, column_tiles = -(-rows // TILE_ROWS), -(-in_features // TILE_COLUMNS)
-    if group == in_features:
-        group = column_tiles * TILE_COLUMNS
     result = words.new_zeros(row_tiles, column_tiles, bits, 8, 4, 4)
     step = max(1, _BLOCK_CODES // (column_tiles * TILE_COLUMNS * TILE_ROWS))
     for start in range(0, row_tiles, step):

@@ -57,7 +57,7 @@ def arrange(
             largest = tl.maximum(largest, tl.abs(x))
         peak = tl.max(largest, 0)
         tl.store(token_scale_ptr + row, peak / 127.0)
-        inverse = tl.where(peak > 0.0, 127.0 / peak, 0.0)
+        inverse = tl.where(peak > 0.0, 127.0 / tl.where(peak > 0.0, peak, 1.0), 0.0)
     for start in range(0, width, block):
         column = start + tl.arange(0, block)
         x = tl.load(x_row + column, mask=column < limit, other=0.0)
