@@ -94,7 +94,8 @@ def read_code(compiled: Any, target: str) -> Code:
     registers, stack, local = (
         int(re.findall(rf"\b{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL")
     )
-    body, labels = [], {}
+    body: list[str] = []
+    labels: dict[str, int] = {}
     for line in text.splitlines():
         label = _LABEL.match(line.strip())
         if label:

@@ -1,7 +1,7 @@
 """The GPU kernels in Triton's interpreter, against float64 and against the reference.
 
 Run by `test_interpreter.py` in a process of its own: whether kernels are interpreted is decided
-when Triton is imported. Every tensor that the operators allocate, inputs too, lies inside a larger one:
+when Triton is imported. Every tensor that the operators allocate, inputs too, lies in a larger one:
 NaN around it and in it, so that a read beyond a border, or a place that is never written, is seen
 in the result, and a write beyond a border in the frame.
 
