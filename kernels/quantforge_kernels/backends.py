@@ -16,6 +16,7 @@ from torch import Tensor
 from quantforge_kernels import cpu_backend, reference
 from quantforge_kernels.geometry import Geometry
 from quantforge_kernels.layout import WIDTHS
+from quantforge_kernels.triton import backend as triton_backend
 
 AUTO = "auto"
 
@@ -169,8 +170,27 @@ CPU = Backend(
     ),
 )
 
+TRITON = Backend(
+    name="triton",
+    capability=Capability(
+        bits=WIDTHS,
+        group_sizes=triton_backend.GROUP_SIZES,
+        dtypes=triton_backend.DTYPES,
+        devices=("cuda",),
+        modes=("exact", "a8"),
+    ),
+    unavailable=triton_backend.unavailable,
+    linear=triton_backend.unprepared_linear,
+    prepared=Prepared(
+        prepare=triton_backend.prepare,
+        linear=triton_backend.linear,
+        input_gradient=triton_backend.input_gradient,
+        embedding=triton_backend.embedding,
+    ),
+)
+
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {backend.name: backend for backend in (CPU, REFERENCE)}
+    {backend.name: backend for backend in (TRITON, CPU, REFERENCE)}
 )
 
 
@@ -204,4 +224,6 @@ def choose_backend(
 
 
 def _listed(values: tuple[object, ...]) -> str:
+    if len(values) > 12:
+        values = (*values[:4], "...", values[-1])
     return ", ".join(str(value) for value in values)

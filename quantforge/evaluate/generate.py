@@ -127,9 +127,9 @@ class _Sampler:
 
     def choose(self, logits: Tensor) -> int:
         """Index of the chosen token from logits [vocabulary]."""
-        scores = logits.float().cpu()
         if self.temperature == 0:
-            return int(scores.argmax())
+            return int(logits.float().argmax())
+        scores = logits.float().cpu()
         share, order = torch.softmax(scores / self.temperature, -1).sort(descending=True)
         # keep a token if those before it hold less than top_p; the first one always stays
         share = share.where(share.cumsum(0) - share < self.top_p, 0.0)

@@ -1,0 +1,175 @@
+"""Reads compiled kernels: registers, spills, loops, loads and matrix instructions.
+
+NVIDIA's code is disassembled by the `nvdisasm` and `cuobjdump` of the triton package; AMD's is the
+text that the compiler wrote. The inner loop is found by its backward branch: among the loops of a
+kernel, the longest that holds no other. An instruction is one issue slot of a warp, so that
+instructions of the loop / (weights of an iteration / threads) is what a weight costs a thread.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
+_LABEL = re.compile(r"^(\.L\w+):")
+_PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+_REGISTER = re.compile(r"\bR(\d+)\b")
+_AMD_LABEL = re.compile(r"^(\.LBB\w+):")
+_AMD_LINE = re.compile(r"^\s+([a-z]\w+)(\s.*)?$")
+
+# What a multiprocessor or compute unit has: registers (32 bit), warps, shared memory, blocks.
+REGISTERS = 65536
+MOST_BLOCKS = 32
+MOST_WARPS = 64
+SHARED = {"sm_80": 167936, "sm_90": 233472}
+BLOCK_RESERVE = 1024  # bytes of shared memory that the system takes of each block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Code:
+    """Facts of one compiled kernel.
+
+    Attributes:
+        registers: of a thread.
+        spills: bytes of local memory of a thread (NVIDIA), or spilled registers (AMD).
+        shared: bytes of shared memory of a program.
+        loop: the inner loop's instructions, operands included.
+        body: all instructions.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    loop: tuple[str, ...]
+    body: tuple[str, ...]
+
+    def count(self, pattern: str) -> int:
+        """Instructions of the inner loop that match a regular expression from their start."""
+        return sum(bool(re.match(pattern, line)) for line in self.loop)
+
+    def histogram(self) -> Counter[str]:
+        """Instructions of the inner loop by name, without suffixes."""
+        return Counter(re.split(r"[.\s]", line, maxsplit=1)[0] for line in self.loop)
+
+    def loads_in_flight(self) -> int:
+        """The most 128-bit loads from global memory that wait together in the inner loop.
+
+        A load waits from its issue to the first instruction that reads its registers. Copies to
+        shared memory (LDGSTS) all count: what they bring is read in a later iteration.
+        """
+        waiting: dict[int, frozenset[str]] = {}
+        most = 0
+        for index, line in enumerate(self.loop):
+            read = _REGISTER.findall(line.partition(",")[2] or line)
+            used = set(read)
+            waiting = {at: names for at, names in waiting.items() if not names & used}
+            if re.match(r"LDG\.E\.128|LDG\.E\.\w+(\.\w+)*\.128", line):
+                first = int(_REGISTER.findall(line)[0])
+                waiting[index] = frozenset(str(first + i) for i in range(4))
+                most = max(most, len(waiting))
+        return max(most, self.count(r"LDGSTS\S*\.128"))
+
+
+def read_code(compiled: Any, target: str) -> Code:
+    """Facts of a kernel from `ahead.compile_build`.
+
+    Args:
+        compiled: Triton's compiled kernel.
+        target: what it was compiled for, e.g. "sm_90" or "gfx942".
+    """
+    shared = int(compiled.metadata.shared)
+    if "cubin" not in compiled.asm:
+        return _read_amd(compiled.asm["amdgcn"], shared)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        text = _tool("nvdisasm", "-c", str(path))
+        usage = _tool("cuobjdump", "-res-usage", str(path))
+    registers, stack, local = (
+        int(re.findall(rf"\b{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL")
+    )
+    body: list[str] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        label = _LABEL.match(line.strip())
+        if label:
+            labels[label[1]] = len(body)
+            continue
+        found = _SASS.search(line)
+        if found:
+            body.append(_PREDICATE.sub("", found[1]))
+    jumps = []
+    for index, line in enumerate(body):
+        aim = re.match(r"BRA.*`\((\.L\w+)\)", line)
+        if aim and labels.get(aim[1], index + 1) < index:
+            jumps.append((labels[aim[1]], index))
+    return Code(
+        registers=registers,
+        spills=stack + local,
+        shared=shared,
+        loop=_inner(body, jumps),
+        body=tuple(body),
+    )
+
+
+def warps_resident(code: Code, target: str, warps: int) -> int:
+    """Warps of this kernel that fit a multiprocessor at once, by registers, memory and blocks."""
+    per_warp = -(-code.registers // 8) * 8 * 32  # registers are given out in eights
+    by_registers = REGISTERS // (per_warp * warps)
+    by_memory = SHARED[target] // (code.shared + BLOCK_RESERVE)
+    return min(by_registers, by_memory, MOST_BLOCKS, MOST_WARPS // warps) * warps
+
+
+def _read_amd(text: str, shared: int) -> Code:
+    def number(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
+
+    body: list[str] = []
+    labels: dict[str, int] = {}
+    for line in text.partition(".rodata")[0].splitlines():
+        label, found = _AMD_LABEL.match(line), _AMD_LINE.match(line.partition(";")[0])
+        if label:
+            labels[label[1]] = len(body)
+        elif found:
+            body.append(line.partition(";")[0].strip())
+    jumps = []
+    for index, line in enumerate(body):
+        aim = re.match(r"s_c?branch\w*\s+(\.LBB\w+)", line)
+        if aim and labels.get(aim[1], index + 1) < index:
+            jumps.append((labels[aim[1]], index))
+    return Code(
+        registers=number("vgpr_count"),
+        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        shared=shared,
+        loop=_inner(body, jumps),
+        body=tuple(body),
+    )
+
+
+def _inner(body: list[str], jumps: list[tuple[int, int]]) -> tuple[str, ...]:
+    """The longest loop without another inside; empty if there is none."""
+    inner = [
+        (start, end)
+        for start, end in jumps
+        if not any(
+            (start, end) != other and start <= other[0] and other[1] <= end for other in jumps
+        )
+    ]
+    if not inner:
+        return ()
+    start, end = max(inner, key=lambda span: span[1] - span[0])
+    return tuple(body[start : end + 1])
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """Output of one of the tools in the triton package."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
