@@ -44,10 +44,12 @@ from quantforge.registry import Registry
 from quantforge.results import Quality
 from quantforge.types import LayerInfo, QuantSpec, Sensitivity
 
-# A product with the Hessian of all layers in forward passes over the same tokens, about.
-PRODUCT_PASSES = 6.0
-# With that of one layer, its gradient's graph at hand: through half the network on average.
-LAYER_PRODUCT_PASSES = 1.5
+# A product with the Hessian of all layers in forward passes over the same tokens: 11.7 on
+# SmolLM2-135M with 128 tokens, where vectors of all weights weigh in; fewer on longer texts.
+PRODUCT_PASSES = 12.0
+# With that of one layer, its gradient's graph at hand: 2.3 for the first layer there, 0.4 for the
+# last one.
+LAYER_PRODUCT_PASSES = 1.4
 # A forward and a backward pass likewise.
 BACKWARD_PASSES = 3.0
 
