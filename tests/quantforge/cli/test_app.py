@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("plan", "pareto", "quantize", "eval", "generate", "inspect", "fetch")
+COMMANDS = ("plan", "pareto", "quantize", "eval", "generate", "inspect", "profile", "fetch")
 DEFAULTS = {
     "budget": "3bit",
     "plan": None,
@@ -59,6 +59,7 @@ def test_every_compile_option_reaches_the_pipeline(command, pipeline, name: str)
         ),
         *("--calibration", "t.txt", "--set", "search.bits=[2, 3]", "--set", "model=./a"),
         *("--model", "./b", "--force", "--fresh", "--trust-remote-code", "--json"),
+        *("--include-embeddings", "8bit", "--latency-device", "a100"),
     )
     assert outcome.code == 0, outcome.stderr
     assert passed(pipeline)[2] == {
@@ -69,7 +70,12 @@ def test_every_compile_option_reaches_the_pipeline(command, pipeline, name: str)
         "effort": "best",
         "seed": 7,
         "device": "cuda",
-        "settings": {"search.bits": [2, 3], "model": "./b"},  # the named option wins
+        "settings": {  # named options win
+            "search.bits": [2, 3],
+            "model": "./b",
+            "embeddings.include": "8bit",
+            "device": "a100",
+        },
         "force": True,
         "fresh": True,
         "trust_remote_code": True,
@@ -97,6 +103,28 @@ def test_pareto_passes_its_own_options_and_no_budget(command, pipeline) -> None:
     assert (options["points"], options["measure"], options["output"]) == (5, 2, Path("x"))
     assert options["settings"] == {"a.b": 1}
     assert command("pareto", "llama", "--points", "1").code == 2
+
+
+def test_profile_options_reach_the_pipeline(command, pipeline) -> None:
+    assert command("profile", "llama").code == 2  # it needs a file
+    assert (
+        command("profile", "llama", "-o", "x.json", "--dtype", "float32", "--batch", "4").code == 0
+    )
+    assert passed(pipeline) == (
+        "profile",
+        ("llama",),
+        {
+            "output": Path("x.json"),
+            "batch": 4,
+            "dtype": "float32",
+            "backend": "auto",
+            "repeats": 15,
+            "device": "cpu",
+            "settings": {},
+            "force": False,
+            "trust_remote_code": False,
+        },
+    )
 
 
 def test_an_unknown_model_is_refused_before_anything_is_loaded(command, pipeline) -> None:
