@@ -72,7 +72,7 @@ def test_parts_are_joined_by_commas_or_pluses(text):
             "3bit,",
             ",3bit",
             "3bit 4bit",
-            "latency:-25%",
+            "latency:25%",
             "3b",
             "12B",
         ),
