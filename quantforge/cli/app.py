@@ -19,6 +19,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
             "quantforge plan ./my-model --budget 3.25bpw --json > plan.json",
             "quantforge plan llama --budget 2.5bit --set search.group_sizes='[64, 128]'",
             "quantforge plan llama --budget vram:1GB@4096 -o planned",
+            "quantforge plan llama --budget latency:-25% --latency-device a100",
         ),
     ),
     (
@@ -68,7 +69,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         "profile",
         (
             "quantforge profile llama -o here.json",
-            "quantforge plan llama --budget latency:-25% --latency-device here.json",
+            "quantforge profile ./my-model -o batch4.json --batch 4 --dtype float32",
         ),
     ),
     (commands.fetch, "fetch", ("quantforge fetch llama",)),

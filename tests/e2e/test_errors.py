@@ -57,7 +57,7 @@ def poison(folder):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("budget", ["three bits", "0bit", "99bit", "bit", "latency:-25%", "2x"])
+@pytest.mark.parametrize("budget", ["three bits", "0bit", "99bit", "bit", "latency:25%", "2x"])
 def test_wrong_budget(fails, checkpoint, tmp_path, budget):
     fails(2, "quantize", checkpoint, "--budget", budget, "-o", "out", cwd=tmp_path, says="budget")
 

@@ -12,11 +12,13 @@ import pytest
 import quantforge
 from quantforge.cli.app import application
 from quantforge.cli.outcome import run
+from quantforge.latency import ProfileReport, TimedLayer
 from quantforge.outcomes import (
     EstimatorCost,
     EvaluationReport,
     FrontierPoint,
     InspectReport,
+    LatencyReport,
     ParetoReport,
     PlannedLayer,
     PlanReport,
@@ -139,6 +141,7 @@ def plan_report() -> PlanReport:
         settings={},
         predicted_error=0.0125,
         memory=1_234_000_000,
+        latency=(LatencyReport(device="a100, roofline", batch=4, seconds=0.0015, reference=0.002),),
         targets=(
             TargetOutcome(
                 text="kl:0.2",
@@ -208,10 +211,37 @@ def inspect_report() -> InspectReport:
     )
 
 
+def profile_report() -> ProfileReport:
+    def row(spec: str, median: float) -> TimedLayer:
+        return TimedLayer(
+            out_features=64,
+            in_features=32,
+            spec=spec,
+            median=median,
+            p20=0.5 * median,
+            p80=2 * median,
+        )
+
+    return ProfileReport(
+        model="llama",
+        output="here.json",
+        machine=("x86_64", "AVX512"),
+        backend="auto",
+        dtype="bfloat16",
+        batch=1,
+        threads=2,
+        repeats=15,
+        rows=(row("kept", 4e-5), row("3b-g32", 1e-5)),
+    )
+
+
 @pytest.fixture
 def reports() -> types.SimpleNamespace:
     """The fixed reports, by name."""
-    makers = (quantized_report, plan_report, pareto_report, evaluation_report, inspect_report)
+    makers = (
+        quantized_report, plan_report, pareto_report, evaluation_report, inspect_report,
+        profile_report,
+    )  # fmt: skip
     return types.SimpleNamespace(**{maker.__name__: maker for maker in makers})
 
 
@@ -241,6 +271,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
         ("pareto", pareto_report),
         ("evaluate", evaluation_report),
         ("inspect", inspect_report),
+        ("profile", profile_report),
         ("generate", lambda: iter((" Paris", ".\n", "\x1b[2J"))),
     ):
         setattr(module, name, fake.function(name, result))

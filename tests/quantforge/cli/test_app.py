@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("plan", "pareto", "quantize", "eval", "generate", "inspect", "fetch")
+COMMANDS = ("plan", "pareto", "quantize", "eval", "generate", "inspect", "profile", "fetch")
 DEFAULTS = {
     "budget": "3bit",
     "plan": None,
@@ -60,6 +60,7 @@ def test_every_compile_option_reaches_the_pipeline(command, pipeline, name: str)
         *("--calibration", "t.txt", "--set", "search.bits=[2, 3]", "--set", "model=./a"),
         *("--set", "calibrate.estimator=fisher", "--sensitivity", "hawq-v2"),
         *("--model", "./b", "--force", "--fresh", "--trust-remote-code", "--json"),
+        *("--include-embeddings", "8bit", "--latency-device", "a100"),
     )
     assert outcome.code == 0, outcome.stderr
     assert passed(pipeline)[2] == {
@@ -74,6 +75,8 @@ def test_every_compile_option_reaches_the_pipeline(command, pipeline, name: str)
             "search.bits": [2, 3],
             "calibrate.estimator": "hawq-v2",
             "model": "./b",
+            "embeddings.include": "8bit",
+            "device": "a100",
         },
         "force": True,
         "fresh": True,
@@ -106,6 +109,28 @@ def test_pareto_passes_its_own_options_and_no_budget(command, pipeline) -> None:
     assert passed(pipeline)[2]["settings"] == {"calibrate.estimator": "gram"}
     assert command("pareto", "llama", "--sensitivity", "guess").code == 2
     assert command("pareto", "llama", "--points", "1").code == 2
+
+
+def test_profile_options_reach_the_pipeline(command, pipeline) -> None:
+    assert command("profile", "llama").code == 2  # it needs a file
+    assert (
+        command("profile", "llama", "-o", "x.json", "--dtype", "float32", "--batch", "4").code == 0
+    )
+    assert passed(pipeline) == (
+        "profile",
+        ("llama",),
+        {
+            "output": Path("x.json"),
+            "batch": 4,
+            "dtype": "float32",
+            "backend": "auto",
+            "repeats": 15,
+            "device": "cpu",
+            "settings": {},
+            "force": False,
+            "trust_remote_code": False,
+        },
+    )
 
 
 def test_an_unknown_model_is_refused_before_anything_is_loaded(command, pipeline) -> None:
