@@ -63,6 +63,11 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         "inspect",
         ("quantforge inspect out", "quantforge inspect out --layers --json"),
     ),
+    (
+        commands.bench,
+        "bench",
+        ("quantforge bench out", "quantforge bench out --head-bits 8 --threads 2 --json"),
+    ),
     (commands.fetch, "fetch", ("quantforge fetch llama",)),
 )
 
