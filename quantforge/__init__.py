@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantforge.pipeline import (
+        bench,
         evaluate,
         generate,
         inspect,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "__version__",
+    "bench",
     "evaluate",
     "generate",
     "inspect",

@@ -313,3 +313,51 @@ class InspectReport:
     sizes: SizeReport
     versions: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedRow:
+    """How fast one way to run a network is.
+
+    Attributes:
+        name: of the way.
+        prefill_tokens_a_second: of the prompt.
+        decode_tokens_a_second: after it.
+        resident_bytes: of its weights; None if unknown.
+        bytes_a_token: of weights read for one token; None if unknown.
+        share_of_bandwidth: what that is of the measured bandwidth while decoding; None if unknown.
+    """
+
+    name: str
+    prefill_tokens_a_second: float
+    decode_tokens_a_second: float
+    resident_bytes: int | None
+    bytes_a_token: int | None
+    share_of_bandwidth: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchReport:
+    """The outcome of `bench`.
+
+    Attributes:
+        model: the folder, as given.
+        rows: one a way to run it.
+        read_bandwidth: bytes a second that the threads read from memory.
+        threads: torch's.
+        instructions: what the kernels were compiled for.
+        prompt_tokens: length of the prompt.
+        new_tokens: tokens decoded after it.
+        rounds: turns of every row; medians are reported.
+        versions: library versions.
+    """
+
+    model: str
+    rows: tuple[SpeedRow, ...]
+    read_bandwidth: float
+    threads: int
+    instructions: str
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    versions: Mapping[str, str] = field(default_factory=dict)

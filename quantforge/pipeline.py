@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from quantforge.benchmark import bench
 from quantforge.borrowing import in_float32, restored_on_error
 from quantforge.delivery import deliver, dry_run
 from quantforge.errors import UsageError
@@ -30,6 +31,7 @@ from quantforge.runtime.transformers_plugin import use_in_transformers
 from quantforge.workspace import check_output, staging
 
 __all__ = [
+    "bench",
     "evaluate",
     "generate",
     "inspect",

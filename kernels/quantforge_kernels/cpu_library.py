@@ -155,3 +155,9 @@ def rows(loaded: ctypes.CDLL, weight: Weight, ids: Tensor, dtype: torch.dtype) -
         pointer(target),
     )
     return target
+
+
+def stream(words: Tensor) -> int:
+    """Sum of int64 words modulo 2^64, read once by torch's threads."""
+    threads = ctypes.c_int(torch.get_num_threads())
+    return int(library().qf_stream(pointer(words), ctypes.c_int64(words.numel()), threads))

@@ -72,6 +72,11 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
             "quantforge profile ./my-model -o batch4.json --batch 4 --dtype float32",
         ),
     ),
+    (
+        commands.bench,
+        "bench",
+        ("quantforge bench out", "quantforge bench out --head-bits 8 --threads 2 --json"),
+    ),
     (commands.fetch, "fetch", ("quantforge fetch llama",)),
 )
 

@@ -390,6 +390,41 @@ def profile(
     print_result("profile", report, json, partial(render.show_profile, report))
 
 
+def bench(
+    checkpoint: Checkpoint,
+    *,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns; medians are shown.")] = 3,
+    head_bits: Annotated[
+        int | None,
+        typer.Option(metavar="8", help="Run a head kept in 16 bits through an 8-bit copy."),
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to run in llama.cpp beside it.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads to run with.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure how fast a checkpoint runs on this CPU."""
+    from quantforge.cli import render
+
+    with _watched() as monitoring:
+        from quantforge import pipeline
+
+        report = pipeline.bench(
+            checkpoint,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            head_bits=head_bits,
+            gguf=gguf,
+            threads=threads,
+            **monitoring,
+        )
+    print_result("bench", report, json, partial(render.show_bench, report))
+
+
 def fetch(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="Recipe name or .yaml.", show_default=False)

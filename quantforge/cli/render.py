@@ -23,6 +23,7 @@ from quantforge.cli.text import duration, estimate, number, one_line, size, with
 if TYPE_CHECKING:
     from quantforge.latency import ProfileReport
     from quantforge.outcomes import (
+        BenchReport,
         EstimatorCost,
         EvaluationReport,
         FrontierPoint,
@@ -218,6 +219,31 @@ def show_inspection(report: InspectReport, out: Console, *, layers: bool) -> Non
     if layers:
         _layers(report.layers, out)
     _warnings(report.warnings, out)
+
+
+def show_bench(report: BenchReport, out: Console) -> None:
+    """Speeds, one row a way to run the checkpoint."""
+    rows = [
+        ("folder", report.model),
+        ("kernels", f"{report.instructions}, {report.threads} threads"),
+        ("memory reads", f"{size(report.read_bandwidth)}/s"),
+        ("tokens", f"{report.prompt_tokens} of prompt, {report.new_tokens} decoded"),
+    ]
+    _pairs(rows, out)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "prefill tok/s", "decode tok/s", "resident", "a token", "of the memory"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in report.rows:
+        share = row.share_of_bandwidth
+        table.add_row(
+            one_line(row.name),
+            f"{row.prefill_tokens_a_second:.1f}",
+            f"{row.decode_tokens_a_second:.1f}",
+            "" if row.resident_bytes is None else size(row.resident_bytes),
+            "" if row.bytes_a_token is None else size(row.bytes_a_token),
+            "" if share is None else f"{share:.0%}",
+        )
+    out.print(table)
 
 
 def _plan_rows(budget: str, stored: float, code: float) -> list[tuple[str, str]]:

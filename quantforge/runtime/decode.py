@@ -28,6 +28,11 @@ class Decoder:
         module: a causal language model without an `obstacle`.
         capacity: the longest sequence, prompt included.
 
+    Attributes:
+        length: tokens so far; 0 begins a new sequence.
+        spared_bytes: how many fewer bytes a token reads than the module holds, because float
+            matrices that are exact in bfloat16 are read as such.
+
     Raises:
         InputError: the network has an obstacle.
     """
@@ -39,6 +44,7 @@ class Decoder:
         self._module: Any = module
         self._step = _decode_step(module, architecture_of(module), capacity)
         self.length = 0
+        self.spared_bytes = _spared_bytes(module)
 
     @torch.no_grad()
     def logits(self, tokens: list[int]) -> Tensor:
@@ -156,5 +162,13 @@ def _matrix(layer: nn.Module) -> Matrix:
             raise InputError("a packed layer is in the order of the file")
         return Matrix(weight=prepared, bias=bias)
     weight = _tensor(layer)
-    half = weight.bfloat16()
-    return Matrix(weight=half if torch.equal(half.float(), weight) else weight, bias=bias)
+    return Matrix(weight=weight.bfloat16() if _exact_in_half(weight) else weight, bias=bias)
+
+
+def _exact_in_half(weight: Tensor) -> bool:
+    return torch.equal(weight.bfloat16().float(), weight)
+
+
+def _spared_bytes(module: nn.Module) -> int:
+    dense = [_tensor(layer) for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return sum(weight.nbytes // 2 for weight in dense if _exact_in_half(weight))

@@ -14,6 +14,7 @@ from quantforge.cli.app import application
 from quantforge.cli.outcome import run
 from quantforge.latency import ProfileReport, TimedLayer
 from quantforge.outcomes import (
+    BenchReport,
     EstimatorCost,
     EvaluationReport,
     FrontierPoint,
@@ -24,6 +25,7 @@ from quantforge.outcomes import (
     PlanReport,
     Report,
     ServerSupport,
+    SpeedRow,
     UniformPlan,
     WorkEstimate,
 )
@@ -235,12 +237,42 @@ def profile_report() -> ProfileReport:
     )
 
 
+def bench_report() -> BenchReport:
+    packed = SpeedRow(
+        name="packed, exact",
+        prefill_tokens_a_second=812.25,
+        decode_tokens_a_second=125.5,
+        resident_bytes=157_000_000,
+        bytes_a_token=99_900_000,
+        share_of_bandwidth=0.625,
+    )
+    unknown = SpeedRow(
+        name="llama.cpp",
+        prefill_tokens_a_second=400.0,
+        decode_tokens_a_second=90.0,
+        resident_bytes=None,
+        bytes_a_token=None,
+        share_of_bandwidth=None,
+    )
+    return BenchReport(
+        model="out",
+        rows=(packed, unknown),
+        read_bandwidth=20.06e9,
+        threads=2,
+        instructions="AVX2",
+        prompt_tokens=128,
+        new_tokens=32,
+        rounds=3,
+    )
+
+
 @pytest.fixture
 def reports() -> types.SimpleNamespace:
     """The fixed reports, by name."""
     makers = (
         quantized_report, plan_report, pareto_report, evaluation_report, inspect_report,
         profile_report,
+        bench_report,
     )  # fmt: skip
     return types.SimpleNamespace(**{maker.__name__: maker for maker in makers})
 
@@ -272,6 +304,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
         ("evaluate", evaluation_report),
         ("inspect", inspect_report),
         ("profile", profile_report),
+        ("bench", bench_report),
         ("generate", lambda: iter((" Paris", ".\n", "\x1b[2J"))),
     ):
         setattr(module, name, fake.function(name, result))

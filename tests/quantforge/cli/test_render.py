@@ -210,3 +210,13 @@ def test_a_plan_that_was_not_searched_claims_no_loss(reports) -> None:
     assert "layer spec weights stored bits" in lines
     assert not [line for line in lines if "reachable" in line]
     assert json.loads(render.json_document("plan", given))["plan"]["predicted_loss"] is None
+
+
+def test_bench_shows_speeds_and_leaves_out_what_is_unknown(reports) -> None:
+    lines = drawn(render.show_bench, reports.bench_report())
+    assert "kernels AVX2, 2 threads" in lines
+    assert "memory reads 20.1 GB/s" in lines
+    assert lines[-2:] == [
+        "packed, exact 812.2 125.5 157 MB 99.9 MB 62%",
+        "llama.cpp 400.0 90.0",
+    ]
