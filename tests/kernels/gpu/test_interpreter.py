@@ -17,9 +17,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 TIMEOUT_S = 1500
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed (Linux only)"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="triton is not installed (Linux only)"
+    ),
+    pytest.mark.timeout(TIMEOUT_S),
+]
 
 
 def interpret(*options: str) -> tuple[int, int, str]:
@@ -47,7 +50,6 @@ def test_a_block_equals_the_reference():
 
 
 @pytest.mark.full
-@pytest.mark.timeout(TIMEOUT_S)
 def test_the_whole_grid_equals_the_reference():
     passed, others, printed = interpret("-m", "full")
     assert (passed, others) == (224, 0), printed
