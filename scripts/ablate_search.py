@@ -43,6 +43,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarking import (
+    HELD_OUT,
     add_common_arguments,
     cpu_timer,
     on_texts,
@@ -67,7 +68,7 @@ METHODS = (
     "hawq", "hawq-v2", "fisher-factored", "fisher-exact", "fisher", "fisher+sparse", "fisher+full",
     "fisher+refined",
 )  # fmt: skip
-HULL, HELD_OUT = "uniform hull", "held-out"
+HULL = "uniform hull"
 ONE_PASS, FULL = "one-pass", "full"
 RESAMPLES = 1000
 # Probes measured between two writes.

@@ -75,7 +75,6 @@ CHOICES: dict[str, object] = {"mismatch": (0.0, 0.25, 0.5, 0.75, 1.0), "pull": (
 # What MagR's paper takes.
 MAGR_PER_CHANNEL, MAGR_GROUPS = 1e-3, 1e-4
 LEARNED_STEPS = 50
-HELD_OUT = "held-out"
 # Of the fitting sequences, what a seed's rows are made on where there are several seeds.
 SUBSET = 7 / 8
 

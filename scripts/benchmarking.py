@@ -19,6 +19,9 @@ from quantforge.progress import Monitor, ProgressEvent
 from quantforge.results import Quality
 from quantforge.testing import offgrid
 
+# Names the calibration's held-out tokens in the place of a text.
+HELD_OUT = "held-out"
+
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Options about the model, the texts and where numbers go."""
@@ -47,8 +50,11 @@ def opened(options: argparse.Namespace, settings: Mapping[str, Any]) -> Job:
 
 
 def references(job: Job, options: argparse.Namespace) -> dict[str, ReferenceOutputs]:
-    """The float network on every text."""
-    return {text: _reference(job, text, options) for text in options.text}
+    """The float network on every text; `HELD_OUT` names the calibration's own."""
+    return {
+        text: job.reference if text == HELD_OUT else _reference(job, text, options)
+        for text in options.text
+    }
 
 
 def _reference(job: Job, text: str, options: argparse.Namespace) -> ReferenceOutputs:

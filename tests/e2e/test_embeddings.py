@@ -205,5 +205,6 @@ def test_stock_transformers_loads_a_quantized_head_of_its_own(call, tmp_path):
     assert not any("quantforge.load" in warning for warning in report.warnings)
     assert json.loads((tmp_path / "out" / "quantforge.json").read_text())["stock_readable"] is True
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert torch.equal(logits(stock), logits(quantforge.load(tmp_path / "out")))
+    ours = logits(quantforge.load(tmp_path / "out"))
+    torch.testing.assert_close(ours, logits(stock), rtol=0, atol=1e-4)
     assert len(stock.lm_head.weight[0].unique()) <= 64

@@ -194,7 +194,8 @@ def test_only_the_latest_measurements_are_kept(cache):
         with claim(key=f"{number}" * 64) as folder:
             pass
         os.utime(folder, (number, number))
-    assert [name[0] for name in names(cache / "measurements")] == ["2", "3", "4", "5"]
+    latest = [f"{number}" for number in range(2, measurements.KEPT_MEASUREMENTS + 2)]
+    assert [name[0] for name in names(cache / "measurements")] == latest
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_what_moves_it(monkeypatch, cache):
