@@ -3,14 +3,16 @@
 Run by `test_interpreter.py` in a process of its own: whether kernels are interpreted is decided
 when Triton is imported. Every tensor that the operators allocate, inputs too, lies in a larger one:
 NaN around it and in it, so that a read beyond a border, or a place that is never written, is seen
-in the result, and a write beyond a border in the frame.
+in the result, and a write beyond a border in the frame. Weights end at a page without access.
 
 The tolerance is a bound, not a guess: half a unit of the output's last place, and the rounding of
 float32 sums of `(constant + code) * scale * x`. The second assertion is relative to the reference
 in the same dtype, whose weights are rounded and ours are not: our error is not larger than its.
 """
 
+import ctypes
 import itertools
+import mmap
 import os
 
 import pytest
@@ -24,6 +26,7 @@ from torch.nn import functional
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_interpreter.py"
 
+NO_ACCESS = 0
 FRAME = 96  # elements of the frame before and after a tensor
 BF16, FP16 = torch.bfloat16, torch.float16
 HALF_UNIT = {BF16: 2.0**-8, FP16: 2.0**-11}
@@ -48,6 +51,7 @@ class Frames:
 
     def __init__(self):
         self.made = []
+        self.working = []  # what the operators allocated: outputs and what lies between
 
     def new(self, shape, dtype):
         count = torch.Size(shape).numel()
@@ -57,11 +61,20 @@ class Frames:
         return raw[FRAME : FRAME + count].view(shape)
 
     def put(self, tensor):
+        """A copy that ends where the process may not read: one element more is a crash."""
         if tensor is None:
             return None
-        made = self.new(tensor.shape, tensor.dtype)
-        made.copy_(tensor)
-        return made
+        size = tensor.numel() * tensor.element_size()
+        pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        library = ctypes.CDLL(None, use_errno=True)
+        forbidden = ctypes.c_void_p(start + pages)
+        assert library.mprotect(forbidden, ctypes.c_size_t(mmap.PAGESIZE), NO_ACCESS) == 0
+        made = torch.frombuffer(
+            memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size
+        )
+        return made.view(tensor.shape).copy_(tensor)
 
     def rows(self, tensor):
         """[m, k] with NaN between its rows, before and after."""
@@ -74,6 +87,8 @@ class Frames:
             for part in (raw[:FRAME], raw[FRAME + count :]):
                 whole = part.isnan() if raw.is_floating_point() else part == 77
                 assert bool(whole.all()), "written outside a tensor"
+        for tensor in self.working:
+            assert not tensor.isnan().any(), "never written, or made of what lies outside"
 
 
 @pytest.fixture
@@ -82,7 +97,10 @@ def frames(monkeypatch):
 
     def new_empty(tensor, *shape, dtype=None, **_):
         size = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        return kept.new(size, dtype or tensor.dtype)
+        made = kept.new(size, dtype or tensor.dtype)
+        if made.dtype.is_floating_point:
+            kept.working.append(made)
+        return made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     yield kept
@@ -232,6 +250,8 @@ def test_ids_outside_the_table_are_nan(frames):
     case = Case(4, (1, 40, 200, -1), BF16, asymmetric=False)
     rows = linear.embedding(torch.tensor([0, 40, -1]), case.weight(frames), BF16)
     assert rows.isnan().all(1).tolist() == [False, True, True]
+    assert not rows[0].isnan().any()
+    frames.working.clear()
 
 
 def test_scales_of_another_dtype_are_rounded_to_the_computation_s(frames):

@@ -45,7 +45,7 @@ def test_decoding_on_sm_90(inspected):
         assert row["spills"] == 0
         assert row["weight loads"] == 2 * bits  # two tiles, all of them issued before their use
         assert row["matrix"] == 40  # 32 for two tiles of 32 x 128, 8 for the constants
-        assert row["warps resident"] >= 20
+        assert row["warps resident"] >= 16  # 50 kB in flight, twice what HBM3 needs
 
 
 def test_the_matrix_product_on_sm_90(inspected):

@@ -55,8 +55,8 @@ def gemm(
     row_tile = tl.program_id(1) * tiles
     first = tl.program_id(2) * split_units
     last = tl.minimum(first + split_units, units)
-    words_base = words_ptr + word_offsets(row_tile, units, bits, tiles)
-    weight_rows = row_offsets(row_tile, tiles)
+    words_base = words_ptr + word_offsets(row_tile, padded_rows // 32, units, bits, tiles)
+    weight_rows = row_offsets(row_tile, padded_rows // 32, tiles)
     x_row = tl.program_id(0) * columns + tl.arange(0, columns)
     x_start = x_ptr + x_row.to(tl.int64)[None, :] * (units * 128) + tl.arange(0, fold)[:, None]
     acc = tl.zeros((height, columns // 8, 4, 2), tl.float32)

@@ -80,8 +80,8 @@ def gemv(
     row_tile = tl.program_id(0) * tiles
     first = tl.program_id(2) * split_units
     last = tl.minimum(first + split_units, units)
-    words_base = words_ptr + word_offsets(row_tile, units, bits, tiles)
-    weight_rows = row_offsets(row_tile, tiles)
+    words_base = words_ptr + word_offsets(row_tile, padded_rows // 32, units, bits, tiles)
+    weight_rows = row_offsets(row_tile, padded_rows // 32, tiles)
     x_row = tl.program_id(1) * rows + tl.arange(0, rows)
     in_mask = (
         (x_row < m)[:, None, None]

@@ -67,20 +67,25 @@ def load_words(
 
 
 @triton.jit
-def word_offsets(row_tile, units, bits: tl.constexpr, tiles: tl.constexpr):
-    """[tiles * 8, 4, 4] offsets of a lane's first word, from the weight's first one."""
+def word_offsets(row_tile, row_tiles, units, bits: tl.constexpr, tiles: tl.constexpr):
+    """[tiles * 8, 4, 4] offsets of a lane's first word, from the weight's first one.
+
+    A program that reaches beyond the last tile reads that one again and stores nothing of it.
+    """
     group = tl.arange(0, tiles * 8)
     inner = tl.arange(0, 4)
-    tile = (row_tile + group // 8).to(tl.int64) * units * (bits * 128)
+    tile = tl.minimum(row_tile + group // 8, row_tiles - 1).to(tl.int64)
+    tile = tile * units * (bits * 128)
     start = tile[:, None, None] + (group % 8 * 16)[:, None, None]
     return start + (inner * 4)[None, :, None] + inner[None, None, :]
 
 
 @triton.jit
-def row_offsets(row_tile, tiles: tl.constexpr):
+def row_offsets(row_tile, row_tiles, tiles: tl.constexpr):
     """[tiles * 8, 4, 4] row of the weight, the same for the four lanes of a row."""
-    group = row_tile * 8 + tl.arange(0, tiles * 8)
+    group = tl.arange(0, tiles * 8)
     inner = tl.arange(0, 4)
+    group = tl.minimum(row_tile + group // 8, row_tiles - 1) * 8 + group % 8
     return group[:, None, None] * 4 + (inner * 0)[None, :, None] + inner[None, None, :]
 
 
