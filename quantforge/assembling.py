@@ -59,17 +59,28 @@ def changed_weights(model: Model) -> Iterator[Loan]:
             put_weight(model, name, weight)
 
 
-def stored_weights(plan: BitPlan, store: CandidateStore) -> dict[str, Tensor | None]:
+class StoredWeights(Mapping[str, Tensor | None]):
     """Layer name → [out, in] weight that a plan gives it; None where it is kept.
+
+    A weight is decoded when it is asked for: all of them would be a second network in memory.
 
     Args:
         plan: whose specs are all in the store.
         store: integers of the candidates.
     """
-    return {
-        name: None if spec is None else store.get(name, spec).dequantize()
-        for name, spec in plan.assignment.items()
-    }
+
+    def __init__(self, plan: BitPlan, store: CandidateStore) -> None:
+        self._specs, self._store = plan.assignment, store
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        spec = self._specs[name]
+        return None if spec is None else self._store.get(name, spec).dequantize()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
 
 
 def derivatives(
@@ -101,7 +112,7 @@ def derivatives(
     """
     product = product_dtype(options.precision)
     with changed_weights(model) as loan:
-        loan.put(stored_weights(plan, store))
+        loan.put(StoredWeights(plan, store))
         differences = weight_errors(model, specs, store, product)
 
         def errors(layer: LayerInfo) -> Tensor:

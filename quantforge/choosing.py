@@ -173,7 +173,7 @@ class PlanChooser:
             plans += [one for one in uniform_plans(sensitivity, outside) if one.budget in known]
         first, *others = self.measure(plans, store, "measure the plan")
         if len(plans) == 1:
-            return first, measured.uniform
+            return first, measured.uniform_kept
         return first, tuple(
             CurvePoint(name=one.budget, stored_bits=one.stored_bits, quality=quality)
             for one, quality in zip(plans[1:], others, strict=True)
@@ -264,8 +264,10 @@ class PlanChooser:
             limit=limit,
         )
         blocks = inside_blocks(sensitivity, evidence.specs)
-        found = refine(plan, blocks, evidence.products, self.recipe.search, surroundings)
-        return found if found.plan is plan else replace(found, plan=whole(found.plan))
+        specs = {layer.name: plan.assignment[layer.name] for layer in blocks.layers}
+        inside = make_plan(blocks, specs, budget=plan.budget, solver=plan.solver)
+        found = refine(inside, blocks, evidence.products, self.recipe.search, surroundings)
+        return replace(found, plan=plan if found.plan is inside else whole(found.plan))
 
     def fitting_uniform(
         self,

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from quantforge.assembling import changed_weights, stored_weights
+from quantforge.assembling import StoredWeights, changed_weights
 from quantforge.calibration import Calibrator
 from quantforge.choosing import PlanChooser
 from quantforge.decision import Chosen, Measurement
@@ -293,7 +293,7 @@ class Job:
             what: stage for the monitor.
             all_windows: take every held-out sequence instead of `evaluate.curve_windows`.
         """
-        networks = (stored_weights(plan, store) for plan in plans)
+        networks = (StoredWeights(plan, store) for plan in plans)
         return self.measure_changed(networks, what, count=len(plans), all_windows=all_windows)
 
     def measure_changed(

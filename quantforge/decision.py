@@ -60,6 +60,21 @@ class Measurement:
             raise ValueError("the measurement was made without a search in mind")
         return self.sensitivity, self.store
 
+    @property
+    def uniform_kept(self) -> tuple[CurvePoint, ...]:
+        """The uniform networks with their bits as plans count them: embedding and head are kept.
+
+        They were measured so, but by their blocks' bits alone, which differ where a plan may
+        quantize the others.
+        """
+        if self.sensitivity is None:
+            return self.uniform
+        bits = {plan.budget: plan.stored_bits for plan in uniform_plans(self.sensitivity)}
+        return tuple(
+            replace(point, stored_bits=bits.get(point.name, point.stored_bits))
+            for point in self.uniform
+        )
+
     def predicted_losses(self, plan: BitPlan) -> dict[str, float | None]:
         """Layer name → predicted loss in nats a token, 0 where kept; None where not estimated."""
         if self.sensitivity is None:

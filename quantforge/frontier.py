@@ -43,7 +43,7 @@ def frontier_report(job: Job, measured: Measurement, points: int, count: int) ->
             )
             for index, plan in enumerate(plans)
         ),
-        uniform=measured.uniform,
+        uniform=measured.uniform_kept,
         reference_bytes=job.footprint.reference_bytes,
         calibration=job.calibration.description,
         settings=job.recipe.model_dump(mode="json"),

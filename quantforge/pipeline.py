@@ -153,8 +153,8 @@ def plan(
 
     What is measured for it is kept in the cache, so a plan for another budget, or `quantize` after
     it, starts from there; where there is nothing to search, nothing is measured. Arguments and
-    errors are those of `quantize`; `output` receives `plan.json`,
-    which may be edited and given to `quantize`, and, if there was a search, `sensitivity.json`.
+    errors are those of `quantize`; `output` receives `plan.json`, which may be edited and given to
+    `quantize`, and, if there was a search, `sensitivity.json`.
     """
     recipe = configure(
         model, budget=budget, calibration=calibration, effort=effort, settings=settings

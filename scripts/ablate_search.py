@@ -53,7 +53,7 @@ from benchmarking import (
 )
 from scipy.stats import kendalltau, spearmanr
 
-from quantforge.assembling import changed_weights, stored_weights
+from quantforge.assembling import StoredWeights, changed_weights
 from quantforge.compilation import Job, Measurement
 from quantforge.evaluate.quality import ReferenceOutputs, paired
 from quantforge.hull import lower_hull
@@ -179,7 +179,7 @@ class Maker:
         _, store = measurement.needed_for_search()
         with changed_weights(self.job.model) as loan:
             with cpu_timer() as spent:
-                loan.put(stored_weights(plan, store))
+                loan.put(StoredWeights(plan, store))
             return self._qualities(), spent[0]
 
     def _full(self, plan: BitPlan, measurement: Measurement) -> tuple[dict[str, Quality], float]:

@@ -87,3 +87,33 @@ def test_a_uniform_network_that_is_too_slow_is_not_taken(measured):
     chosen = choose(plan, quality(0.3), measured, budget, barred={"uniform 3b-pc"})
     assert chosen.plan is plan
     assert chosen.curve[1:] == measured.uniform  # it is still compared with
+
+
+def test_where_an_embedding_may_be_quantized_uniform_networks_count_it_in_16_bits(measured):
+    """Both bits are averages over the same weights; a network over the budget is not let in."""
+    spent = [point.stored_bits * 2 * 8 * 1024 for point in measured.uniform]
+    table = LayerInfo(
+        name="e", out_features=32, in_features=1024, block=-1, stage=-1, fused_group="e",
+        kind="embedding",
+    )  # fmt: skip
+    row = torch.tensor([[0.9, 0.5, 0.3]], dtype=torch.float64)
+    sensitivity = measured.sensitivity
+    wide = replace(
+        measured,
+        sensitivity=replace(
+            sensitivity,
+            layers=(*sensitivity.layers, table),
+            loss=torch.cat([sensitivity.loss, row]),
+            error=torch.cat([sensitivity.error, row]),
+        ),
+    )
+    weights = (2 * 8 + 32) * 1024
+    expected = [(bits + 16 * 32 * 1024) / weights for bits in spent]
+    points = wide.uniform_kept
+    assert [point.stored_bits for point in points] == pytest.approx(expected)
+    assert [point.quality for point in points] == [point.quality for point in measured.uniform]
+    assert measured.uniform_kept == measured.uniform
+    budget = Budget.parse("11.9bit")
+    plan = search(wide.sensitivity, budget, SearchConfig())
+    chosen = choose(plan, quality(0.3), replace(wide, uniform=points), budget)
+    assert chosen.plan.stored_bits <= 11.9

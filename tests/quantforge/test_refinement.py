@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import quantforge
-from quantforge.assembling import changed_weights, derivatives, stored_weights
+from quantforge.assembling import StoredWeights, changed_weights, derivatives
 from quantforge.errors import CancelledError, UsageError
 from quantforge.opening import configure, limit_of, open_job
 from quantforge.refinement import MEASURED, Surroundings, refine, swap_curvature
@@ -197,7 +197,7 @@ def test_derivatives_at_a_plan_are_those_of_its_measured_loss(module):
             return float((target.exp() * (target - logits)).sum(-1).mean())
 
         with changed_weights(job.model) as loan:
-            loan.put(stored_weights(plan, store))
+            loan.put(StoredWeights(plan, store))
             for row, column in ((0, 3), (4, len(sensitivity.specs)), (13, 0)):
                 layer = sensitivity.layers[row]
                 wanted = loan.own[layer.name]
@@ -230,6 +230,18 @@ def test_a_run_refines_a_plan_of_a_poor_estimate_within_its_budget(module):
     assert qualities[0].kl == pytest.approx(first.before, rel=1e-6)
     assert qualities[1].kl == pytest.approx(refined.refinement[-1].after, rel=1e-6)
     assert qualities[1].kl < qualities[0].kl
+
+
+def test_a_refined_plan_keeps_its_embedding(module):
+    settings = SETTINGS | {"calibrate.estimator": "gram", "search.correct": False}
+    report = quantforge.plan(
+        module, budget="2.6bit", calibration=batches(),
+        settings=settings | {"search.refine": 1, "embeddings.include": "8bit"},
+    )  # fmt: skip
+    assert report.refinement[0].layers > 0  # something better was found and taken
+    outside = {n: s for n, s in report.plan.assignment.items() if "layers" not in n}
+    assert [spec.bits for spec in outside.values()] == [8] * len(outside) != []
+    assert report.plan.stored_bits <= 2.6
 
 
 @pytest.mark.parametrize("stage", ["gradients", "measure plans around it"])
