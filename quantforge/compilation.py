@@ -6,22 +6,26 @@ The order of the calls is in `pipeline.py`; what each of them needs from the oth
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from quantforge.calibrate.artefact import quality_of
 from quantforge.calibration import Calibrator
 from quantforge.decision import Chosen, Measurement, choose
 from quantforge.errors import InputError
 from quantforge.evaluate.generate import greedy
 from quantforge.evaluate.quality import ReferenceOutputs
 from quantforge.evaluate.quality import measure as measure_quality
+from quantforge.files import fingerprint
 from quantforge.format.footprint import Footprint
+from quantforge.format.manifest import plan_to_dict
 from quantforge.format.store import CandidateStore
+from quantforge.journal import NO_JOURNAL, Journal, open_journal
 from quantforge.memory import StageTimer, release_freed
 from quantforge.models import Model
 from quantforge.planning import excess, find_plan, priced, require_within
@@ -40,6 +44,9 @@ from quantforge.search.budget import Budget, Limit
 from quantforge.search.settled import settled_plan
 from quantforge.targets import Met, meet
 from quantforge.types import BitPlan, CalibrationSet, QuantSpec, Sensitivity
+
+# Raised with every change of what the quantize stage computes: older journals are then not used.
+JOURNAL_VERSION = 1
 
 
 @dataclass(kw_only=True)
@@ -214,19 +221,40 @@ class Job:
             bits += [one.stored_bits for one in self.fitting_uniform(sensitivity, budget)]
         return budget.in_bits(Fraction(max(bits)))
 
-    def quantize(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
+    def journal(
+        self, plan: BitPlan, measured: Measurement, *, fresh: bool
+    ) -> AbstractContextManager[Journal]:
+        """Where `quantize` notes what it has finished; a network in memory has none."""
+        if self.model.source.kind == "memory":
+            return nullcontext(NO_JOURNAL)
+        key = fingerprint(
+            JOURNAL_VERSION,
+            measured.key,
+            plan_to_dict(plan),
+            measured.predicted_losses(plan),
+            self.recipe.quantize.model_dump(mode="json"),
+            self.recipe.evaluate.model_dump(mode="json"),
+            self.seed,
+        )
+        return open_journal(key, fresh=fresh, monitor=self.monitor)
+
+    def quantize(
+        self, plan: BitPlan, measured: Measurement, journal: Journal = NO_JOURNAL
+    ) -> Iterator[QuantizedLayer]:
         """Quantized layers in forward order; the network holds the dequantized weights after."""
         _ = self.float_continuations  # and the reference: nothing may have changed the network yet
         with self._timed("quantize"):
-            layers = self._compensate(plan, measured)
+            layers = self._compensate(plan, measured, journal)
             if self.recipe.quantize.tuning.steps == 0 or not any(plan.assignment.values()):
                 yield from layers
                 return
             finished = list(layers)
         with self._timed("tune"):
-            yield from self._tune(finished, measured)
+            yield from self._tune(finished, measured, journal)
 
-    def _compensate(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
+    def _compensate(
+        self, plan: BitPlan, measured: Measurement, journal: Journal
+    ) -> Iterator[QuantizedLayer]:
         """Layers as they are compensated, block by block or from the store."""
         predicted = measured.predicted_losses(plan)
         options = self.recipe.quantize
@@ -241,13 +269,14 @@ class Job:
                 generator=torch.Generator().manual_seed(self.seed),
                 monitor=self.monitor,
                 output_grams=measured.output_grams,
+                journal=journal,
             )
         sensitivity, store = measured.needed_for_search()
         errors = table_row(sensitivity, sensitivity.error, plan.assignment)
         return quantize_from_store(self.model, plan, store, predicted, errors, monitor=self.monitor)
 
     def _tune(
-        self, layers: list[QuantizedLayer], measured: Measurement
+        self, layers: list[QuantizedLayer], measured: Measurement, journal: Journal
     ) -> Iterator[QuantizedLayer]:
         """The same layers with tuned scales, if that lowers the KL on held-out tokens."""
         if measured.final_hidden is None:
@@ -266,6 +295,7 @@ class Job:
             self.recipe.quantize.tuning,
             generator=torch.Generator().manual_seed(self.seed),
             monitor=self.monitor,
+            journal=journal,
         )
         release_freed()
         for name, weight in tuned.items():
@@ -343,6 +373,7 @@ class Job:
         plans: list[BitPlan],
         store: CandidateStore,
         what: str,
+        journal: Journal = NO_JOURNAL,
         *,
         all_windows: bool = False,
     ) -> list[Quality]:
@@ -352,6 +383,7 @@ class Job:
             plans: whose specs are all in the store.
             store: integers of the candidates.
             what: stage for the monitor.
+            journal: gets every measurement; what it has is not measured again.
             all_windows: take every held-out sequence instead of `evaluate.curve_windows`.
         """
         _ = self.float_continuations  # before anything changes the network
@@ -364,10 +396,15 @@ class Job:
         qualities = []
         try:
             for index, plan in enumerate(plans):
+                entry = f"quality-{fingerprint(plan_to_dict(plan), windows)[:32]}"
+                if known := journal.read(entry):
+                    qualities.append(quality_of(known.facts))
+                    continue
                 for name, spec in plan.assignment.items():
                     kept = floats[name] if spec is None else store.get(name, spec).dequantize()
                     put_weight(self.model, name, kept)
                 qualities.append(self.measure_held_out(windows, text=text))
+                journal.write(entry, {}, asdict(qualities[-1]))
                 self.monitor.step(what, index + 1, len(plans))
         finally:  # an interrupt must not leave a caller's network in memory changed
             for name, weight in floats.items():

@@ -33,6 +33,7 @@ class Measurement:
         store: integers of every candidate, read to the network's device; None likewise.
         uniform: measured uniform networks, by stored bits.
         factors: by which the losses of every spec were multiplied to correct them.
+        key: fingerprint of what decides everything above, and so the key of what rests on it.
     """
 
     channel_weights: tuple[Tensor, ...]
@@ -42,6 +43,7 @@ class Measurement:
     store: CandidateStore | None = None
     uniform: tuple[CurvePoint, ...] = ()
     factors: Mapping[QuantSpec, float] = field(default_factory=dict)
+    key: str = ""
 
     def needed_for_search(self) -> tuple[Sensitivity, CandidateStore]:
         """Both, where they were made.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def quantize(
         device: where the network runs.
         settings: recipe keys, e.g. {"search.bits": [2, 4]}.
         force: replace an output folder that an earlier run wrote.
-        fresh: measure anew instead of using what an earlier run left in the cache.
+        fresh: start over instead of going on from what earlier runs left in the cache.
         trust_remote_code: let a hub model bring its own code.
         tokenizer: of a network in memory.
         progress: called after every step.
@@ -95,7 +95,8 @@ def quantize(
     if folder is None and not isinstance(model, nn.Module):
         folder = target_of(model).output(None if limit is None else limit.text)
     stage = staging(folder, force=force) if folder else nullcontext()
-    with stage as staged, _borrowed(model):
+    # The journal goes when the output has its name, and not before.
+    with ExitStack() as at_the_end, stage as staged, _borrowed(model):
         job = open_job(
             model,
             recipe,
@@ -111,7 +112,10 @@ def quantize(
         )
         with job.measure(fresh=fresh) as measured:
             chosen = job.search(measured, limit)
-            layers = job.quantize(chosen.plan, chosen.measured)
+            journal = at_the_end.enter_context(
+                job.journal(chosen.plan, chosen.measured, fresh=fresh)
+            )
+            layers = job.quantize(chosen.plan, chosen.measured, journal)
             return deliver(job, layers, chosen, staged, folder)
 
 
