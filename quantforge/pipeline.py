@@ -25,7 +25,7 @@ from quantforge.opening import Source, configure, limit_of, open_job, target_of
 from quantforge.outcomes import ParetoReport, PlanReport, Report
 from quantforge.plan_file import GivenPlan
 from quantforge.progress import Monitor, ProgressEvent
-from quantforge.workspace import check_output, staging
+from quantforge.workspace import check_output, reserved, staging
 
 __all__ = ["evaluate", "generate", "inspect", "load", "pareto", "plan", "quantize"]
 
@@ -153,7 +153,7 @@ def plan(
         check_output(folder, force=force)
         if (folder / "quantforge.json").is_file():
             raise UsageError(f"{folder} holds a checkpoint; give plan another --output")
-    with _borrowed(model):
+    with reserved(folder) if folder else nullcontext(), _borrowed(model):
         job = open_job(
             model,
             recipe,
@@ -209,7 +209,7 @@ def pareto(
     folder = None if output is None else Path(output)
     if folder:
         check_output(folder, force=force, mark="pareto.json")
-    with _borrowed(model):
+    with reserved(folder) if folder else nullcontext(), _borrowed(model):
         job = open_job(
             model,
             recipe,
@@ -224,8 +224,8 @@ def pareto(
         )
         with job.measure(fresh=fresh) as measured:
             report = frontier_report(job, measured, points, measure)
-    if folder:
-        write_frontier(report, folder)
+        if folder:
+            write_frontier(report, folder)
     return report
 
 
