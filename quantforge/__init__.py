@@ -15,9 +15,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantforge.pipeline import evaluate, generate, inspect, load, pareto, plan, quantize
+    from quantforge.pipeline import (
+        check,
+        evaluate,
+        generate,
+        inspect,
+        load,
+        pareto,
+        plan,
+        quantize,
+    )
 
-__all__ = ["__version__", "evaluate", "generate", "inspect", "load", "pareto", "plan", "quantize"]
+__all__ = [
+    "__version__",
+    "check",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load",
+    "pareto",
+    "plan",
+    "quantize",
+]
 
 _DISTRIBUTION = "quantforge-compiler"
 

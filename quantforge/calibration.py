@@ -46,7 +46,7 @@ from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.measurements import measurement
 from quantforge.memory import StageTimer, release_freed
 from quantforge.models import Model
-from quantforge.planning import priced
+from quantforge.planning import loadable, priced
 from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig
 from quantforge.recipe import Recipe
@@ -274,12 +274,14 @@ class Calibrator:
         known = {QuantSpec.parse(p.name.removeprefix("uniform ")): p.quality.kl for p in uniform}
         factors = correction_factors(raw, known if self.recipe.search.correct else {})
         channels, final = load_traces(folder / TRACES)
+        sensitivity = loadable(corrected(raw, factors), self.recipe.search)
+        names = {plan.budget for plan in uniform_plans(sensitivity)}
         return Measurement(
-            sensitivity=corrected(raw, factors),
+            sensitivity=sensitivity,
             store=CandidateStore(folder / CANDIDATES, self.model.device),
             channel_weights=tuple(weight.to(self.model.device) for weight in channels),
             final_hidden=final,
-            uniform=uniform,
+            uniform=tuple(point for point in uniform if point.name in names),
             output_grams=partial(load_output_gram, folder / OUTPUT_GRAMS),
             factors=factors,
         )

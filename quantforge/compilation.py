@@ -28,7 +28,7 @@ from quantforge.format.store import CandidateStore
 from quantforge.journal import NO_JOURNAL, Journal, open_journal
 from quantforge.memory import StageTimer, release_freed
 from quantforge.models import Model
-from quantforge.planning import excess, find_plan, priced, require_within
+from quantforge.planning import excess, find_plan, priced, require_loadable, require_within
 from quantforge.progress import Monitor
 from quantforge.quantize.sequential import (
     QuantizedLayer,
@@ -110,7 +110,13 @@ class Job:
         Raises:
             BudgetError: no plan is within the budget.
             InputError: the only plan there is does not fit every layer.
+            UsageError: the plan is not one that the configured server loads.
         """
+        plan = self._find(sensitivity, budget)
+        require_loadable(self.model.layers, plan.assignment, self.recipe.search)
+        return plan
+
+    def _find(self, sensitivity: Sensitivity | None, budget: Budget | None) -> BitPlan:
         if self.given is not None:
             return self._given_plan(self.given, sensitivity)
         if sensitivity is None:

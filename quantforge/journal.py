@@ -25,8 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantforge.claims import claimed_names, new_claim, registry, release, remove_oldest, written
-from quantforge.claims import set_aside as forget_name
+from quantforge.claims import (
+    claimed_names,
+    new_claim,
+    registry,
+    release,
+    remove_oldest,
+    set_aside,
+    written,
+)
 from quantforge.files import atomic_path, cache_root
 from quantforge.progress import Monitor
 
@@ -100,7 +107,7 @@ class Journal:
     def clear(self) -> None:
         """Forget everything."""
         if self.folder is not None and self.folder.is_dir():
-            shutil.rmtree(forget_name(self.folder), ignore_errors=True)
+            shutil.rmtree(set_aside(self.folder), ignore_errors=True)
 
     def _path(self, name: str) -> Path:
         return Path(self.folder or "") / f"{name}.safetensors"

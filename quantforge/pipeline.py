@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from quantforge.borrowing import in_float32, restored_on_error
+from quantforge.checking import check
 from quantforge.delivery import deliver, dry_run
 from quantforge.errors import UsageError
 from quantforge.evaluation import evaluate, generate, inspect, load
@@ -27,7 +28,7 @@ from quantforge.plan_file import GivenPlan
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.workspace import check_output, reserved, staging
 
-__all__ = ["evaluate", "generate", "inspect", "load", "pareto", "plan", "quantize"]
+__all__ = ["check", "evaluate", "generate", "inspect", "load", "pareto", "plan", "quantize"]
 
 Progress = Callable[[ProgressEvent], None]
 

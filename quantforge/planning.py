@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
-from quantforge.errors import BudgetError
+import torch
+
+from quantforge.errors import BudgetError, UsageError
+from quantforge.export.servers import SERVERS, refusal, violations
 from quantforge.format.footprint import Footprint
 from quantforge.search.allocate import (
     average_bits,
@@ -57,6 +61,41 @@ def find_plan(
         if total <= floor:
             break
     return smallest
+
+
+def loadable(sensitivity: Sensitivity, config: SearchConfig) -> Sensitivity:
+    """The same without the candidates that the configured server does not load."""
+    if config.server == "any":
+        return sensitivity
+    rule, parts = SERVERS[config.server], config.tensor_parallel
+    refused = torch.tensor(
+        [
+            [bool(refusal(rule, layer, spec, parts)) for spec in sensitivity.specs]
+            for layer in sensitivity.layers
+        ]
+    )
+    stderr = sensitivity.stderr
+    return replace(
+        sensitivity,
+        loss=sensitivity.loss.masked_fill(refused, torch.inf),
+        stderr=None if stderr is None else stderr.masked_fill(refused, torch.inf),
+    )
+
+
+def require_loadable(
+    layers: Sequence[LayerInfo], assignment: Assignment, config: SearchConfig
+) -> None:
+    """Refuse a plan that the configured server does not load, whoever made it.
+
+    Raises:
+        UsageError: it does not; names the first reason.
+    """
+    if config.server == "any":
+        return
+    found = violations(SERVERS[config.server], layers, assignment, config.tensor_parallel)
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UsageError(f"{config.server} would not load this plan: {found[0]}{more}")
 
 
 def _spent(layers: Sequence[LayerInfo], assignment: Assignment) -> int:

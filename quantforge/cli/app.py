@@ -63,6 +63,12 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         "inspect",
         ("quantforge inspect out", "quantforge inspect out --layers --json"),
     ),
+    (
+        commands.check,
+        "check",
+        ("quantforge check out --server vllm --tp 2", "quantforge check out --json"),
+    ),
+    (commands.doctor, "doctor", ("quantforge doctor", "quantforge doctor --json")),
     (commands.fetch, "fetch", ("quantforge fetch llama",)),
 )
 

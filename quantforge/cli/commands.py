@@ -24,10 +24,13 @@ from quantforge.cli.options import (
     Json,
     Model,
     Override,
+    Parts,
     Plan,
     Precision,
     Seed,
     Sensitivity,
+    Server,
+    ServerOption,
     Settings,
     Trust,
 )
@@ -60,12 +63,21 @@ def _watched(*, visible: bool = True) -> Iterator[_Monitoring]:
 
 
 def _settings(
-    pairs: list[str] | None, model: str | None, sensitivity: Sensitivity
+    pairs: list[str] | None,
+    model: str | None,
+    sensitivity: Sensitivity,
+    server: ServerOption = None,
+    parts: Parts = None,
 ) -> dict[str, Any]:
     """`--set` options, and over them the named options that are recipe keys."""
     from quantforge.recipe import parse_settings
 
-    named = {"model": model, "calibrate.estimator": sensitivity and sensitivity.value}
+    named = {
+        "model": model,
+        "calibrate.estimator": sensitivity and sensitivity.value,
+        "search.server": server and server.value,
+        "search.tensor_parallel": parts,
+    }
     given = {key: value for key, value in named.items() if value is not None}
     return {**parse_settings(pairs or ()), **given}
 
@@ -77,6 +89,8 @@ def plan(
     plan: Plan = None,
     effort: EffortOption = Effort.balanced,
     sensitivity: Sensitivity = None,
+    server: ServerOption = None,
+    tp: Parts = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder for plan.json.")
     ] = None,
@@ -105,7 +119,7 @@ def plan(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(settings, override, sensitivity),
+            settings=_settings(settings, override, sensitivity, server, tp),
             force=force,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
@@ -170,6 +184,8 @@ def quantize(
     plan: Plan = None,
     effort: EffortOption = Effort.balanced,
     sensitivity: Sensitivity = None,
+    server: ServerOption = None,
+    tp: Parts = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -206,7 +222,7 @@ def quantize(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(settings, override, sensitivity),
+            settings=_settings(settings, override, sensitivity, server, tp),
             force=force,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
@@ -320,6 +336,48 @@ def inspect(
 
         report = pipeline.inspect(checkpoint)
     print_result("inspect", report, json, partial(render.show_inspection, report, layers=layers))
+
+
+def check(
+    checkpoint: Checkpoint,
+    *,
+    server: Annotated[Server, typer.Option(help="Whose rules.")] = Server.vllm,
+    tp: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Devices that share every layer.")
+    ] = 1,
+    json: Json = False,
+) -> None:
+    """Say whether a server loads a checkpoint; reads files, needs no server.
+
+    Exit code 3 where it does not.
+    """
+    from quantforge.cli import render
+    from quantforge.errors import InputError
+
+    with _watched():
+        from quantforge import pipeline
+
+        report = pipeline.check(checkpoint, server=server.value, tensor_parallel=tp)
+    print_result("check", report, json, partial(render.show_check, report))
+    if not report.loads:
+        raise typer.Exit(InputError.exit_code)
+
+
+def doctor(json: Json = False) -> None:
+    """Say what this machine offers and what is wrong with it; loads no model.
+
+    Exit code 5 where quantforge cannot run.
+    """
+    from quantforge.cli import render
+    from quantforge.errors import ResourceError
+
+    with _watched():
+        from quantforge.doctor import examine
+
+        report = examine()
+    print_result("doctor", report, json, partial(render.show_doctor, report))
+    if not report.usable:
+        raise typer.Exit(ResourceError.exit_code)
 
 
 def fetch(

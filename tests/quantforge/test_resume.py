@@ -118,6 +118,12 @@ def hashes(folder):
     }
 
 
+def journals(cache):
+    """Journals that there are, by name."""
+    folder = cache / "journals"
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
 def resumptions(events):
     return [
         (stage, message.removeprefix("resumed "))
@@ -127,14 +133,14 @@ def resumptions(events):
 
 
 @pytest.fixture(scope="module", params=[{}, THOROUGH], ids=["default", "thorough"])
-def chain(request, call, tmp_path_factory):
+def chain(request, call, cache, tmp_path_factory):
     """One command, killed again and again; its output beside that of an uninterrupted run."""
     work, settings = tmp_path_factory.mktemp("work"), request.param
     points = [
         ["candidates", 2], ["gradients", 26], ["measure uniform networks", 2],
         ["quantize", 1], ["quantize", 2], ["tune scales", 2], ["export"],
     ]  # fmt: skip
-    seen = []
+    before, seen = journals(cache), []
     for point in points:
         code, events = call(work / "out", kill=point, settings=settings)
         assert code == -9, (point, events)
@@ -142,6 +148,8 @@ def chain(request, call, tmp_path_factory):
     code, events = call(work / "out", settings=settings)
     assert code == 0
     seen.append(events)
+    assert journals(cache) == before  # a finished run leaves none
+    assert not list(cache.glob("measurements/*/journal"))
     code, whole = call(work / "whole", settings=settings, fresh=True)
     assert code == 0
     return work, seen, whole
@@ -166,11 +174,6 @@ def test_it_goes_on_where_it_was_and_says_so(chain):
     assert found[7] == [("quantize", "after block 3 of 3"), ("tune scales", "after step 3 of 3")]
     assert ["measure uniform networks", 1, ""] not in seen[3]  # measured before it was killed
     assert "candidates" not in {event[0] for event in seen[4]}
-
-
-def test_a_finished_run_leaves_no_journal(chain, cache):
-    assert list((cache / "journals").iterdir()) == []
-    assert not list(cache.glob("measurements/*/journal"))
 
 
 def test_another_budget_or_setting_takes_the_calibration_and_not_the_journal(call, chain, tmp_path):

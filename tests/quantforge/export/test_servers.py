@@ -49,4 +49,4 @@ def test_the_reason_names_what_is_in_the_way():
         "loads 4, 8 bits, the plan has 3, 5",
     ]
     split = {"q": QuantSpec(4), "k": QuantSpec(4, 32), "o": QuantSpec(4)}
-    assert "fuses qk, whose members" in server_support(LAYERS, split)[2].why
+    assert "qk: its members are fused" in server_support(LAYERS, split)[2].why
