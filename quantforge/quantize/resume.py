@@ -128,8 +128,8 @@ def read_tuning(
     for name, tensor in entry.tensors.items():
         kind, _, rest = name.partition(".")
         if kind == "optimizer":
-            index, _, field = rest.partition(".")
-            state.setdefault(int(index), {})[field] = tensor
+            position, _, field = rest.partition(".")
+            state.setdefault(int(position), {})[field] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     generator.set_state(entry.tensors["generator"])
     return int(entry.facts["step"]), list(entry.facts["order"])

@@ -13,6 +13,7 @@ import quantforge
 from quantforge.cli.app import application
 from quantforge.cli.outcome import run
 from quantforge.outcomes import (
+    CheckReport,
     EstimatorCost,
     EvaluationReport,
     FrontierPoint,
@@ -206,7 +207,10 @@ def inspect_report() -> InspectReport:
 @pytest.fixture
 def reports() -> types.SimpleNamespace:
     """The fixed reports, by name."""
-    makers = (quantized_report, plan_report, pareto_report, evaluation_report, inspect_report)
+    makers = (
+        quantized_report, plan_report, pareto_report, evaluation_report, inspect_report,
+        check_report,
+    )  # fmt: skip
     return types.SimpleNamespace(**{maker.__name__: maker for maker in makers})
 
 
@@ -226,6 +230,18 @@ class FakePipeline:
         return call
 
 
+def check_report(*problems: str) -> CheckReport:
+    return CheckReport(
+        path="out",
+        server="vLLM 0.33",
+        tensor_parallel=2,
+        loads=not problems,
+        problems=problems,
+        quantized=7,
+        kept=2,
+    )
+
+
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     fake = FakePipeline()
@@ -236,6 +252,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
         ("pareto", pareto_report),
         ("evaluate", evaluation_report),
         ("inspect", inspect_report),
+        ("check", check_report),
         ("generate", lambda: iter((" Paris", ".\n", "\x1b[2J"))),
     ):
         setattr(module, name, fake.function(name, result))
