@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantforge.pipeline import (
         bench,
+        check,
         evaluate,
         generate,
         inspect,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "__version__",
     "bench",
+    "check",
     "evaluate",
     "generate",
     "inspect",

@@ -42,10 +42,11 @@ from quantforge.errors import InputError
 from quantforge.files import fingerprint
 from quantforge.format.manifest import tool_versions
 from quantforge.format.store import CandidateStore
+from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.measurements import measurement
 from quantforge.memory import StageTimer, release_freed
 from quantforge.models import Model
-from quantforge.planning import priced
+from quantforge.planning import loadable, priced
 from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig
 from quantforge.recipe import Recipe
@@ -63,6 +64,7 @@ TRACES = "traces.safetensors"
 OUTPUT_GRAMS = "output_grams"
 UNIFORM = "uniform.json"
 EVIDENCE = "evidence.safetensors"
+JOURNAL = "journal"
 # Options of `calibrate` that only the estimators read: evidence is the same whatever they are.
 ESTIMATING = {"estimator", "curvature", "probes"}
 
@@ -110,7 +112,7 @@ class Calibrator:
         timings: stage → seconds of wall time, added to.
         vocabulary: whether embedding or head are quantized.
         measure_plans: held-out quality of networks put together from a store, with the name of the
-            stage for the monitor.
+            stage for the monitor and the journal of finished ones.
     """
 
     model: Model
@@ -120,7 +122,7 @@ class Calibrator:
     monitor: Monitor
     timings: dict[str, float]
     vocabulary: bool = False
-    measure_plans: Callable[[list[BitPlan], CandidateStore, str], list[Quality]]
+    measure_plans: Callable[[list[BitPlan], CandidateStore, str, Journal], list[Quality]]
 
     @contextmanager
     def searched(self, *, fresh: bool) -> Iterator[Measurement]:
@@ -137,21 +139,21 @@ class Calibrator:
         name = self._sensitivity_name()
         make = partial(self._estimate, specs, fingerprint(key, name), name)
         with measurement(key, make, complete=name, fresh=fresh, monitor=self.monitor) as folder:
-            yield self._read_all(folder, name)
+            yield replace(self._read_all(folder, name), key=fingerprint(key, name))
 
     @contextmanager
     def settled(self, *, fresh: bool) -> Iterator[Measurement]:
         """What the configured stages read, for a plan that is not searched; maybe nothing."""
         needs = Needs.of(self.recipe.quantize, vocabulary=self.vocabulary)
-        if not needs.anything:
-            yield self._read_needed(needs, None)
-            return
         unread = {"damping", "grid", *ESTIMATING}  # those are about candidates
         options = self.recipe.calibrate.model_dump(mode="json", exclude=unread)
         key = self.key("settled", options, asdict(needs))
+        if not needs.anything:
+            yield replace(self._read_needed(needs, None), key=key)
+            return
         make = partial(self._measure_needed, needs)
         with measurement(key, make, complete=TRACES, fresh=fresh, monitor=self.monitor) as folder:
-            yield self._read_needed(needs, folder)
+            yield replace(self._read_needed(needs, folder), key=key)
 
     def key(self, *parts: Any) -> str:
         """Fingerprint of `parts` and of what decides every measurement."""
@@ -184,14 +186,21 @@ class Calibrator:
                 key,
             )
         save_sensitivity(sensitivity, folder / name)  # last: says that all is there
+        Journal(folder / JOURNAL).clear()
 
     def _measure_candidates(
         self, specs: Sequence[QuantSpec], store: CandidateStore, folder: Path
     ) -> None:
         """Everything that does not depend on the estimator."""
-        options = self.recipe.calibrate
+        journal = Journal(folder / JOURNAL)
         errors, final = quantize_candidates(
-            self.model, self.calibration.fitting, specs, options, store=store, monitor=self.monitor
+            self.model,
+            self.calibration.fitting,
+            specs,
+            self.recipe.calibrate,
+            store=store,
+            monitor=self.monitor,
+            journal=journal,
         )
         release_freed()
         network = self.network(specs, store, folder)
@@ -205,8 +214,9 @@ class Calibrator:
         evidence = Evidence.of(errors, found, specs, self.calibration.fitting.shape[1])
         release_freed()
         table = estimate("fisher-factored", evidence, network)
-        save_curve(self._measure_uniform(table, store), folder / UNIFORM)
+        save_curve(self._measure_uniform(table, store, journal), folder / UNIFORM)
         save_evidence(evidence, folder / EVIDENCE)  # last of these
+        journal.clear()
 
     def network(
         self, specs: Sequence[QuantSpec], store: CandidateStore, scratch: Path | None = None
@@ -219,12 +229,13 @@ class Calibrator:
             scratch: folder for hidden states on the way.
         """
         options = self.recipe.calibrate
+        journal = NO_JOURNAL if scratch is None else Journal(scratch / JOURNAL)
 
         def measure(assignments: Sequence[Mapping[str, QuantSpec]]) -> list[Quality]:
             layers = self.model.layers
             kept = dict.fromkeys(layer.name for layer in layers)
             plans = [priced(layers, {**kept, **one}, None) for one in assignments]
-            return self.measure_plans(plans, store, "measure layers")
+            return self.measure_plans(plans, store, "measure layers", journal)
 
         return Network(
             model=self.model,
@@ -251,6 +262,7 @@ class Calibrator:
                     self.model, self.calibration.fitting, self.recipe.calibrate, self.monitor
                 )
         save_traces(weights, final, folder / TRACES)  # last: says that all is there
+        Journal(folder / JOURNAL).clear()
 
     def _read_all(self, folder: Path, name: str) -> Measurement:
         """What a filled folder holds, with predictions corrected by the uniform networks."""
@@ -265,12 +277,14 @@ class Calibrator:
         known = {QuantSpec.parse(p.name.removeprefix("uniform ")): p.quality.kl for p in uniform}
         factors = correction_factors(raw, known if self.recipe.search.correct else {})
         channels, final = load_traces(folder / TRACES)
+        sensitivity = loadable(corrected(raw, factors), self.recipe.search)
+        names = {plan.budget for plan in uniform_plans(sensitivity)}
         return Measurement(
-            sensitivity=corrected(raw, factors),
+            sensitivity=sensitivity,
             store=CandidateStore(folder / CANDIDATES, self.model.device),
             channel_weights=tuple(weight.to(self.model.device) for weight in channels),
             final_hidden=final,
-            uniform=uniform,
+            uniform=tuple(point for point in uniform if point.name in names),
             output_grams=partial(load_output_gram, folder / OUTPUT_GRAMS),
             evidence=partial(load_evidence, folder / EVIDENCE),
             factors=factors,
@@ -295,7 +309,7 @@ class Calibrator:
         )
 
     def _measure_uniform(
-        self, sensitivity: Sensitivity, store: CandidateStore
+        self, sensitivity: Sensitivity, store: CandidateStore, journal: Journal
     ) -> tuple[CurvePoint, ...]:
         """Uniform networks of the widths that budgets are likely to be near."""
         widths = self.recipe.evaluate.curve_bits
@@ -304,7 +318,7 @@ class Calibrator:
             for plan in uniform_plans(sensitivity)
             if QuantSpec.parse(plan.budget.removeprefix("uniform ")).bits in widths
         ]
-        qualities = self.measure_plans(plans, store, "measure uniform networks")
+        qualities = self.measure_plans(plans, store, "measure uniform networks", journal)
         return tuple(
             CurvePoint(name=plan.budget, stored_bits=plan.stored_bits, quality=quality)
             for plan, quality in zip(plans, qualities, strict=True)
@@ -338,6 +352,7 @@ class Calibrator:
             errors=errors,
             rows=rows,
             scratch=folder,
+            journal=Journal(folder / JOURNAL),
         )
 
     def _hidden_features(self) -> int:

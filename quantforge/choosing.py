@@ -20,7 +20,7 @@ from quantforge.errors import InputError
 from quantforge.format.footprint import Footprint
 from quantforge.format.store import CandidateStore
 from quantforge.models import Model
-from quantforge.planning import excess, find_plan, priced, require_within
+from quantforge.planning import excess, find_plan, priced, require_loadable, require_within
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe
 from quantforge.refinement import Refined, Surroundings, refine
@@ -98,7 +98,14 @@ class PlanChooser:
         Raises:
             BudgetError: no plan is within the budget.
             InputError: the only plan there is does not fit every layer.
+            UsageError: the plan is not one that the configured server loads.
         """
+        plan = self._find(sensitivity, budget)
+        require_loadable(self.layers, plan.assignment, self.recipe.search)
+        return plan
+
+    def _find(self, sensitivity: Sensitivity | None, budget: Budget | None) -> BitPlan:
+        """The same, whoever loads it."""
         if self.given is not None:
             return self._given_plan(self.given, sensitivity)
         if sensitivity is None:

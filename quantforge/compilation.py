@@ -5,23 +5,27 @@ The order of the calls is in `pipeline.py`; what each of them needs from the oth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from quantforge.assembling import StoredWeights, changed_weights
+from quantforge.calibrate.artefact import quality_of
 from quantforge.calibration import Calibrator
 from quantforge.choosing import PlanChooser
 from quantforge.decision import Chosen, Measurement
 from quantforge.evaluate.generate import greedy
 from quantforge.evaluate.quality import ReferenceOutputs
 from quantforge.evaluate.quality import measure as measure_quality
+from quantforge.files import fingerprint
 from quantforge.format.footprint import Footprint
+from quantforge.format.manifest import plan_to_dict
 from quantforge.format.store import CandidateStore
+from quantforge.journal import NO_JOURNAL, Journal, open_journal
 from quantforge.memory import StageTimer
 from quantforge.models import Model
 from quantforge.progress import Monitor
@@ -42,6 +46,9 @@ from quantforge.search.latency import LatencyModel
 from quantforge.search.vocabulary import Candidates, fixed_specs
 from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantSpec
 from quantforge.vocabulary import VocabularyCalibrator
+
+# Raised with every change of what the quantize stage computes: older journals are then not used.
+JOURNAL_VERSION = 1
 
 
 @dataclass(kw_only=True)
@@ -135,19 +142,40 @@ class Job:
         with self._timed("search"):
             return self.plans.choose(measured, budget)
 
-    def quantize(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
+    def journal(
+        self, plan: BitPlan, measured: Measurement, *, fresh: bool
+    ) -> AbstractContextManager[Journal]:
+        """Where `quantize` notes what it has finished; a network in memory has none."""
+        if self.model.source.kind == "memory":
+            return nullcontext(NO_JOURNAL)
+        key = fingerprint(
+            JOURNAL_VERSION,
+            measured.key,
+            plan_to_dict(plan),
+            measured.predicted_losses(plan),
+            self.recipe.quantize.model_dump(mode="json"),
+            self.recipe.evaluate.model_dump(mode="json"),
+            self.seed,
+        )
+        return open_journal(key, fresh=fresh, monitor=self.monitor)
+
+    def quantize(
+        self, plan: BitPlan, measured: Measurement, journal: Journal = NO_JOURNAL
+    ) -> Iterator[QuantizedLayer]:
         """Quantized layers in forward order; the network holds the dequantized weights after."""
         _ = self.float_continuations  # and the reference: nothing may have changed the network yet
         with self._timed("quantize"):
-            layers = self._compensate(plan, measured)
+            layers = self._compensate(plan, measured, journal)
             if self.recipe.quantize.tuning.steps == 0 or not any(plan.assignment.values()):
                 yield from layers
                 return
             finished = list(layers)
         with self._timed("tune"):
-            yield from self._tune(finished, measured)
+            yield from self._tune(finished, measured, journal)
 
-    def _compensate(self, plan: BitPlan, measured: Measurement) -> Iterator[QuantizedLayer]:
+    def _compensate(
+        self, plan: BitPlan, measured: Measurement, journal: Journal
+    ) -> Iterator[QuantizedLayer]:
         """Layers as they are compensated, block by block or from the store; then the others."""
         predicted = measured.predicted_losses(plan)
         options = self.recipe.quantize
@@ -168,6 +196,7 @@ class Job:
                 monitor=self.monitor,
                 output_grams=measured.output_grams,
                 enter=enter,
+                journal=journal,
             )
         else:
             sensitivity, store = measured.needed_for_search()
@@ -197,7 +226,7 @@ class Job:
         )
 
     def _tune(
-        self, layers: list[QuantizedLayer], measured: Measurement
+        self, layers: list[QuantizedLayer], measured: Measurement, journal: Journal
     ) -> Iterator[QuantizedLayer]:
         """The same layers with tuned scales, if that lowers the KL on held-out tokens."""
         if measured.final_hidden is None:
@@ -218,6 +247,7 @@ class Job:
             float_head=self.reference.head if self.vocabulary else None,
             generator=torch.Generator().manual_seed(self.seed),
             monitor=self.monitor,
+            journal=journal,
         )
         tuned = kept_if_better(self.model, weights, tune, lambda: self.measure_held_out(windows).kl)
         if tuned is weights:
@@ -282,6 +312,7 @@ class Job:
         plans: list[BitPlan],
         store: CandidateStore,
         what: str,
+        journal: Journal = NO_JOURNAL,
         *,
         all_windows: bool = False,
     ) -> list[Quality]:
@@ -291,18 +322,34 @@ class Job:
             plans: whose specs are all in the store.
             store: integers of the candidates.
             what: stage for the monitor.
+            journal: gets every measurement; what it has is not measured again.
             all_windows: take every held-out sequence instead of `evaluate.curve_windows`.
         """
-        networks = (StoredWeights(plan, store) for plan in plans)
-        return self.measure_changed(networks, what, count=len(plans), all_windows=all_windows)
+        windows = None if all_windows else self.recipe.evaluate.curve_windows
+        entries = [f"quality-{fingerprint(plan_to_dict(x), windows)[:32]}" for x in plans]
+        noted = [journal.read(entry) for entry in entries]
+        known = [None if entry is None else quality_of(entry.facts) for entry in noted]
+        missing = [index for index, quality in enumerate(known) if quality is None]
+        made = self.measure_changed(
+            (StoredWeights(plans[index], store) for index in missing),
+            what,
+            start=len(plans) - len(missing),
+            count=len(plans),
+            all_windows=all_windows,
+            note=lambda index, quality: journal.write(entries[missing[index]], {}, asdict(quality)),
+        )
+        found = iter(made)
+        return [next(found) if quality is None else quality for quality in known]
 
     def measure_changed(
         self,
         networks: Iterable[Mapping[str, Tensor | None]],
         what: str | None = None,
         *,
+        start: int = 0,
         count: int = 0,
         all_windows: bool = False,
+        note: Callable[[int, Quality], None] | None = None,
     ) -> list[Quality]:
         """Held-out quality of networks with other weights; the network is restored.
 
@@ -310,8 +357,10 @@ class Job:
             networks: layer name → [out, in] weight in the place of its own, which None keeps; they
                 all name the same layers.
             what: stage for the monitor; None reports nothing.
-            count: of networks, for the monitor.
+            start: networks that were measured before, for the monitor.
+            count: of all networks, likewise.
             all_windows: take every held-out sequence instead of `evaluate.curve_windows`.
+            note: is told of every network, by its place among these, as it is measured.
         """
         _ = self.float_continuations  # before anything changes the network
         windows = None if all_windows else self.recipe.evaluate.curve_windows
@@ -321,8 +370,10 @@ class Job:
             for index, weights in enumerate(networks):
                 loan.put(weights)
                 qualities.append(self.measure_held_out(windows, text=text))
+                if note is not None:
+                    note(index, qualities[-1])
                 if what is not None:
-                    self.monitor.step(what, index + 1, count)
+                    self.monitor.step(what, start + index + 1, count)
         return qualities
 
     def _timed(self, stage: str) -> StageTimer:

@@ -38,6 +38,7 @@ class Measurement:
         factors: by which the losses of every spec were multiplied to correct them.
         vocabulary: candidates of embedding and head, their losses measured; None where they are
             kept. Part of `sensitivity` too, where there is one.
+        key: fingerprint of what decides everything above, and so the key of what rests on it.
     """
 
     channel_weights: tuple[Tensor, ...]
@@ -49,6 +50,7 @@ class Measurement:
     evidence: Callable[[], Evidence] | None = None
     factors: Mapping[QuantSpec, float] = field(default_factory=dict)
     vocabulary: Sensitivity | None = None
+    key: str = ""
 
     def needed_for_search(self) -> tuple[Sensitivity, CandidateStore]:
         """Both, where they were made.

@@ -20,7 +20,7 @@ from quantforge.load.huggingface import from_module
 from quantforge.load.text import calibration_set, from_batches
 from quantforge.loading import load_source
 from quantforge.plan_file import GivenPlan, read_assignment, read_fixed
-from quantforge.planning import require_reachable
+from quantforge.planning import loadable_vocabulary, require_reachable
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe, Target, compose, resolve_target
 from quantforge.search.budget import Budget
@@ -132,6 +132,7 @@ def open_job(
     matrices = loaded.architecture.vocabulary(loaded.module)
     if plan is None:
         vocabulary = vocabulary_candidates(matrices, recipe.embeddings, recipe.search, limit)
+        vocabulary = loadable_vocabulary(vocabulary, recipe.search)
     else:
         layers = (*loaded.layers, *matrices)
         given = read_assignment(plan, layers, independent=recipe.search.independent)

@@ -361,3 +361,64 @@ class BenchReport:
     new_tokens: int
     rounds: int
     versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    """Whether a server loads a finished folder, by its rules.
+
+    Attributes:
+        path: the folder.
+        server: program and version whose rules they are.
+        tensor_parallel: devices that share every layer.
+        loads: whether it does.
+        problems: what is in the way, one line each.
+        quantized: number of quantized layers.
+        kept: number of matrices in 16 bits.
+    """
+
+    path: str
+    server: str
+    tensor_parallel: int
+    loads: bool
+    problems: tuple[str, ...]
+    quantized: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorReport:
+    """What a machine offers.
+
+    Attributes:
+        versions: distribution → version, "missing" where it is not installed.
+        devices: what torch can compute on.
+        threads: of torch.
+        instruction_set: machine, what torch uses of it, and what the native kernels may use.
+        compiler: version of the C++ compiler, or why there is none.
+        kernels: native kernel → "built" or "compiled on first use".
+        cache: its folder.
+        cache_bytes: what it holds.
+        disk_free_bytes: on its disk.
+        memory_free_bytes: of the machine; None where the system does not tell.
+        problems: what keeps quantforge from running, one line each with the remedy.
+        notes: known bad pairs that are installed, one line each.
+    """
+
+    versions: Mapping[str, str]
+    devices: tuple[str, ...]
+    threads: int
+    instruction_set: str
+    compiler: str
+    kernels: Mapping[str, str]
+    cache: str
+    cache_bytes: int
+    disk_free_bytes: int
+    memory_free_bytes: int | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def usable(self) -> bool:
+        """Whether nothing keeps quantforge from running."""
+        return not self.problems

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from quantforge.benchmark import bench
 from quantforge.borrowing import in_float32, restored_on_error
+from quantforge.checking import check
 from quantforge.delivery import deliver, dry_run
 from quantforge.errors import UsageError
 from quantforge.evaluation import evaluate, generate, inspect, load
@@ -28,10 +29,11 @@ from quantforge.plan_file import GivenPlan
 from quantforge.profiling import profile
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.runtime.transformers_plugin import use_in_transformers
-from quantforge.workspace import check_output, staging
+from quantforge.workspace import check_output, reserved, staging
 
 __all__ = [
     "bench",
+    "check",
     "evaluate",
     "generate",
     "inspect",
@@ -86,7 +88,7 @@ def quantize(
         device: where the network runs.
         settings: recipe keys, e.g. {"search.bits": [2, 4]}.
         force: replace an output folder that an earlier run wrote.
-        fresh: measure anew instead of using what an earlier run left in the cache.
+        fresh: start over instead of going on from what earlier runs left in the cache.
         trust_remote_code: let a hub model bring its own code.
         tokenizer: of a network in memory.
         progress: called after every step.
@@ -110,7 +112,8 @@ def quantize(
     if folder is None and not isinstance(model, nn.Module):
         folder = target_of(model).output(None if limit is None else limit.text)
     stage = staging(folder, force=force) if folder else nullcontext()
-    with stage as staged, _borrowed(model):
+    # The journal goes when the output has its name, and not before.
+    with ExitStack() as at_the_end, stage as staged, _borrowed(model):
         job = open_job(
             model,
             recipe,
@@ -127,7 +130,10 @@ def quantize(
         )
         with job.measure(fresh=fresh) as measured:
             chosen = job.search(measured, limit)
-            layers = job.quantize(chosen.plan, chosen.measured)
+            journal = at_the_end.enter_context(
+                job.journal(chosen.plan, chosen.measured, fresh=fresh)
+            )
+            layers = job.quantize(chosen.plan, chosen.measured, journal)
             return deliver(job, layers, chosen, staged, folder)
 
 
@@ -165,7 +171,7 @@ def plan(
         check_output(folder, force=force)
         if (folder / "quantforge.json").is_file():
             raise UsageError(f"{folder} holds a checkpoint; give plan another --output")
-    with _borrowed(model):
+    with reserved(folder) if folder else nullcontext(), _borrowed(model):
         job = open_job(
             model,
             recipe,
@@ -222,7 +228,7 @@ def pareto(
     folder = None if output is None else Path(output)
     if folder:
         check_output(folder, force=force, mark="pareto.json")
-    with _borrowed(model):
+    with reserved(folder) if folder else nullcontext(), _borrowed(model):
         job = open_job(
             model,
             recipe,
@@ -237,8 +243,8 @@ def pareto(
         )
         with job.measure(fresh=fresh) as measured:
             report = frontier_report(job, measured, points, measure)
-    if folder:
-        write_frontier(report, folder)
+        if folder:
+            write_frontier(report, folder)
     return report
 
 

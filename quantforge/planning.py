@@ -17,7 +17,8 @@ from fractions import Fraction
 
 import torch
 
-from quantforge.errors import BudgetError
+from quantforge.errors import BudgetError, UsageError
+from quantforge.export.servers import SERVERS, refusal, violations
 from quantforge.format.footprint import Footprint
 from quantforge.search.allocate import (
     average_bits,
@@ -84,7 +85,7 @@ def require_reachable(
         layers: of the blocks.
         budget: of the call.
         footprint: of the checkpoint.
-        config: candidates of the blocks' layers.
+        config: candidates of the blocks' layers, and the server that is to load them.
         vocabulary: candidates of embedding and head, where they are planned.
 
     Raises:
@@ -106,8 +107,62 @@ def require_reachable(
         layers=tuple(allowed), specs=specs, loss=unmeasured, error=unmeasured,
         estimator="none", fingerprint="",
     )  # fmt: skip
-    smallest = _smallest(sensitivity, budget, config)
+    smallest = _smallest(loadable(sensitivity, config), budget, config)
     require_within(budget, footprint, smallest.assignment, "the smallest plan")
+
+
+def loadable(sensitivity: Sensitivity, config: SearchConfig) -> Sensitivity:
+    """The same without the candidates that the configured server does not load."""
+    if config.server == "any":
+        return sensitivity
+    rule, parts = SERVERS[config.server], config.tensor_parallel
+    refused = torch.tensor(
+        [
+            [bool(refusal(rule, layer, spec, parts)) for spec in sensitivity.specs]
+            for layer in sensitivity.layers
+        ]
+    )
+    stderr = sensitivity.stderr
+    return replace(
+        sensitivity,
+        loss=sensitivity.loss.masked_fill(refused, torch.inf),
+        stderr=None if stderr is None else stderr.masked_fill(refused, torch.inf),
+    )
+
+
+def loadable_vocabulary(vocabulary: Candidates, config: SearchConfig) -> Candidates:
+    """The same without what the configured server does not load; what has nothing left is kept.
+
+    Raises:
+        UsageError: that is a spec that was asked for.
+    """
+    if config.server == "any":
+        return vocabulary
+    rule, parts = SERVERS[config.server], config.tensor_parallel
+    found: dict[LayerInfo, tuple[QuantSpec, ...]] = {}
+    for layer, specs in vocabulary.items():
+        if layer.fixed and (why := refusal(rule, layer, specs[0], parts)):
+            raise UsageError(f"{config.server} would not load this plan: {layer.name}: {why}")
+        fitting = tuple(spec for spec in specs if not refusal(rule, layer, spec, parts))
+        if fitting:
+            found[layer] = fitting
+    return found
+
+
+def require_loadable(
+    layers: Sequence[LayerInfo], assignment: Assignment, config: SearchConfig
+) -> None:
+    """Refuse a plan that the configured server does not load, whoever made it.
+
+    Raises:
+        UsageError: it does not; names the first reason.
+    """
+    if config.server == "any":
+        return
+    found = violations(SERVERS[config.server], layers, assignment, config.tensor_parallel)
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UsageError(f"{config.server} would not load this plan: {found[0]}{more}")
 
 
 def _smallest(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> BitPlan:

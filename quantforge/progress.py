@@ -49,3 +49,10 @@ class Monitor:
         """Raise `CancelledError` if the caller asked to stop; report nothing."""
         if self.cancel is not None and self.cancel.is_set():
             raise CancelledError(f"cancelled during {stage}{where}")
+
+
+def resumed(what: str, done: int, total: int) -> str:
+    """What a stage says that goes on after `done` of `total`: "resumed at block 17 of 30"."""
+    if done == total:
+        return f"resumed after {what} {total} of {total}"
+    return f"resumed at {what} {done + 1} of {total}"

@@ -20,6 +20,7 @@ from quantforge.calibrate.vocabulary import MatrixQuantizer, head_gram, relative
 from quantforge.calibration import CANDIDATES, Calibrator
 from quantforge.capture import product_dtype
 from quantforge.decision import Measurement
+from quantforge.files import fingerprint
 from quantforge.format.store import CandidateStore
 from quantforge.measurements import measurement
 from quantforge.memory import StageTimer
@@ -67,7 +68,8 @@ class VocabularyCalibrator:
         ) as folder:
             found = load_sensitivity(folder / SENSITIVITY)
             found = replace(found, layers=tuple(self.candidates))
-            yield _with(measured, found, folder / CANDIDATES)
+            both = _with(measured, found, folder / CANDIDATES)
+            yield replace(both, key=fingerprint(measured.key, key))
 
     def _fill(self, folder: Path, measured: Measurement, key: str) -> None:
         """Quantize every candidate the best way, and measure."""

@@ -2,7 +2,8 @@
 
 Nothing half-written is ever left under a final name. A run works in a hidden sibling of its output
 folder and renames it when every check has passed; an error or an interrupt removes it. What a run
-that was killed could not remove, the next run to the same output does.
+that was killed could not remove, the next run to the same output does. Of two runs to one output
+the second ends before it has done anything.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from quantforge.errors import ResourceError, UsageError
 
@@ -43,6 +45,36 @@ def check_output(output: Path, *, force: bool, mark: str = "plan.json") -> None:
 
 
 @contextmanager
+def reserved(output: Path) -> Iterator[None]:
+    """Keep other runs from writing `output` while the body runs.
+
+    It rests on a lock beside the output, which the system gives back when the process ends, however
+    it ends. Where the body writes nothing until its end, this is how a second run finds out about
+    the first at its start.
+
+    Raises:
+        UsageError: another run writes it.
+        ResourceError: the lock cannot be made.
+    """
+    output = output.absolute()
+    lock = FileLock(output.with_name(f".{output.name}.lock"))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UsageError(
+            f"another run is writing {output}: wait for its end or give another --output"
+        ) from None
+    except OSError as error:
+        raise ResourceError(f"cannot write beside {output}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody else's
+        lock.release()
+
+
+@contextmanager
 def staging(output: Path, *, force: bool) -> Iterator[Path]:
     """Yield a fresh folder beside `output`; rename it to `output` if the body succeeds.
 
@@ -50,23 +82,24 @@ def staging(output: Path, *, force: bool) -> Iterator[Path]:
     copy of what `output` held.
 
     Raises:
-        UsageError: the output may not be written (see `check_output`).
+        UsageError: the output may not be written (see `check_output`), or another run writes it.
         ResourceError: the folder cannot be made.
     """
     output = output.absolute()
     folder = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        _recover(output)
-        check_output(output, force=force)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise ResourceError(f"cannot write beside {output}: {error.strerror}") from error
-    try:
-        yield folder
-        check_output(output, force=force)
-        _swap(folder, output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with reserved(output):
+        try:
+            _recover(output)
+            check_output(output, force=force)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise ResourceError(f"cannot write beside {output}: {error.strerror}") from error
+        try:
+            yield folder
+            check_output(output, force=force)
+            _swap(folder, output)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _recover(output: Path) -> None:

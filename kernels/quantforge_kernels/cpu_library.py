@@ -19,6 +19,7 @@ from quantforge_kernels.native import pointer
 LANES = 16  # rows of a tile
 UNIT = 32  # columns of a unit
 
+SOURCE = "packed"
 OPTIONS = native.Options(math=native.IN_ORDER)
 
 _LEVELS = {1: "portable", 2: "AVX2", 3: "AVX-512 VNNI"}
@@ -65,7 +66,7 @@ def library() -> ctypes.CDLL:
     Raises:
         BuildError: it cannot be built here.
     """
-    return declared(native.load("packed", OPTIONS))
+    return declared(native.load(SOURCE, OPTIONS))
 
 
 def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:

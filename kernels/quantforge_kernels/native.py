@@ -106,6 +106,16 @@ def headers(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.h"))
 
 
+def library_path(
+    source: Path, folder: Path, compiler: Compiler, options: Options = DEFAULT
+) -> Path:
+    """Where in `folder` the library that `compiler` makes of `source` here is, or would be."""
+    texts = [path.read_text(encoding="utf-8") for path in (source, *headers(source.parent))]
+    parts = (*texts, compiler.version, instruction_set(), *options.flags)
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return folder / f"{source.stem}-{key}.so"
+
+
 def build(source: Path, folder: Path, options: Options = DEFAULT) -> Path:
     """Compile `source` into `folder` unless it is there already; return the library's path.
 
@@ -113,16 +123,12 @@ def build(source: Path, folder: Path, options: Options = DEFAULT) -> Path:
         BuildError: no compiler, or it failed (its first error line is in the message).
     """
     compiler = find_compiler()
-    flags = options.flags
-    texts = [path.read_text(encoding="utf-8") for path in (source, *headers(source.parent))]
-    parts = (*texts, compiler.version, instruction_set(), *flags)
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    library = folder / f"{source.stem}-{key}.so"
+    library = library_path(source, folder, compiler, options)
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
     temporary = library.with_suffix(f".{os.getpid()}.partial")
-    command = [compiler.path, *flags, str(source), "-o", str(temporary)]
+    command = [compiler.path, *options.flags, str(source), "-o", str(temporary)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         temporary.unlink(missing_ok=True)

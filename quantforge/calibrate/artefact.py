@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -165,16 +166,19 @@ def load_curve(path: Path) -> tuple[CurvePoint, ...]:
     Raises:
         InputError: the file is missing or damaged.
     """
-    points = []
     try:
-        for fields in json.loads(path.read_text(encoding="utf-8")):
-            quality = dict(fields["quality"])
-            for name in ("window_kl", "window_nll"):
-                quality[name] = tuple(quality[name])
-            points.append(CurvePoint(**{**fields, "quality": Quality(**quality)}))
+        return tuple(
+            CurvePoint(**{**fields, "quality": quality_of(fields["quality"])})
+            for fields in json.loads(path.read_text(encoding="utf-8"))
+        )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
-    return tuple(points)
+
+
+def quality_of(fields: Mapping[str, Any]) -> Quality:
+    """A measured quality from what JSON made of it."""
+    rows = {name: tuple(fields[name]) for name in ("window_kl", "window_nll")}
+    return Quality(**{**fields, **rows})
 
 
 def _damaged(path: Path, error: Exception) -> InputError:

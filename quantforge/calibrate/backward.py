@@ -10,7 +10,7 @@ The loss is one of `token_loss`, given by its gradient at the head's input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,8 @@ def backward_blocks(
     precision: Precision,
     head_gradient: HeadGradient,
     scratch: Path | None = None,
+    start: tuple[int, list[Tensor]] | None = None,
+    on_block: Callable[[int, list[Tensor]], None] | None = None,
 ) -> Iterator[BlockGradients]:
     """Every batch of every block, from the last block to the first.
 
@@ -71,6 +73,10 @@ def backward_blocks(
         precision: of the matrix products.
         head_gradient: the loss, asked batch by batch.
         scratch: folder for states; None keeps them in memory.
+        start: where an earlier pass was left: the last block it finished, and what `on_block` got
+            with it. The loss is not asked again.
+        on_block: called when the last batch of a block was consumed, with the block's index and,
+            per batch, [sequences, length, hidden] float32 the gradient at its input.
     """
     product = product_dtype(precision)
     walk = BlockWalk(
@@ -78,16 +84,16 @@ def backward_blocks(
     )
     with nullcontext() if scratch is None else TemporaryDirectory(dir=scratch) as folder:
         entrances = _KeptStates(None if folder is None else Path(folder))
-        for block in walk.blocks:
+        blocks = walk.blocks if start is None else walk.blocks[: start[0]]
+        for block in blocks:
             entrances.push([hidden.to(product) for hidden in walk.hidden])
             walk.advance(block)
-        states, first = [], 0
-        for hidden in walk.hidden:
-            rows = slice(first, first + len(hidden))
-            states.append(_at_last_output(model, hidden, rows, precision, head_gradient))
-            first = rows.stop
+        if start is None:
+            states = _at_last_outputs(model, walk, precision, head_gradient)
+        else:
+            states = list(start[1])
         walk.hidden.clear()  # from here on everything starts from what was kept
-        for index in range(len(walk.blocks) - 1, -1, -1):
+        for index in range(len(blocks) - 1, -1, -1):
             first = 0
             for batch, entrance in enumerate(entrances.pop()):
                 at_output, rows = states[batch], slice(first, first + len(entrance))
@@ -98,6 +104,8 @@ def backward_blocks(
                 yield BlockGradients(
                     block=index, rows=rows, inputs=inputs, gradients=gradients, output=at_output
                 )
+            if on_block is not None:
+                on_block(index, states)
 
 
 class _KeptStates:
@@ -167,6 +175,18 @@ def _block_backward(
         states = output[0] if isinstance(output, tuple) else output
         (at_input,) = torch.autograd.grad(states, start, at_output)
     return tuple(inputs[path].to(product) for path in readers), gradients, at_input
+
+
+def _at_last_outputs(
+    model: Model, walk: BlockWalk, precision: Precision, head_gradient: HeadGradient
+) -> list[Tensor]:
+    """`_at_last_output` of every batch of a walk at its end, in order."""
+    states, first = [], 0
+    for hidden in walk.hidden:
+        rows = slice(first, first + len(hidden))
+        states.append(_at_last_output(model, hidden, rows, precision, head_gradient))
+        first = rows.stop
+    return states
 
 
 def _at_last_output(

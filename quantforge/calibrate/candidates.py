@@ -18,11 +18,15 @@ from torch import Tensor
 from quantforge.calibrate.config import CalibrateConfig
 from quantforge.capture import BlockWalk, stage_grams
 from quantforge.format.store import CandidateStore
+from quantforge.journal import NO_JOURNAL, Journal, numbered
 from quantforge.methods.gptq import gptq
 from quantforge.models import Model
 from quantforge.numerics import Factor, factorize, output_error, relative
-from quantforge.progress import Monitor
+from quantforge.progress import Monitor, resumed
 from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec
+
+BLOCK = "candidates"
+_TABLES = ("rows", "relative", "squared")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +85,7 @@ def quantize_candidates(
     *,
     store: CandidateStore,
     monitor: Monitor,
+    journal: Journal = NO_JOURNAL,
 ) -> tuple[list[CandidateErrors], Tensor]:
     """Quantize every layer at every candidate on the float network's inputs.
 
@@ -91,6 +96,8 @@ def quantize_candidates(
         config: calibration options.
         store: receives the integers of every candidate.
         monitor: progress and cancellation.
+        journal: gets the errors of every block as it is finished; through blocks it has already the
+            walk only runs forward.
 
     Returns:
         Errors of every layer, in forward order, and [sequences, length, hidden] bfloat16: what
@@ -98,7 +105,16 @@ def quantize_candidates(
     """
     walk = _walk(model, tokens, config)
     found: list[CandidateErrors] = []
-    for index, block in enumerate(walk.blocks):
+    count = len(walk.blocks)
+    finished = journal.first_missing(BLOCK, count)
+    if finished:
+        monitor.step("candidates", 0, count, resumed("block", finished, count))
+    for index in range(finished):
+        found += _read_errors(journal, index, model)
+        walk.advance(walk.blocks[index])
+        monitor.step("candidates", index + 1, count)
+    for index in range(finished, count):
+        block = walk.blocks[index]
         grams = stage_grams(walk, block, model.architecture, advance=True)
         factors = [factorize(gram, damping=config.damping) for gram in grams]
         for layer in (one for one in model.layers if one.block == index):
@@ -113,8 +129,32 @@ def quantize_candidates(
             if quantized:  # a layer that no group size divides can only be kept
                 store.put(layer.name, quantized)
             found.append(errors)
-        monitor.step("candidates", index + 1, len(walk.blocks))
+        _write_errors(journal, index, [one for one in found if one.layer.block == index])
+        monitor.step("candidates", index + 1, count)
     return found, _head_inputs(model, walk)
+
+
+def _write_errors(journal: Journal, index: int, errors: Sequence[CandidateErrors]) -> None:
+    """Note the errors of a block whose integers are in the store."""
+    tensors = {}
+    for one in errors:
+        for field in _TABLES:
+            tensors[f"{one.layer.name}.{field}"] = getattr(one, field)
+    journal.write(numbered(BLOCK, index), tensors)
+
+
+def _read_errors(journal: Journal, index: int, model: Model) -> list[CandidateErrors]:
+    """What `_write_errors` noted of a block that is there."""
+    entry = journal.read(numbered(BLOCK, index))
+    if entry is None:
+        raise ValueError(f"block {index} is not in the journal")
+    return [
+        CandidateErrors(
+            layer=layer, **{field: entry.tensors[f"{layer.name}.{field}"] for field in _TABLES}
+        )
+        for layer in model.layers
+        if layer.block == index
+    ]
 
 
 def weight_errors(

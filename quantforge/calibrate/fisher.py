@@ -24,9 +24,10 @@ moments are: error feedback between rows rests on it (`methods.output_feedback`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,13 +36,15 @@ from torch import Tensor, nn
 from quantforge.calibrate.backward import BlockGradients, backward_blocks
 from quantforge.calibrate.token_loss import HeadGradient, following_tokens
 from quantforge.capture import Precision, product_dtype
+from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.models import Model
 from quantforge.numerics import GramAccumulator
-from quantforge.progress import Monitor
+from quantforge.progress import Monitor, resumed
 from quantforge.types import LayerInfo
 
 # Rows beyond this do not answer for each other: an output gram has that many squared entries.
 LARGEST_OUTPUT_BLOCK = 4096
+ENTRY = "gradients"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +125,7 @@ def gradient_statistics(
     errors: Callable[[LayerInfo], Tensor] | None = None,
     rows: Mapping[str, Tensor] | None = None,
     scratch: Path | None = None,
+    journal: Journal = NO_JOURNAL,
 ) -> GradientStatistics:
     """Moments of the gradients at the layers' outputs.
 
@@ -138,13 +142,22 @@ def gradient_statistics(
         rows: layer name → [candidates, out] d_o gram d_oᵀ; not finite for those that do not fit,
             whose energies are then 0.
         scratch: folder for hidden states on the way; None keeps them in memory.
+        journal: gets what is found so far, and the gradients, after every block; where it has that,
+            the pass goes on from there.
     """
     collector = _Collector(model, keep_gram, errors, rows, len(tokens), product_dtype(precision))
-    total, done = len(tokens) * len(model.architecture.block_list(model.module)), 0
+    blocks = len(model.architecture.block_list(model.module))
+    start = collector.restore(journal)
+    total, done = len(tokens) * blocks, 0
+    if start is not None:
+        finished = blocks - start[0]
+        done = len(tokens) * finished
+        monitor.step("gradients", done, total, resumed("block", finished, blocks))
     with _frozen(model.module):
         for found in backward_blocks(
             model, tokens, batch_size=batch_size, precision=precision,
-            head_gradient=head_gradient, scratch=scratch,
+            head_gradient=head_gradient, scratch=scratch, start=start,
+            on_block=partial(collector.note, journal),
         ):  # fmt: skip
             collector.add(found)
             done += found.rows.stop - found.rows.start
@@ -155,8 +168,8 @@ def gradient_statistics(
 class _Collector:
     """Sums over what the backward pass of every block leaves.
 
-    Batches of a block come one after the other. With the first of the next block the sums are made
-    means, so that accumulators and errors of one block alone are resident.
+    Batches of a block come one after the other. After the last of them the sums are made means, so
+    that accumulators and errors of one block alone are resident.
     """
 
     def __init__(
@@ -169,6 +182,7 @@ class _Collector:
         product: torch.dtype,
     ) -> None:
         self._product, self._layers, self._sequences = product, model.layers, sequences
+        self._device = model.device
         self._keep_gram, self._errors, self._rows = keep_gram, errors, rows
         self._index = {layer.name: index for index, layer in enumerate(model.layers)}
         self._squares = torch.zeros(sequences, len(model.layers), dtype=torch.float64)
@@ -184,7 +198,6 @@ class _Collector:
     def add(self, found: BlockGradients) -> None:
         """Add one batch of one block."""
         if found.block != self._block:
-            self._finish()
             self._begin(found)
         self._channel.add(found.output, self._product)
         for name, gradient in found.gradients.items():
@@ -219,20 +232,52 @@ class _Collector:
                 if self._errors is not None:
                     self._known[index] = self._errors(layer).to(self._product)
 
-    def _finish(self) -> None:
-        """Turn the sums of the block so far into means."""
+    def note(self, journal: Journal, block: int, states: Sequence[Tensor]) -> None:
+        """Turn the sums of a block into means when its last batch is in, and write all down.
+
+        Args:
+            journal: gets everything found so far.
+            block: index of the finished block.
+            states: per batch, the gradient at its input.
+        """
         for name, total in self._sums.items():
             self._moments[name] = total.squares()
             if isinstance(total, OutputGram) and self._keep_gram is not None:
                 self._keep_gram(name, total.mean())
-        if self._block >= 0:
-            self._channels.append(self._channel.squares())
+        self._channels.append(self._channel.squares())
         self._sums.clear()
         self._known.clear()
+        tensors = {f"state.{index:06d}": state for index, state in enumerate(states)}
+        tensors |= {f"channel.{index:05d}": one for index, one in enumerate(self._channels)}
+        tensors |= {f"moment.{name}": one for name, one in self._moments.items()}
+        tables = {"squares": self._squares, "products": self._products, "energies": self._energies}
+        tensors |= {name: table for name, table in tables.items() if table is not None}
+        journal.write(ENTRY, tensors, {"block": block})
+
+    def restore(self, journal: Journal) -> tuple[int, list[Tensor]] | None:
+        """Take what `note` wrote down: the last block that was finished, and its states."""
+        entry = journal.read(ENTRY)
+        if entry is None:
+            return None
+        device = self._device
+
+        def listed(kind: str) -> list[Tensor]:
+            found = sorted(name for name in entry.tensors if name.startswith(f"{kind}."))
+            return [entry.tensors[name].to(device) for name in found]
+
+        self._channels = listed("channel")
+        self._moments = {
+            name.removeprefix("moment."): one.to(device)
+            for name, one in entry.tensors.items()
+            if name.startswith("moment.")
+        }
+        self._squares = entry.tensors["squares"]
+        self._products = entry.tensors.get("products")
+        self._energies = entry.tensors.get("energies")
+        return int(entry.facts["block"]), listed("state")
 
     def result(self) -> GradientStatistics:
         """Means of everything, once all blocks are in."""
-        self._finish()
         return GradientStatistics(
             moments={layer.name: self._moments[layer.name] for layer in self._layers},
             channels=tuple(reversed(self._channels)),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantforge.cli import commands
+from quantforge.cli import commands, examining
 from quantforge.cli.output import write
 
 _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
@@ -77,6 +77,12 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         "bench",
         ("quantforge bench out", "quantforge bench out --head-bits 8 --threads 2 --json"),
     ),
+    (
+        examining.check,
+        "check",
+        ("quantforge check out --server vllm --tp 2", "quantforge check out --json"),
+    ),
+    (examining.doctor, "doctor", ("quantforge doctor", "quantforge doctor --json")),
     (commands.fetch, "fetch", ("quantforge fetch llama",)),
 )
 

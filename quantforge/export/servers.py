@@ -1,56 +1,195 @@
-"""Which programs load the checkpoint that a plan makes: their rules as data, checked without them.
+"""Which programs load a checkpoint: their rules as data, checked without them.
 
 The rules are those of compressed-tensors' `pack-quantized` form as the programs' sources state
-them; of these, transformers was run on such files, the servers were not. Layers that a server fuses
-(q/k/v, gate/up) must share one spec, because it reads the first member's for all.
+them; of these, transformers was run on such files, the servers were not. They serve twice:
+`refusal` takes candidates out of a search and judges finished folders, layer by layer; `violations`
+adds what concerns several layers. Layers that a server fuses (q/k/v, gate/up) must share one spec,
+because it reads the first member's for all.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quantforge.outcomes import ServerSupport
-from quantforge.types import LayerInfo, QuantSpec
+from quantforge.types import PER_CHANNEL, SUPPORTED_BITS, LayerInfo, QuantSpec
+
+# Members that servers fuse where they stand side by side, by the last part of their names.
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("query", "key", "value"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+# Layers whose inputs tensor parallelism slices; of all others it slices the outputs.
+SLICED_INPUTS = frozenset({"o_proj", "down_proj", "out_proj", "w2", "dense", "c_proj", "fc2"})
+# Padded before they are sliced, or copied where there are fewer heads than devices.
+UNSLICED = frozenset({"lm_head", "k_proj", "v_proj"})
+EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings"})
+_EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Rule:
+class ServerRule:
     """What one program loads.
 
     Attributes:
         name: program, and where it runs.
         bits: widths it has kernels or a decoder for.
         symmetric: it loads no zero-points.
-        fuses: members of a fused group must share a spec.
-        embedding: it loads a quantized token embedding.
-        head: it loads a quantized head of its own, not tied to the embedding.
+        fuses: members of a fused group must share a spec, and so must the experts of a layer.
+        group_sizes: those it has kernels for; empty: any.
+        multiple: of which every side of a slice must be.
+        embedding_bits: widths that its embedding decodes right; empty: it loads none quantized.
+        tied: it loads a quantized embedding that is the head too.
+        head: it loads a quantized head of its own.
+        slices: it knows tensor parallelism.
+        packed: it reads this form at all.
     """
 
     name: str
-    bits: tuple[int, ...]
+    bits: tuple[int, ...] = SUPPORTED_BITS
     symmetric: bool = False
     fuses: bool = True
-    embedding: bool = False
+    group_sizes: tuple[int, ...] = ()
+    multiple: int = 1
+    embedding_bits: tuple[int, ...] = ()
+    tied: bool = False
     head: bool = False
+    slices: bool = True
+    packed: bool = True
 
 
-_RULES = (
-    _Rule(
-        name="quantforge.load", bits=(2, 3, 4, 5, 6, 7, 8), fuses=False, embedding=True, head=True
-    ),
-    _Rule(
-        name="transformers 5.23, compressed-tensors 0.20",
-        bits=(2, 3, 4, 5, 6, 8),
-        symmetric=True,
-        fuses=False,
-        head=True,
-    ),
-    _Rule(name="vLLM 0.33 on NVIDIA (Turing or newer)", bits=(2, 3, 4, 5, 6, 7, 8)),
-    _Rule(name="vLLM 0.33 on CPU and XPU", bits=(4,)),
-    _Rule(name="vLLM 0.33 on ROCm", bits=(4, 8)),
-    _Rule(name="SGLang", bits=(4, 8)),
+_TRANSFORMERS = ServerRule(
+    name="transformers 5.23, compressed-tensors 0.20",
+    bits=(2, 3, 4, 5, 6, 8),
+    symmetric=True,
+    fuses=False,
+    head=True,
+    slices=False,
 )
+_VLLM = ServerRule(
+    name="vLLM 0.33 on NVIDIA (Turing or newer)",
+    group_sizes=(32, 64, 128, PER_CHANNEL),
+    multiple=32,
+    embedding_bits=(2, 4, 8),
+    head=True,
+)
+_RULES = (
+    ServerRule(
+        name="quantforge.load",
+        fuses=False,
+        embedding_bits=SUPPORTED_BITS,
+        tied=True,
+        head=True,
+        slices=False,
+    ),
+    _TRANSFORMERS,
+    _VLLM,
+    ServerRule(name="vLLM 0.33 on CPU and XPU", bits=(4,)),
+    ServerRule(name="vLLM 0.33 on ROCm", bits=(4, 8)),
+    ServerRule(name="SGLang", bits=(4, 8)),
+)
+# By the names of `--server`.
+SERVERS: Mapping[str, ServerRule] = {
+    "transformers": _TRANSFORMERS,
+    "vllm": _VLLM,
+    "llama.cpp": ServerRule(name="llama.cpp", slices=False, packed=False),
+}
+
+
+def refusal(rule: ServerRule, layer: LayerInfo, spec: QuantSpec | None, parts: int = 1) -> str:
+    """Why a program does not load one layer in this form; empty where it does.
+
+    Args:
+        rule: the program's.
+        layer: its shape and name.
+        spec: None where it is kept in 16 bits.
+        parts: devices that share every layer (tensor parallelism).
+    """
+    outputs, inputs, why = _slice(layer, parts)
+    if why or spec is None:
+        return why
+    if spec.group_size != PER_CHANNEL and inputs % spec.group_size:
+        return f"groups of {spec.group_size} do not divide a slice of {inputs} inputs"
+    for side, count in (("inputs", inputs), ("outputs", outputs)):
+        if count % rule.multiple:
+            part = "" if parts == 1 else " of a slice"
+            why = f"{count} {side}{part} are no multiple of {rule.multiple}"
+    return _unknown_form(rule, layer, spec) or why
+
+
+def _slice(layer: LayerInfo, parts: int) -> tuple[int, int, str]:
+    """Outputs and inputs that one device has of a layer, and why it cannot be split."""
+    outputs, inputs = layer.out_features, layer.in_features
+    last = layer.name.rpartition(".")[2]
+    if parts == 1 or layer.kind != "linear" or last in UNSLICED:
+        return outputs, inputs, ""
+    if last in SLICED_INPUTS:
+        why = f"{inputs} inputs do not split into {parts}" if inputs % parts else ""
+        return outputs, inputs // parts, why
+    why = f"{outputs} outputs do not split into {parts}" if outputs % parts else ""
+    return outputs // parts, inputs, why
+
+
+def _unknown_form(rule: ServerRule, layer: LayerInfo, spec: QuantSpec) -> str:
+    """What of a spec the program has no kernel or decoder for, whatever the layer's shape."""
+    if spec.bits not in rule.bits:
+        return f"it loads {_listed(rule.bits)} bits, not {spec.bits}"
+    if layer.outside and (why := _unknown_outside(rule, layer, spec)):
+        return why
+    if rule.symmetric and not spec.symmetric:
+        return "it loads no zero-points"
+    if rule.group_sizes and spec.group_size not in rule.group_sizes:
+        sizes = _listed([size for size in rule.group_sizes if size != PER_CHANNEL])
+        return f"it loads groups of {sizes} or whole rows, not of {spec.group_size}"
+    return ""
+
+
+def _unknown_outside(rule: ServerRule, layer: LayerInfo, spec: QuantSpec) -> str:
+    """Why it loads no such embedding or head."""
+    if layer.kind == "linear":
+        return "" if rule.head else "it loads no quantized head"
+    if layer.kind == "tied" and not rule.tied:
+        return "it loads no quantized embedding that is the head too"
+    if spec.bits not in rule.embedding_bits:
+        known = _listed(rule.embedding_bits) or "16"
+        return f"it loads embeddings of {known} bits, not {spec.bits}"
+    return ""
+
+
+def violations(
+    rule: ServerRule,
+    layers: Sequence[LayerInfo],
+    assignment: Mapping[str, QuantSpec | None],
+    parts: int = 1,
+) -> list[str]:
+    """Everything for which a program does not load a checkpoint, one line each.
+
+    Args:
+        rule: the program's.
+        layers: of the network; `fused_group` says what belongs together.
+        assignment: layer name → spec; None where it is kept.
+        parts: devices that share every layer.
+    """
+    if not rule.packed:
+        return [f"{rule.name} reads GGUF files, and this is the pack-quantized form"]
+    found = [
+        f"{layer.name}: {why}"
+        for layer in layers
+        if (why := refusal(rule, layer, assignment[layer.name], parts))
+    ]
+    if rule.fuses:
+        found += [
+            f"{group}: its members are fused and have different specs"
+            for group in _split_groups(layers, assignment)
+        ]
+    return found
 
 
 def server_support(
@@ -66,40 +205,44 @@ def server_support(
 
 
 def _judge(
-    rule: _Rule, layers: Sequence[LayerInfo], assignment: Mapping[str, QuantSpec | None]
+    rule: ServerRule, layers: Sequence[LayerInfo], assignment: Mapping[str, QuantSpec | None]
 ) -> ServerSupport:
     specs = {spec for spec in assignment.values() if spec is not None}
     refused = sorted({spec.bits for spec in specs} - set(rule.bits))
     if refused:
         why = f"loads {_listed(rule.bits)} bits, the plan has {_listed(refused)}"
         return ServerSupport(name=rule.name, loads=False, why=why)
-    if rule.symmetric and any(not spec.symmetric for spec in specs):
-        return ServerSupport(name=rule.name, loads=False, why="loads no zero-points")
-    for layer in layers:
-        known = rule.head if layer.kind == "linear" else rule.embedding
-        if layer.outside and assignment[layer.name] is not None and not known:
-            why = f"loads no quantized {'head' if layer.kind == 'linear' else 'embedding'}"
-            return ServerSupport(name=rule.name, loads=False, why=why)
-    split = _split_group(layers, assignment) if rule.fuses else None
-    if split is not None:
-        why = f"fuses {split}, whose members have different specs"
-        return ServerSupport(name=rule.name, loads=False, why=why)
+    if found := violations(rule, layers, assignment):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        return ServerSupport(name=rule.name, loads=False, why=found[0] + more)
     return ServerSupport(
         name=rule.name, loads=True, why=f"loads {_listed(rule.bits)} bits, per layer"
     )
 
 
-def _split_group(
+def fused_group(name: str) -> str:
+    """What a layer of a finished checkpoint is fused with, from its name alone.
+
+    The experts of one layer share a spec, because servers look at the first expert's; elsewhere
+    members of `FUSED` under one parent do.
+    """
+    expert = _EXPERT.match(name)
+    if expert:
+        return expert[1]
+    parent, _, last = name.rpartition(".")
+    members = next((group for group in FUSED if last in group), (last,))
+    return f"{parent}.{'+'.join(members)}"
+
+
+def _split_groups(
     layers: Sequence[LayerInfo], assignment: Mapping[str, QuantSpec | None]
-) -> str | None:
-    """The first fused group whose members differ."""
-    seen: dict[str, QuantSpec | None] = {}
+) -> list[str]:
+    """Fused groups whose members differ."""
+    seen: dict[str, set[QuantSpec | None]] = {}
     for layer in layers:
-        spec = assignment[layer.name]
-        if seen.setdefault(layer.fused_group, spec) != spec:
-            return layer.fused_group
-    return None
+        seen.setdefault(layer.fused_group, set()).add(assignment[layer.name])
+    return [group for group, specs in seen.items() if len(specs) > 1]
 
 
-def _listed(bits: Sequence[int]) -> str:
-    return ", ".join(map(str, bits))
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from quantforge_kernels.layout import pack, unpack
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from quantforge.errors import InputError
 from quantforge.files import atomic_path
@@ -35,12 +36,9 @@ class CandidateStore:
 
     def put(self, layer: str, weights: Mapping[QuantSpec, QuantizedWeight]) -> None:
         """Write all candidates of one layer, atomically."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for spec, weight in weights.items():
-            tensors[f"{spec}.codes"] = pack(weight.codes, spec.bits)
-            tensors[f"{spec}.scale"] = weight.scale
-            if weight.zero is not None:  # one byte each: rows of few groups would not pack
-                tensors[f"{spec}.zero"] = weight.zero
+            tensors |= weight_tensors(weight, str(spec))
         columns = next(iter(weights.values())).codes.shape[1]
         with atomic_path(self._path(layer)) as temporary:
             save_file(tensors, temporary, metadata={"columns": str(columns)})
@@ -54,13 +52,40 @@ class CandidateStore:
         path = self._path(layer)
         try:
             with safe_open(path, framework="pt") as file:
-                words = file.get_tensor(f"{spec}.codes").to(self.device)
-                scale = file.get_tensor(f"{spec}.scale").to(self.device)
-                zero = None if spec.symmetric else file.get_tensor(f"{spec}.zero").to(self.device)
                 columns = int(file.metadata()["columns"])
+                return weight_from(file.get_tensor, str(spec), spec, columns, self.device)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path} is missing or damaged ({error}); run again with --fresh"
             ) from error
-        codes = unpack(words, spec.bits, columns)
-        return QuantizedWeight(codes=codes, scale=scale, zero=zero, spec=spec)
+
+
+def weight_tensors(weight: QuantizedWeight, name: str) -> dict[str, Tensor]:
+    """A weight as named tensors, its codes packed."""
+    tensors = {f"{name}.codes": pack(weight.codes, weight.spec.bits), f"{name}.scale": weight.scale}
+    if weight.zero is not None:  # one byte each: rows of few groups would not pack
+        tensors[f"{name}.zero"] = weight.zero
+    return tensors
+
+
+def weight_from(
+    tensor: Callable[[str], Tensor],
+    name: str,
+    spec: QuantSpec,
+    columns: int,
+    device: torch.device | str,
+) -> QuantizedWeight:
+    """Inverse of `weight_tensors`.
+
+    Args:
+        tensor: gives a tensor by its name.
+        name: as it was given.
+        spec: of the weight.
+        columns: its input features.
+        device: where the result is to be.
+    """
+    codes = unpack(tensor(f"{name}.codes").to(device), spec.bits, columns)
+    zero = None if spec.symmetric else tensor(f"{name}.zero").to(device)
+    return QuantizedWeight(
+        codes=codes, scale=tensor(f"{name}.scale").to(device), zero=zero, spec=spec
+    )

@@ -8,7 +8,7 @@ compared with, stays as it was; only the weights that are about to be rounded ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,21 @@ def scale_block(
         if found[path].exponent > 0.0:
             fold(source, list(readers.values()), found[path].scale)
     return found
+
+
+def refold(model: Model, index: int, scales: Mapping[str, Tensor]) -> None:
+    """Fold channel scales that `scale_block` had found into a float block again, in place.
+
+    Args:
+        model: holds the block, as it was before.
+        index: of the block.
+        scales: module path inside the block → [n] what its outputs are divided by.
+    """
+    block = model.architecture.block_list(model.module)[index]
+    for path, stage in model.architecture.folds:
+        if path in scales:
+            readers = [block.get_submodule(one) for one in model.architecture.stages[stage]]
+            fold(block.get_submodule(path), readers, scales[path])
 
 
 def _search(

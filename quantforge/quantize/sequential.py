@@ -18,13 +18,16 @@ from torch import Tensor
 
 from quantforge.errors import InputError
 from quantforge.format.store import CandidateStore
+from quantforge.journal import NO_JOURNAL, Journal
+from quantforge.methods.awq import ChosenScale
 from quantforge.models import Model
 from quantforge.numerics import output_error, relative
-from quantforge.progress import Monitor
+from quantforge.progress import Monitor, resumed
 from quantforge.quantize.config import QuantizeConfig
 from quantforge.quantize.layer import Compensated, Outputs, Stage, quantize_layer
 from quantforge.quantize.refine import refine_block
-from quantforge.quantize.scale import rescale_outputs, scale_block
+from quantforge.quantize.resume import BLOCK, FinishedBlock, read_block, write_block
+from quantforge.quantize.scale import refold, rescale_outputs, scale_block
 from quantforge.quantize.streams import Streams
 from quantforge.results import LayerReport
 from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantizedWeight
@@ -83,9 +86,10 @@ class _Pending:
     made: Compensated
     gram: Tensor
 
-    def finish(
+    def report(
         self, quantized: QuantizedWeight, predicted: float | None, config: QuantizeConfig
-    ) -> QuantizedLayer:
+    ) -> LayerReport:
+        """What happened to the layer, whose weight became `quantized`."""
         difference = quantized.dequantize() - self.weight
         rounding = self.made.rounded.dequantize() - self.weight
         reference = output_error(self.weight, self.gram)
@@ -98,7 +102,7 @@ class _Pending:
             notes.append(f"gram needed damping {factor.damping:g}")
         if choice is not None and config.chooses:
             notes.append(f"chosen: {choice}")
-        report = LayerReport(
+        return LayerReport(
             name=self.layer.name,
             spec=str(quantized.spec),
             predicted_loss=predicted,
@@ -109,7 +113,6 @@ class _Pending:
             dead_columns=int(factor.dead.sum()),
             note="; ".join(notes),
         )
-        return QuantizedLayer(layer=self.layer, weight=quantized, report=report)
 
 
 def _compensate_block(
@@ -119,13 +122,13 @@ def _compensate_block(
     streams: Streams,
     config: QuantizeConfig,
     output_grams: OutputGrams | None,
+    scaled: Mapping[str, ChosenScale],
 ) -> list[_Pending]:
     """Quantize a block's layers stage by stage and put the results into the network.
 
     Moves the float stream to the block's exit.
     """
     block = streams.quantized.blocks[index]
-    scaled = scale_block(model, index, plan, streams, config) if config.awq else {}
     prefix = f"{model.architecture.blocks}.{index}."
     count = len(model.architecture.stages)
     steps = [[stage] for stage in range(count)] if config.true_sequential else [list(range(count))]
@@ -176,6 +179,7 @@ def quantize_sequentially(
     monitor: Monitor,
     output_grams: OutputGrams | None = None,
     enter: Callable[[], None] | None = None,
+    journal: Journal = NO_JOURNAL,
 ) -> Iterator[QuantizedLayer]:
     """Quantize the blocks in place, one by one, yielding layers as they are finished.
 
@@ -189,13 +193,32 @@ def quantize_sequentially(
         generator: for the order of batches in learned rounding.
         monitor: progress and cancellation.
         output_grams: gives a layer's output gram, for `output_feedback`; None goes without.
-        enter: quantizes the embedding, before the first block is looked at.
+        enter: quantizes the embedding, before the first block is looked at; called by every run,
+            resumed or not.
+        journal: gets every block as it is finished; blocks it has already are taken from it, and
+            what follows is the same to the bit.
     """
-    streams = Streams(model, calibration, config, enter)
-    blocks = streams.quantized.blocks
-    for index, block in enumerate(blocks):
-        layers = [layer for layer in model.layers if layer.block == index]
-        pending = _compensate_block(model, index, plan, streams, config, output_grams)
+    blocks = model.architecture.block_list(model.module)
+    finished_blocks = journal.first_missing(BLOCK, len(blocks))
+    streams = None
+    if finished_blocks < len(blocks):
+        streams = Streams(model, calibration, config, enter)
+    elif enter is not None:  # nothing is left to quantize: nobody looks at the streams
+        enter()
+    if finished_blocks:
+        monitor.step("quantize", 0, len(blocks), resumed("block", finished_blocks, len(blocks)))
+    for index in range(finished_blocks):
+        done = read_block(journal, index, model.layers, model.device)
+        _put_back(model, index, done, streams)
+        generator.set_state(done.generator)
+        yield from _in_order(model, index, done)
+        monitor.step("quantize", index + 1, len(blocks))
+    if streams is None:
+        return
+    for index in range(finished_blocks, len(blocks)):
+        block = blocks[index]
+        scaled = scale_block(model, index, plan, streams, config) if config.awq else {}
+        pending = _compensate_block(model, index, plan, streams, config, output_grams, scaled)
         final = {one.layer.name: one.made.quantized for one in pending}
         if config.rounding.steps > 0 and pending:
             prefix = f"{model.architecture.blocks}.{index}."
@@ -212,16 +235,42 @@ def quantize_sequentially(
             final = {prefix + name: weight for name, weight in refined.items()}
             for name, weight in final.items():
                 put_weight(model, name, weight.dequantize())
-        finished = {
-            one.layer.name: one.finish(final[one.layer.name], predicted[one.layer.name], config)
-            for one in pending
-        }
-        for layer in layers:
-            kept = QuantizedLayer(layer=layer, weight=None, report=kept_report(layer))
-            yield finished.get(layer.name, kept)
+        done = FinishedBlock(
+            weights=final,
+            reports={
+                one.layer.name: one.report(final[one.layer.name], predicted[one.layer.name], config)
+                for one in pending
+            },
+            scales={path: one.scale for path, one in scaled.items() if one.exponent > 0.0},
+            generator=generator.get_state(),
+        )
+        write_block(journal, index, done)
+        yield from _in_order(model, index, done)
         if index + 1 < len(blocks):
             streams.advance(block)
         monitor.step("quantize", index + 1, len(blocks))
+
+
+def _put_back(model: Model, index: int, done: FinishedBlock, streams: Streams | None) -> None:
+    """Bring the network and the streams to where they were when a block had been quantized."""
+    refold(model, index, done.scales)
+    block = model.architecture.block_list(model.module)[index]
+    if streams is not None:
+        streams.advance_native(block, {})  # while its weights are float
+    for name, weight in done.weights.items():
+        put_weight(model, name, weight.dequantize())
+    if streams is not None:
+        streams.advance(block)
+
+
+def _in_order(model: Model, index: int, done: FinishedBlock) -> Iterator[QuantizedLayer]:
+    """Layers of a finished block in forward order, kept ones included."""
+    for layer in (one for one in model.layers if one.block == index):
+        yield QuantizedLayer(
+            layer=layer,
+            weight=done.weights.get(layer.name),
+            report=done.reports.get(layer.name) or kept_report(layer),
+        )
 
 
 def quantize_from_store(

@@ -23,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from quantforge.capture import compute_in, recomputed
+from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.memory import release_freed
 from quantforge.methods.scaled_linear import ScaledLinear
 from quantforge.models import Model
-from quantforge.progress import Monitor
+from quantforge.progress import Monitor, resumed
 from quantforge.quantize.config import TuningConfig
+from quantforge.quantize.resume import read_tuning, write_tuning
 from quantforge.types import QuantizedWeight
 
 # Tokens whose logits are formed at a time: three [tokens, vocabulary] float32 matrices are held.
@@ -44,6 +46,7 @@ def tune_scales(
     float_head: Tensor | None = None,
     generator: torch.Generator,
     monitor: Monitor,
+    journal: Journal = NO_JOURNAL,
 ) -> dict[str, QuantizedWeight]:
     """Tune all scales and the network's norms on the KL divergence to the float network.
 
@@ -58,6 +61,8 @@ def tune_scales(
             network's own.
         generator: orders the sequences.
         monitor: progress and cancellation.
+        journal: gets the state after every step, which takes far less time than the step; where it
+            has one, tuning goes on from there, and ends in the same bits.
 
     Returns:
         layer name → the same integers with tuned scales.
@@ -79,8 +84,12 @@ def tune_scales(
             ],
             betas=(0.9, 0.95),
         )
-        order: list[int] = []
-        for step in range(config.steps):
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        start, order = read_tuning(journal, trained, optimizer, generator)
+        if start:
+            text = resumed("step", start, config.steps)
+            monitor.step("tune scales", start, config.steps, text)
+        for step in range(start, config.steps):
             for _ in range(config.batch):
                 if not order:
                     order = torch.randperm(len(tokens), generator=generator).tolist()
@@ -96,6 +105,7 @@ def tune_scales(
                 group["lr"] = group["base"] * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            write_tuning(journal, step + 1, order, trained, optimizer, generator)
             monitor.step("tune scales", step + 1, config.steps)
         return {name: layer.finish() for name, layer in layers.items()}
 

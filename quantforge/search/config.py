@@ -58,6 +58,10 @@ class SearchConfig(Config):
             targets of quality, nor for the plans of `pareto`.
         correct: multiply predicted losses by what measured uniform networks say of their spec.
         independent: let layers that servers fuse (q/k/v, gate/up) have different specs.
+        server: leave out candidates that this program does not load: "transformers" or "vllm" (on
+            NVIDIA), by the rules that `quantforge check` applies to a finished folder.
+        tensor_parallel: number of devices among which vLLM will split every layer; leaves out
+            groups that do not divide the slices.
     """
 
     bits: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
@@ -68,6 +72,18 @@ class SearchConfig(Config):
     refine: int = Field(default=0, ge=0)
     correct: bool = True
     independent: bool = False
+    server: Literal["any", "transformers", "vllm", "llama.cpp"] = "any"
+    tensor_parallel: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _the_server_can_be_planned_for(self) -> SearchConfig:
+        if self.server == "llama.cpp":
+            raise ValueError("llama.cpp reads GGUF files, which quantforge does not write yet")
+        if self.tensor_parallel > 1 and self.server != "vllm":
+            raise ValueError("tensor_parallel is a rule of vllm: add search.server=vllm (--server)")
+        if self.independent and self.server == "vllm":
+            raise ValueError("vllm fuses layers, which must share a spec: leave independent out")
+        return self
 
     @model_validator(mode="after")
     def _solver_does_what_is_asked(self) -> SearchConfig:

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
+import quantforge
 from quantforge.errors import UsageError
-from quantforge.workspace import staging
+from quantforge.testing import markov_tokens, tiny_llama
+from quantforge.workspace import reserved, staging
 
 
 def write(folder, text):
@@ -80,7 +82,8 @@ def test_the_next_run_clears_up_after_one_that_was_killed(tmp_path, renames):
     write(output, "old")
     command = [sys.executable, "-c", KILLED, str(output), str(renames)]
     subprocess.run(command, check=False)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob(".*.lock"))) == 1  # nobody holds it any more
+    assert len(list(tmp_path.iterdir())) == 3
     assert output.exists() == (renames == 0)  # between the renames there is only the copy
     with pytest.raises(UsageError, match="--force"), staging(output, force=False):
         pass
@@ -116,3 +119,47 @@ def test_an_empty_output_does_not_hide_the_only_copy(tmp_path):
         write(folder, "new")
     assert (output / "plan.json").read_text() == "new"
     assert list(tmp_path.iterdir()) == [output]
+
+
+HOLDER = """
+import pathlib, sys
+from quantforge.workspace import staging
+with staging(pathlib.Path(sys.argv[1]), force=False) as folder:
+    (folder / "plan.json").write_text("first")
+    print("holds", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_the_second_of_two_runs_to_one_output_stops_and_the_first_goes_on(tmp_path):
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", HOLDER, str(output)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout.readline() == "holds\n"
+        with pytest.raises(UsageError, match=f"another run is writing {output}"):
+            staging(output, force=True).__enter__()
+        with staging(tmp_path / "other", force=False) as folder:  # another output is free
+            write(folder, "other")
+        first.communicate("\n")
+    assert first.returncode == 0
+    assert (output / "plan.json").read_text() == "first"
+    with staging(output, force=True) as folder:
+        write(folder, "next")
+    assert (output / "plan.json").read_text() == "next"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+@pytest.mark.parametrize("call", ["quantize", "plan", "pareto"])
+def test_a_call_finds_the_other_run_before_it_has_done_anything(tmp_path, call):
+    seen = []
+    options = {} if call == "pareto" else {"budget": "3bit"}
+    with reserved(tmp_path / "out"), pytest.raises(UsageError, match="another run") as caught:
+        getattr(quantforge, call)(
+            tiny_llama(blocks=1), calibration=[markov_tokens(4, 24)], output=tmp_path / "out",
+            progress=seen.append, **options,
+        )  # fmt: skip
+    assert caught.value.exit_code == 2
+    assert seen == []
+    assert list(tmp_path.iterdir()) == []

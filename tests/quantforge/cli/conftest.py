@@ -15,6 +15,7 @@ from quantforge.cli.outcome import run
 from quantforge.latency import ProfileReport, TimedLayer
 from quantforge.outcomes import (
     BenchReport,
+    CheckReport,
     EstimatorCost,
     EvaluationReport,
     FrontierPoint,
@@ -271,8 +272,7 @@ def reports() -> types.SimpleNamespace:
     """The fixed reports, by name."""
     makers = (
         quantized_report, plan_report, pareto_report, evaluation_report, inspect_report,
-        profile_report,
-        bench_report,
+        profile_report, bench_report, check_report,
     )  # fmt: skip
     return types.SimpleNamespace(**{maker.__name__: maker for maker in makers})
 
@@ -293,6 +293,18 @@ class FakePipeline:
         return call
 
 
+def check_report(*problems: str) -> CheckReport:
+    return CheckReport(
+        path="out",
+        server="vLLM 0.33",
+        tensor_parallel=2,
+        loads=not problems,
+        problems=problems,
+        quantized=7,
+        kept=2,
+    )
+
+
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     fake = FakePipeline()
@@ -305,6 +317,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
         ("inspect", inspect_report),
         ("profile", profile_report),
         ("bench", bench_report),
+        ("check", check_report),
         ("generate", lambda: iter((" Paris", ".\n", "\x1b[2J"))),
     ):
         setattr(module, name, fake.function(name, result))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 COMMANDS = (
-    "plan", "pareto", "quantize", "eval", "generate", "inspect", "profile", "bench", "fetch",
+    "plan", "pareto", "quantize", "eval", "generate", "inspect", "profile", "bench", "check",
+    "doctor", "fetch",
 )  # fmt: skip
 DEFAULTS = {
     "budget": "3bit",
@@ -270,7 +271,7 @@ def test_examples_parse(command, pipeline, tmp_path: Path, monkeypatch) -> None:
             assert words[:2] == ["quantforge", name]
             if "--budget" in words:
                 Budget.parse(words[words.index("--budget") + 1])
-            if name != "fetch":
+            if name not in ("fetch", "doctor"):
                 outcome = command(*words[1:])
                 assert outcome.code == 0, (example, outcome.stderr)
                 count += 1
@@ -288,3 +289,41 @@ def test_version(command) -> None:
     import quantforge
 
     assert command("--version").stdout == f"quantforge {quantforge.__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["plan", "quantize"])
+def test_a_server_is_a_setting_of_the_search(command, pipeline, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    outcome = command(name, "./m", "--budget", "3bit", "--server", "vllm", "--tp", "2")
+    assert outcome.code == 0, outcome.stderr
+    settings = pipeline.calls[-1][2]["settings"]
+    assert settings == {"search.server": "vllm", "search.tensor_parallel": 2}
+
+
+def test_check_ends_in_a_code_that_says_whether_the_server_loads_it(command, pipeline, reports):
+    outcome = command("check", "out", "--tp", "2")
+    assert outcome.code == 0
+    assert "yes" in outcome.stdout
+    options = pipeline.calls[-1][2]
+    assert (options["server"], options["tensor_parallel"]) == ("vllm", 2)
+    pipeline_module = sys.modules["quantforge.pipeline"]
+    pipeline_module.check = lambda *_, **__: reports.check_report("q_proj: it loads 4 bits, not 3")
+    outcome = command("check", "out")
+    assert outcome.code == 3
+    assert "no, 1 problems" in outcome.stdout
+    assert "q_proj: it loads 4 bits, not 3" in outcome.stdout
+    assert outcome.stderr == ""
+    assert json.loads(command("check", "out", "--json").stdout)["loads"] is False
+
+
+def test_doctor_ends_in_a_code_that_says_whether_it_runs_here(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path))
+    outcome = command("doctor")
+    assert outcome.code == 0
+    assert "usable" in outcome.stdout
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path / "file" / "deep"))
+    outcome = command("doctor", "--json")
+    assert outcome.code == 5
+    assert "cannot be written" in json.loads(outcome.stdout)["problems"][0]

@@ -49,12 +49,12 @@ def test_the_reason_names_what_is_in_the_way():
         "loads 4, 8 bits, the plan has 3, 5",
     ]
     split = {"q": QuantSpec(4), "k": QuantSpec(4, 32), "o": QuantSpec(4)}
-    assert "fuses qk, whose members" in server_support(LAYERS, split)[2].why
+    assert "qk: its members are fused" in server_support(LAYERS, split)[2].why
 
 
 @pytest.mark.parametrize(
     ("kind", "loading"),
-    [("tied", ("quantforge",)), ("embedding", ("quantforge",)), ("linear", ALL[:2])],
+    [("tied", ALL[:1]), ("embedding", ("quantforge", "NVIDIA")), ("linear", ALL[:3])],
 )
 def test_who_loads_what_is_outside_the_blocks(kind, loading):
     outside = LayerInfo(
