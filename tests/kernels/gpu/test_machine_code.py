@@ -74,6 +74,22 @@ def test_unpacked_weights_go_straight_to_the_matrix_instruction():
     assert code.count("LDG.*EF.*128") == 8
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 192])
+@pytest.mark.parametrize("kernel", ["gemv", "gemm", "gemm int8"])
+def test_every_part_of_a_unit_that_shares_a_scale_compiles(kernel, group, asymmetric, inspected):
+    """The interpreter runs what the compiler refuses, and groups of 128 have one part a unit."""
+    launch = inspected.launch_of(kernel, "sm_90", 3, group)
+    build = Build(
+        target="sm_90", launch=launch, bits=3, group=group, asymmetric=asymmetric,
+        integer=kernel == "gemm int8",
+    )  # fmt: skip
+    row = inspected.inspect(build)
+    assert row["matrix"] >= 8
+    if kernel == "gemv":
+        assert row["spills"] == 0
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -69,15 +69,14 @@ def gemm(
             scale = tl.load(scale_ptr + scale_at + weight_rows)
             scale = by_operand_row(scale_values(scale, dtype), tiles, warps, 4)
             lead = tl.load(lead_ptr + (column // fold) * padded + x_row)
-            start: tl.constexpr = chunk * fold // 8
             if integer:
-                operand = integer_operand(words, mask, start, fold, bits)
+                operand = integer_operand(words, mask, chunk * fold // 8, fold, bits)
                 part = product(operand, x, tl.zeros((height, columns), tl.int32)).to(tl.float32)
             else:
-                operand = float_operand(words, mask, start, fold, bits, dtype, 0)
+                operand = float_operand(words, mask, chunk * fold // 8, fold, bits, dtype, 0)
                 part = product(operand, x, tl.zeros((height, columns), tl.float32))
                 if bits > mantissa:
-                    high = float_operand(words, mask, start, fold, bits, dtype, 1)
+                    high = float_operand(words, mask, chunk * fold // 8, fold, bits, dtype, 1)
                     part += 16.0 * product(high, x, tl.zeros((height, columns), tl.float32))
             part = tl.reshape(part + lead[None, :], (height, columns // 8, 4, 2))
             if asymmetric:

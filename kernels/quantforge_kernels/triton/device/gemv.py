@@ -100,13 +100,14 @@ def gemv(
             scale_at = (column // group) * padded_rows
             scale = tl.load(scale_ptr + scale_at + weight_rows)
             scale = by_operand_row(scale_values(scale, dtype), tiles, warps, 4)
-            start: tl.constexpr = chunk * fold // 8
-            offsets = offset_operand(height, start, fold, bits, dtype, not asymmetric)
+            offsets = offset_operand(height, chunk * fold // 8, fold, bits, dtype, not asymmetric)
             part = product(offsets, x, tl.zeros((height, rows), tl.float32))
             if bits > mantissa:
-                high = float_operand(words, mask, start, fold, bits, dtype, 1)
+                high = float_operand(words, mask, chunk * fold // 8, fold, bits, dtype, 1)
                 part += 16.0 * product(high, x, tl.zeros((height, rows), tl.float32))
-            part = product(float_operand(words, mask, start, fold, bits, dtype, 0), x, part)
+            part = product(
+                float_operand(words, mask, chunk * fold // 8, fold, bits, dtype, 0), x, part
+            )
             part = tl.reshape(part, (height, rows // 8, 4, 2))
             if asymmetric:
                 ones = tl.full((height, fold), 1.0, dtype)
@@ -137,7 +138,7 @@ def reduce(
     keep = at < size
     total = tl.zeros((block,), tl.float32)
     for part in range(split):
-        total += tl.load(partial_ptr + part * size.to(tl.int64) + at, mask=keep, other=0.0)
+        total += tl.load(partial_ptr + part.to(tl.int64) * size + at, mask=keep, other=0.0)
     if has_bias:
         total += tl.load(bias_ptr + at % n, mask=keep, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, rounded(total, out_ptr.dtype.element_ty), mask=keep)
