@@ -155,7 +155,8 @@ def chain(request, call, cache, tmp_path_factory):
     code, events = call(work / "out", settings=settings)
     assert code == 0
     seen.append(events)
-    assert journals(cache) == before  # a finished run leaves none
+    # A finished run leaves none; older ones of other tests may have made room.
+    assert journals(cache) <= before
     assert not list(cache.glob("measurements/*/journal"))
     code, whole = call(work / "whole", settings=settings, fresh=True)
     assert code == 0

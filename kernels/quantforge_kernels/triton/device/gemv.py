@@ -138,7 +138,7 @@ def reduce(
     keep = at < size
     total = tl.zeros((block,), tl.float32)
     for part in range(split):
-        total += tl.load(partial_ptr + part.to(tl.int64) * size + at, mask=keep, other=0.0)
+        total += tl.load(partial_ptr + part * size.to(tl.int64) + at, mask=keep, other=0.0)
     if has_bias:
         total += tl.load(bias_ptr + at % n, mask=keep, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, rounded(total, out_ptr.dtype.element_ty), mask=keep)
