@@ -19,6 +19,8 @@ Linears only: embeddings, norms and the head stay float on both sides. A text is
     tuned:SPEC, plan:BUDGET   all that the recipe does; an asymmetric SPEC ("3b-g64-asym") adds
                               asymmetric candidates to all rows that choose among them
     fast:BUDGET               one-pass integers, without tuning
+    weights:SPEC@FILE         dequantized linears that another program made on that grid, which only
+                              gives the stored bits; `bench_peers.py --keep` writes such files
 
 A row's columns: stored bits; CPU seconds to make it; peak memory meanwhile in GB; per text KL with
 its standard error over windows, perplexity and agreement in the first token; per text the paired
@@ -56,6 +58,8 @@ from benchmarking import (
     parameters_restored,
     references,
 )
+from peers.verify import check_weights, stored_bits
+from safetensors.torch import load_file
 
 from quantforge.calibration import Needs
 from quantforge.compilation import Job, Measurement
@@ -63,14 +67,17 @@ from quantforge.evaluate.quality import ReferenceOutputs, paired
 from quantforge.load.batches import make_set
 from quantforge.memory import peak_bytes, reset_peak
 from quantforge.quantize.config import CROSS_METHODS, QuantizeConfig, TuningConfig
+from quantforge.quantize.sequential import put_weight
 from quantforge.recipe import Recipe
 from quantforge.results import Quality
 from quantforge.search.allocate import uniform_plans
 from quantforge.search.budget import Budget
-from quantforge.types import PER_CHANNEL, BitPlan, CalibrationSet, QuantSpec
+from quantforge.types import PER_CHANNEL, CalibrationSet, QuantSpec
 
 # Rows that need sensitivities and candidates.
 SEARCHED = ("plan:", "fast:", "tuned:")
+# Rows whose weights are in a file.
+GIVEN = "weights:"
 CHOICES: dict[str, object] = {"mismatch": (0.0, 0.25, 0.5, 0.75, 1.0), "pull": (0.0, 0.1)}
 # What MagR's paper takes.
 MAGR_PER_CHANNEL, MAGR_GROUPS = 1e-3, 1e-4
@@ -139,13 +146,13 @@ def measure_rows(
             with parameters_restored(job):
                 with cpu_timer() as spent:
                     known = reset_peak()
-                    plan = make(job, name, searched, shared)
+                    stored_bits = make(job, name, searched, shared)
                     peak = peak_bytes() or 0
                 job.recipe = recipe
                 qualities = on_texts(job, texts, options)
             rows.append(
                 Row(
-                    name=name, seed=job.seed, stored_bits=plan.stored_bits, cpu_seconds=spent[0],
+                    name=name, seed=job.seed, stored_bits=stored_bits, cpu_seconds=spent[0],
                     peak_bytes=peak, qualities=qualities,
                 )
             )  # fmt: skip
@@ -168,7 +175,8 @@ def measurements(
         with cpu_timer() as spent:
             searched = held.enter_context(job.measure(fresh=options.fresh))
         print(f"calibration {spent[0]:.0f} CPU s")
-    plain = [settled(recipe, name) for name in options.rows if not name.startswith(SEARCHED)]
+    own = [name for name in options.rows if not name.startswith((*SEARCHED, GIVEN))]
+    plain = [settled(recipe, name) for name in own]
     if plain:
         job.recipe = together(plain)
         known = job.timings.get("calibrate")
@@ -197,12 +205,14 @@ def subset(calibration: CalibrationSet, seed: int) -> CalibrationSet:
     return make_set(chosen, calibration.held_out, f"{calibration.description}, subset {seed}")
 
 
-def make(job: Job, name: str, searched: Measurement | None, shared: Measurement | None) -> BitPlan:
-    """Put the named network's weights into the job's model; return its plan.
+def make(job: Job, name: str, searched: Measurement | None, shared: Measurement | None) -> float:
+    """Put the named network's weights into the job's model; return its average stored bits.
 
     Leaves the recipe it was made with in the job.
     """
     kind, _, what = name.partition(":")
+    if name.startswith(GIVEN):
+        return put_given(job, what)
     measured = searched if name.startswith(SEARCHED) else shared
     if measured is None:
         raise ValueError(f"nothing was measured for {name}")
@@ -221,7 +231,24 @@ def make(job: Job, name: str, searched: Measurement | None, shared: Measurement 
         job.recipe = job.recipe.model_copy(update={"quantize": changed})
     for _ in job.quantize(plan, measured):
         pass
-    return plan
+    return plan.stored_bits
+
+
+def put_given(job: Job, what: str) -> float:
+    """Put another program's weights, `SPEC@FILE`, into the job's model; return their stored bits.
+
+    Raises:
+        SystemExit: the file's layers are not those that a plan covers, or not of that grid.
+    """
+    grid, _, path = what.partition("@")
+    spec, weights = QuantSpec.parse(grid), load_file(path)
+    floats = {
+        layer.name: job.model.module.get_submodule(layer.name).weight for layer in job.model.layers
+    }
+    check_weights(Path(path).name, weights, floats, spec)
+    for name, weight in weights.items():
+        put_weight(job.model, name, weight)
+    return stored_bits([tuple(weight.shape) for weight in floats.values()], spec)
 
 
 def settled(recipe: Recipe, name: str) -> Recipe:

@@ -7,9 +7,12 @@ import statistics
 import bench_quality
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import quantforge
+from quantforge.methods.rtn import minmax_scale, round_to_nearest
 from quantforge.testing import save_tiny_checkpoint
+from quantforge.types import QuantSpec
 
 SMALL = {
     "calibration.sequences": 16,
@@ -161,3 +164,23 @@ def test_seeds_move_rows_and_errors_are_over_seeds(bench, capsys):
     # One seed's rows are the same whichever others there are.
     again = bench(names[0], seeds=(5, 6))
     assert again[0][1] == kl[0][2]
+
+
+def test_weights_of_another_program_are_measured_like_ours(bench, tmp_path):
+    """Plain rounding made outside is `rtn`'s row; a file of something else is refused."""
+    spec = QuantSpec(bits=3, group_size=32)
+    floats = load_file(bench.folder / "model" / "model.safetensors")
+    rounded = {}
+    for name, weight in floats.items():
+        if name.endswith("_proj.weight"):
+            made = round_to_nearest(weight, minmax_scale(weight, spec), spec)
+            rounded[name.removesuffix(".weight")] = made.dequantize()
+    file = tmp_path / "theirs.safetensors"
+    save_file(rounded, file)
+    ours, theirs = bench("rtn:3b-g32", f"weights:3b-g32@{file}")
+    assert theirs[0]["stored_bits"] == ours[0]["stored_bits"] == 3.5
+    assert theirs[1] == ours[1] > 0
+    rounded.popitem()
+    save_file(rounded, file)
+    with pytest.raises(SystemExit, match=r"theirs\.safetensors: layers missing or too many"):
+        bench(f"weights:3b-g32@{file}")
