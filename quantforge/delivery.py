@@ -28,7 +28,7 @@ from quantforge.export.writer import CheckpointWriter
 from quantforge.files import write_json
 from quantforge.format.manifest import plan_to_dict, tool_versions
 from quantforge.load.huggingface import generation_config, model_config, save_tokenizer
-from quantforge.memory import peak_bytes
+from quantforge.memory import peak_bytes, release_freed
 from quantforge.outcomes import (
     EstimatorCost,
     LatencyReport,
@@ -79,6 +79,7 @@ def deliver(
         sizes = job.footprint.sizes(chosen.plan.assignment)
     else:
         rows, sizes = write_checkpoint(job, layers, chosen.plan, staged)
+    release_freed()  # the layers' integers, and what training them took
     round_kept_tensors(job, chosen.plan)
     quality = job.measure_held_out(text=f"held-out part of: {job.calibration.description}")
     report = Report(
