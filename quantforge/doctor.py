@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from quantforge_kernels import cpu_library
+from quantforge_kernels import attention, cpu_library
 from quantforge_kernels.native import (
     DEFAULT,
     SOURCES,
@@ -178,9 +178,10 @@ def _native() -> tuple[str, dict[str, str]]:
     except BuildError as error:
         return f"{error}", {source.stem: "plain torch instead" for source in sources}
     folder = default_folder()
+    named = {module.SOURCE: module.OPTIONS for module in (cpu_library, attention)}
     states = {}
     for source in sources:
-        options = cpu_library.OPTIONS if source.stem == cpu_library.SOURCE else DEFAULT
+        options = named.get(source.stem, DEFAULT)
         built = library_path(source, folder, compiler, options).is_file()
         states[source.stem] = "built" if built else "compiled on first use"
     return compiler.version, states

@@ -23,6 +23,9 @@ from quantforge_kernels import native
 
 LARGEST_SIZE = 256  # of a head
 LANES = 16
+# The C++ source beside this file, and how it is compiled.
+SOURCE = "attention"
+OPTIONS = native.Options(math=native.IN_ORDER)
 
 
 class _View(ctypes.Structure):
@@ -55,7 +58,7 @@ class _Shape(ctypes.Structure):
 def _library() -> ctypes.CDLL | None:
     """The native library; None where it cannot be built or the processor lacks the instructions."""
     try:
-        library = native.load("attention", native.Options(math=native.IN_ORDER))
+        library = native.load(SOURCE, OPTIONS)
     except native.BuildError as error:
         warnings.warn(f"attention runs in torch, more slowly: {error}", stacklevel=2)
         return None
@@ -64,6 +67,11 @@ def _library() -> ctypes.CDLL | None:
     library.qf_attention_forward.restype = None
     library.qf_attention_backward.restype = None
     return library
+
+
+def available() -> bool:
+    """Whether this machine has the C++ version; it is built if it has to be."""
+    return _library() is not None
 
 
 def supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -84,7 +92,7 @@ def supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if key.shape != wanted or value.shape != wanted or 0 in (*query.shape, key.shape[1]):
         return False
     fits = heads % key.shape[1] == 0 and size % LANES == 0 and size <= LARGEST_SIZE
-    return fits and _library() is not None
+    return fits and available()
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -133,13 +141,15 @@ class _CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, out, log_sums = ctx.saved_tensors
-        gradients = tuple(_like(one, one.dtype) for one in (query, key, value))
-        given = (query, key, value, out, _rows_contiguous(slope))
-        _run("qf_attention_backward", ctx.shape, *given, log_sums, _threads(), *gradients)
-        return (*gradients, None)
+        *given, log_sums = ctx.saved_tensors
+        at_query, at_key, at_value = (_like(one, one.dtype) for one in given[:3])
+        _run(
+            "qf_attention_backward", ctx.shape, *given, _rows_contiguous(slope.bfloat16()),
+            log_sums, _threads(), at_query, at_key, at_value,
+        )  # fmt: skip
+        return at_query, at_key, at_value, None
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
