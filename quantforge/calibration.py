@@ -58,7 +58,7 @@ from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantSpec, Sens
 from quantforge.workspace import machine_traits
 
 # Raised with every change of what calibration computes: older measurements are then not used.
-MEASUREMENT_VERSION = 7
+MEASUREMENT_VERSION = 8
 CANDIDATES = "candidates"
 TRACES = "traces.safetensors"
 OUTPUT_GRAMS = "output_grams"

@@ -9,7 +9,7 @@ is ever needed at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from quantforge.attention import fused_attention
 from quantforge.models import Architecture
 from quantforge.numerics import GramAccumulator
 
@@ -29,11 +30,22 @@ def product_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
-def compute_in(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Context in which matrix products run in `precision`; weights and residuals stay float32."""
+@contextmanager
+def compute_in(precision: Precision, module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context in which matrix products run in `precision`; weights and residuals stay float32.
+
+    In bfloat16 causal attention is the fused kernel's, see `fused_attention`.
+
+    Args:
+        precision: of the products.
+        module: the network or block that is run.
+        device: it is on.
+    """
     if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+        yield
+        return
+    with torch.autocast(device.type, dtype=torch.bfloat16), fused_attention(module):
+        yield
 
 
 class _StopForward(Exception):  # noqa: N818 - control flow, not an error
@@ -104,7 +116,7 @@ class BlockWalk:
             weights: parameter path inside the block → tensor to run it with instead of its own.
         """
         hidden, kwargs = self.hidden[index], self.kwargs[index]
-        with torch.no_grad(), compute_in(self.precision, hidden.device):
+        with torch.no_grad(), compute_in(self.precision, block, hidden.device):
             output = torch.func.functional_call(block, dict(weights or {}), (hidden,), kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states.float()
@@ -221,12 +233,21 @@ def recomputed(blocks: Iterable[nn.Module], every: int) -> Iterator[None]:
     """
     changed: list[Any] = list(blocks)[::every] if every else []
     for block in changed:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, context_fn=partial(_same_twice, block)
+        )
     try:
         yield
     finally:
         for block in changed:
             del block.forward  # the class's own shows again
+
+
+def _same_twice(
+    block: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a block's two passes: the second is after `compute_in`, except for autocast."""
+    return fused_attention(block), fused_attention(block)
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def forward_rate(model: Model, calibration: CalibrationSet, recipe: Recipe) -> f
     fastest = float("inf")
     for _ in range(3):
         began = time.perf_counter()
-        with compute_in(recipe.quantize.precision, model.device):
+        with compute_in(recipe.quantize.precision, body, model.device):
             body(input_ids=tokens, use_cache=False)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)

@@ -170,7 +170,7 @@ def _block_backward(
         stack.enter_context(input_hooks(block, readers, inputs.__setitem__))
         for path in paths:
             stack.callback(watch(path).remove)
-        with torch.enable_grad(), compute_in(precision, start.device):
+        with torch.enable_grad(), compute_in(precision, block, start.device):
             output = block(start, **kwargs)
         states = output[0] if isinstance(output, tuple) else output
         (at_input,) = torch.autograd.grad(states, start, at_output)

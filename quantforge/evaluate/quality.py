@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantforge.capture import Precision, compute_in
 from quantforge.errors import InputError
 from quantforge.evaluate.scoring import (
     LinearHead,
@@ -39,7 +39,6 @@ from quantforge.models import Architecture
 from quantforge.progress import Monitor
 from quantforge.results import PairedDifference, Quality
 
-Precision = Literal["float32", "bfloat16"]
 _HEAD_TOLERANCE = 1e-3
 
 
@@ -309,7 +308,7 @@ def _final_states(
     try:
         for start in range(0, len(tokens), batch):
             part = tokens[start : start + batch].to(device)
-            with _arithmetic(device, precision):
+            with compute_in(precision, decoder, device):
                 decoder(input_ids=part, use_cache=False)
             if len(seen) != 1:
                 raise InputError(
@@ -319,12 +318,6 @@ def _final_states(
             yield start, seen.pop()[:, :-1]
     finally:
         handle.remove()
-
-
-def _arithmetic(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 @torch.no_grad()

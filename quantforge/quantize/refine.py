@@ -74,7 +74,7 @@ class BlockTask:
         """Weighted mean squared error of the block's output on some sequences, a scalar."""
         hidden = self.inputs[piece.batch][piece.rows]
         kwargs = _rows(self.kwargs[piece.batch], piece.rows, len(self.inputs[piece.batch]))
-        with compute_in(self.precision, hidden.device):
+        with compute_in(self.precision, self.block, hidden.device):
             output = torch.func.functional_call(
                 self.block, dict(weights), args=(hidden,), kwargs=kwargs
             )

@@ -94,7 +94,7 @@ def tune_scales(
                 if not order:
                     order = torch.randperm(len(tokens), generator=generator).tolist()
                 index = order.pop()
-                with torch.enable_grad(), compute_in("bfloat16", head.device):
+                with torch.enable_grad(), compute_in("bfloat16", body, head.device):
                     output = body(input_ids=tokens[index : index + 1], use_cache=False)
                 hidden = output.last_hidden_state
                 gradient = distillation_gradient(hidden.detach()[0], teacher[index], head, taught)
