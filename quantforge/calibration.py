@@ -38,7 +38,6 @@ from quantforge.calibrate.fisher import GradientStatistics, gradient_statistics
 from quantforge.calibrate.token_loss import sampled_labels
 from quantforge.capture import product_dtype
 from quantforge.decision import Measurement
-from quantforge.errors import InputError
 from quantforge.files import fingerprint
 from quantforge.format.manifest import tool_versions
 from quantforge.format.store import CandidateStore
@@ -46,7 +45,7 @@ from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.measurements import measurement
 from quantforge.memory import StageTimer, release_freed
 from quantforge.models import Model
-from quantforge.planning import loadable, priced
+from quantforge.planning import block_candidates, loadable, priced
 from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig
 from quantforge.recipe import Recipe
@@ -127,9 +126,7 @@ class Calibrator:
     @contextmanager
     def searched(self, *, fresh: bool) -> Iterator[Measurement]:
         """Everything, for any budget; the candidates can be read while the body runs."""
-        specs = self.recipe.search.candidates({layer.in_features for layer in self.model.layers})
-        if not specs:
-            raise InputError("none of the candidates' group sizes divides any layer; add -1")
+        specs = block_candidates(self.model.layers, self.recipe.search)
         key = self.key(
             self.recipe.calibrate.model_dump(mode="json", exclude=ESTIMATING),
             [str(spec) for spec in specs],

@@ -17,7 +17,7 @@ from fractions import Fraction
 
 import torch
 
-from quantforge.errors import BudgetError, UsageError
+from quantforge.errors import BudgetError, InputError, UsageError
 from quantforge.export.servers import SERVERS, refusal, violations
 from quantforge.format.footprint import Footprint
 from quantforge.search.allocate import (
@@ -90,14 +90,14 @@ def require_reachable(
 
     Raises:
         BudgetError: no plan is within the limits; names what the smallest takes.
-        InputError: the only plan there is does not fit every layer.
+        InputError: the only plan there is does not fit every layer, or no candidate fits any.
     """
     if config.settled is not None:
         only = settled_plan(layers, config, budget)
         fixed = {layer.name: specs[0] for layer, specs in vocabulary.items()}
         require_within(budget, footprint, {**only.assignment, **fixed})
         return
-    common = config.candidates({layer.in_features for layer in layers})
+    common = block_candidates(layers, config)
     allowed = {layer: tuple(s for s in common if s.divides(layer.in_features)) for layer in layers}
     allowed |= vocabulary
     specs = tuple(sorted({spec for candidates in allowed.values() for spec in candidates}))
@@ -109,6 +109,24 @@ def require_reachable(
     )  # fmt: skip
     smallest = _smallest(loadable(sensitivity, config), budget, config)
     require_within(budget, footprint, smallest.assignment, "the smallest plan")
+
+
+def block_candidates(layers: Sequence[LayerInfo], config: SearchConfig) -> tuple[QuantSpec, ...]:
+    """Grids that fit at least one of the blocks' layers, sorted.
+
+    Raises:
+        InputError: there is none.
+    """
+    lengths = {layer.in_features for layer in layers}
+    specs = config.candidates(lengths)
+    if not specs:
+        sizes = ", ".join(map(str, sorted(config.group_sizes)))
+        rows = ", ".join(map(str, sorted(lengths)))
+        raise InputError(
+            f"search.group_sizes={sizes} divides no row of any layer (rows of {rows}); "
+            "add -1, a group per row"
+        )
+    return specs
 
 
 def loadable(sensitivity: Sensitivity, config: SearchConfig) -> Sensitivity:

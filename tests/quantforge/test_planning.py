@@ -6,10 +6,18 @@ import math
 import pytest
 import torch
 
-from quantforge.errors import BudgetError
+from quantforge.errors import BudgetError, InputError
 from quantforge.format.footprint import Footprint
 from quantforge.load.huggingface import from_module
-from quantforge.planning import excess, find_plan, frontier, priced, require_within, taken
+from quantforge.planning import (
+    excess,
+    find_plan,
+    frontier,
+    priced,
+    require_reachable,
+    require_within,
+    taken,
+)
 from quantforge.search.allocate import search
 from quantforge.search.budget import Budget
 from quantforge.search.config import SearchConfig
@@ -112,6 +120,13 @@ def test_below_the_floor_the_line_names_a_budget_that_works(model, footprint):
         assert set(plan.assignment.values()) == {SPECS[0]}
     with pytest.raises(BudgetError, match=r"plans reach 2\.[0-9]+ to 16"):
         find_plan(sensitivity, Budget.parse("2bit,1x"), footprint, CONFIG)
+
+
+def test_group_sizes_that_divide_no_row_are_named_before_anything_is_measured(model, footprint):
+    budget, odd = Budget.parse("3bit"), SearchConfig(group_sizes=(48, 7))
+    with pytest.raises(InputError, match=r"group_sizes=7, 48 divides no row .*\(rows of 64, 128\)"):
+        require_reachable(model.layers, budget, footprint, odd, {})
+    require_reachable(model.layers, budget, footprint, SearchConfig(group_sizes=(48, 32)), {})
 
 
 def test_the_uniform_solver_takes_the_best_uniform_plan_that_fits(model, footprint):
