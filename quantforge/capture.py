@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from quantforge.attention import fused_attention
 from quantforge.models import Architecture
+from quantforge.models.cache import NAMES as CACHE_NAMES
 from quantforge.numerics import GramAccumulator
 
 Precision = Literal["float32", "bfloat16"]
@@ -60,7 +61,7 @@ def _first_block_call(
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["hidden"] = args[0] if args else kwargs.pop("hidden_states")
-        seen["kwargs"] = {k: v for k, v in kwargs.items() if "past_key_value" not in k}
+        seen["kwargs"] = {k: v for k, v in kwargs.items() if k not in CACHE_NAMES}
         raise _StopForward
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)

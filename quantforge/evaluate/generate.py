@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantforge.errors import InputError, UsageError
+from quantforge.models.cache import cache_arguments, cache_of
 
 _UNFINISHED = "�"
 
@@ -76,11 +77,9 @@ def module_continuation(module: nn.Module) -> Continuation:
         nonlocal cache
         with torch.no_grad():
             output = module(
-                input_ids=torch.tensor([tokens], device=device),
-                past_key_values=cache,
-                use_cache=True,
+                input_ids=torch.tensor([tokens], device=device), **cache_arguments(module, cache)
             )
-        cache = output.past_key_values
+        cache = cache_of(output)
         last: Tensor = output.logits[0, -1]
         return last
 

@@ -24,6 +24,7 @@ from quantforge.capture import plain_attention
 from quantforge.files import atomic_path, cache_root, fingerprint
 from quantforge.memory import release_freed
 from quantforge.models import Model
+from quantforge.models.cache import cache_arguments
 from quantforge.numerics import draw_categorical
 from quantforge.progress import Monitor
 
@@ -181,14 +182,13 @@ def _step_function(model: Model) -> Callable[[Tensor, Any], Tensor]:
     inside = {n.removeprefix(f"{path}."): w for n, w in weights.items() if n.startswith(f"{path}.")}
 
     def step(tokens: Tensor, cache: Any) -> Tensor:
-        shared = {"past_key_values": cache, "use_cache": True}
         before, last = tokens[:, :-1].to(device), tokens[:, -1:].to(device)
         with torch.inference_mode():
             if before.shape[1]:
-                torch.func.functional_call(body, inside, kwargs={"input_ids": before, **shared})
-            output: Any = torch.func.functional_call(
-                model.module, weights, kwargs={"input_ids": last, **shared}
-            )
+                given = {"input_ids": before, **cache_arguments(body, cache)}
+                torch.func.functional_call(body, inside, kwargs=given)
+            given = {"input_ids": last, **cache_arguments(model.module, cache)}
+            output: Any = torch.func.functional_call(model.module, weights, kwargs=given)
             logits: Tensor = output.logits[:, -1]
             return logits.float().cpu()
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from quantforge.errors import InputError
 from quantforge.models import Architecture, architecture_of
+from quantforge.models.cache import cache_of
 from quantforge.runtime.linear import QuantLinear
 
 _MOVING_FREQUENCIES = ("dynamic", "longrope")  # rotary kinds that depend on the length
@@ -67,7 +68,7 @@ class Decoder:
     def _prompt(self, tokens: list[int]) -> Tensor:
         output = self._module(input_ids=torch.tensor([tokens]), use_cache=True, logits_to_keep=1)
         self.length = len(tokens)
-        for index, layer in enumerate(output.past_key_values.layers):
+        for index, layer in enumerate(cache_of(output).layers):
             self._step.keys[index, :, : self.length] = layer.keys[0]
             self._step.values[index, :, : self.length] = layer.values[0]
         logits: Tensor = output.logits[0, -1].float()

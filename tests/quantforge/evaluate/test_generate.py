@@ -47,7 +47,10 @@ class Script:
     def parameters(self):
         yield torch.zeros(1)
 
-    def __call__(self, input_ids, past_key_values=None, use_cache=True):
+    def __call__(self, **kwargs):
+        return self.forward(**kwargs)
+
+    def forward(self, input_ids, past_key_values=None, use_cache=True):
         logits = self.logits
         if logits is None:
             logits = torch.nn.functional.one_hot(torch.tensor(self.said[self.step]), 256).float()
