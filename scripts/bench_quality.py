@@ -24,9 +24,10 @@ Linears only: embeddings, norms and the head stay float on both sides. A text is
 
 A row's columns: stored bits; CPU seconds to make it; peak memory meanwhile in GB; per text KL with
 its standard error over windows, perplexity and agreement in the first token; per text the paired
-difference in KL to the first row. The gradients that outputs and learned read, and the float
-network's hidden states that tuned reads, are shared by all rows of a seed: their CPU seconds are
-printed apart from the rows'. CPU seconds are process time of all threads.
+difference in KL to the first row; after the table, that of every `--pair`. The gradients that
+outputs and learned read, and the float network's hidden states that tuned reads, are shared by all
+rows of a seed: their CPU seconds are printed apart from the rows'. CPU seconds are process time of
+all threads.
 
 With several `--seeds` every row is made once a seed, on 7/8 of the fitting sequences in an order of
 that seed, which also draws the gradients' labels and the batches of what is trained. The table at
@@ -129,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print(f"means over {len(options.seeds)} seeds ± their standard errors")
         print(summary([rows[i::made] for i in range(made)], options.text))
+    for first, second in options.pair:
+        print(pair_line(rows, options.text, first, second))
     print(f"load average {os.getloadavg()[0]:.1f}")
 
 
@@ -328,6 +331,13 @@ def table(rows: Sequence[Row], texts: Sequence[str], first: Row) -> str:
     return "\n".join(lines)
 
 
+def pair_line(rows: Sequence[Row], texts: Sequence[str], first: str, second: str) -> str:
+    """KL of one row less that of another, paired window by window, of the first seed."""
+    one, other = (next(row for row in rows if row.name == name) for name in (first, second))
+    found = [paired(one.qualities[text], other.qualities[text]) for text in texts]
+    return " | ".join([f"{first} - {second}", *(f"{x.kl:+.4f} ± {x.kl_stderr:.4f}" for x in found)])
+
+
 def summary(rows: Sequence[Sequence[Row]], texts: Sequence[str]) -> str:
     """The same columns as means over seeds; errors are over seeds, the peak is the largest.
 
@@ -364,7 +374,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_common_arguments(parser)
     parser.add_argument("--rows", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    return parser.parse_args(argv)
+    parser.add_argument("--pair", nargs=2, action="append", default=[], metavar=("ROW", "ROW"))
+    options = parser.parse_args(argv)
+    for name in {name for pair in options.pair for name in pair} - set(options.rows):
+        parser.error(f"--pair names {name!r}, which is no row")
+    return options
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def bench(tmp_path_factory):
     text.write_text("".join(map(chr, letters.tolist())), encoding="utf-8")
 
     @torch.no_grad()
-    def call(*rows, seeds=(0,), settings=(), measured=str(text)):
+    def call(*rows, seeds=(0,), settings=(), measured=str(text), extra=()):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("QUANTFORGE_CACHE", str(folder / "cache"))
             bench_quality.main(
@@ -44,7 +44,7 @@ def bench(tmp_path_factory):
                     str(model), "--calibration", str(text), "--text", measured, "--windows", "2",
                     "--window-length", "32", "--precision", "float32", "--settings",
                     json.dumps(SMALL | dict(settings)), "--json", str(numbers), "--rows", *rows,
-                    "--seeds", *map(str, seeds),
+                    "--seeds", *map(str, seeds), *extra,
                 ]
             )  # fmt: skip
         found = json.loads(numbers.read_text())
@@ -184,3 +184,14 @@ def test_weights_of_another_program_are_measured_like_ours(bench, tmp_path):
     save_file(rounded, file)
     with pytest.raises(SystemExit, match=r"theirs\.safetensors: layers missing or too many"):
         bench(f"weights:3b-g32@{file}")
+
+
+def test_any_two_rows_can_be_paired(bench, capsys):
+    names = ["rtn:2b-g32", "rtn:3b-g32", "gptq:3b-g32"]
+    found = bench(*names, extra=["--pair", names[2], names[1]])
+    line = next(one for one in capsys.readouterr().out.splitlines() if " - " in one)
+    gap = found[2][1] - found[1][1]
+    assert line.startswith(f"gptq:3b-g32 - rtn:3b-g32 | {gap:+.4f} ± 0.0")
+    with pytest.raises(SystemExit):
+        bench(names[0], extra=["--pair", names[0], "other"])
+    assert "--pair names 'other', which is no row" in capsys.readouterr().err
