@@ -8,6 +8,7 @@ caller's, where its Python package is installed.
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import threading
 from collections.abc import Callable, Iterator
@@ -77,14 +78,16 @@ def bench(
         cancel: once set, stops with `CancelledError`.
 
     Raises:
-        InputError: the folder is not a whole quantized checkpoint, or its network cannot be decoded
-            in one call.
+        InputError: the folder is not a whole quantized checkpoint, its network cannot be decoded
+            in one call, its context is shorter than what is asked for, or `gguf` is no file.
         UsageError: a count is out of range, or llama.cpp is asked for and not installed.
     """
     if not 1 <= prompt_tokens <= _LONGEST_PROMPT or min(new_tokens, rounds) < 1:
         raise UsageError(
             f"prompt tokens must be 1 to {_LONGEST_PROMPT}, new tokens and rounds at least 1"
         )
+    if gguf is not None:
+        _check_llama_cpp(Path(gguf))  # before the minutes that the others take
     monitor = Monitor(progress=progress, cancel=cancel)
     with _threads(threads):
         capacity = prompt_tokens + new_tokens
@@ -126,6 +129,12 @@ def _contenders(
         reason = obstacle(module)
         if reason:
             raise InputError(f"{checkpoint} cannot be decoded in one call a token: {reason}")
+        limit = getattr(module.config, "max_position_embeddings", None)
+        if isinstance(limit, int) and capacity > limit:
+            raise InputError(
+                f"prompt and new tokens are {capacity}, the context of {checkpoint} is {limit}: "
+                "lower --prompt-tokens or --new-tokens"
+            )
         memory, reads = speed.resident_bytes(module), speed.bytes_a_token(module)
         decoder = Decoder(module, capacity)
         start = _restarted(decoder)
@@ -153,14 +162,18 @@ def _eager(module: Any) -> Callable[[], Continuation]:
     return lambda: module_continuation(module)
 
 
-def _llama_cpp(path: Path, capacity: int) -> _Contender:
-    """llama.cpp through its Python package, with as many threads as torch."""
+def _check_llama_cpp(path: Path) -> None:
+    """Say what is missing for llama.cpp to run a file."""
     if not path.is_file():
         raise InputError(f"{path} is no file")
-    try:
-        import llama_cpp
-    except ImportError as error:
-        raise UsageError("llama.cpp is not installed; pip install llama-cpp-python") from error
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise UsageError("llama.cpp is not installed; pip install llama-cpp-python")
+
+
+def _llama_cpp(path: Path, capacity: int) -> _Contender:
+    """llama.cpp through its Python package, with as many threads as torch."""
+    import llama_cpp
+
     threads = torch.get_num_threads()
     network = llama_cpp.Llama(
         str(path), n_ctx=capacity + 8, n_threads=threads, n_threads_batch=threads, verbose=False

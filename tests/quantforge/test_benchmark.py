@@ -75,3 +75,6 @@ def test_refuses(folder: Path, tmp_path: Path) -> None:
         quantforge.bench(folder, head_bits=4)
     with pytest.raises(InputError, match=r"nothing\.gguf is no file"):
         quantforge.bench(folder, gguf=tmp_path / "nothing.gguf", prompt_tokens=2, new_tokens=1)
+    limit = tiny_llama().config.max_position_embeddings
+    with pytest.raises(InputError, match=f"are {limit + 1}, the context of .* is {limit}: lower"):
+        quantforge.bench(folder, prompt_tokens=limit, new_tokens=1)
