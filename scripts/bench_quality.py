@@ -17,7 +17,8 @@ Linears only: embeddings, norms and the head stay float on both sides. A text is
                               grams), learned (rounding learned for 50 steps a block) or tuned
                               (scales and norms tuned for as many steps as the recipe has)
     tuned:SPEC, plan:BUDGET   all that the recipe does; an asymmetric SPEC ("3b-g64-asym") adds
-                              asymmetric candidates to all rows that choose among them
+                              asymmetric candidates to all rows that choose among them; BUDGET may
+                              be a target ("plan:kl:0.1", "plan:ppl:+5%")
     fast:BUDGET               one-pass integers, without tuning
     weights:SPEC@FILE         dequantized linears that another program made on that grid, which only
                               gives the stored bits; `bench_peers.py --keep` writes such files
@@ -227,7 +228,7 @@ def make(job: Job, name: str, searched: Measurement | None, shared: Measurement 
         sensitivity, _ = measured.needed_for_search()
         plan = next(p for p in uniform_plans(sensitivity) if p.budget == wanted)
     else:
-        plan = job.plans.find(measured.sensitivity, Budget.parse(what))
+        plan = job.plans.decide(measured, Budget.parse(what)).plan
     if kind == "fast":
         update = {"tuning": TuningConfig(steps=0), "sequential": False}
         changed = job.recipe.quantize.model_copy(update=update)

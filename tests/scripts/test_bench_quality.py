@@ -195,3 +195,11 @@ def test_any_two_rows_can_be_paired(bench, capsys):
     with pytest.raises(SystemExit):
         bench(names[0], extra=["--pair", names[0], "other"])
     assert "--pair names 'other', which is no row" in capsys.readouterr().err
+
+
+def test_a_target_is_met_by_the_integers_it_was_measured_with(bench):
+    settings = {"search.bits": [2, 3, 4, 5], "evaluate.curve_windows": 2}
+    names = ["fast:kl:0.01", "fast:kl:0.04"]
+    tight, loose = bench(*names, settings=settings, measured="held-out")
+    assert 0.0 < tight[1] < 0.01 < loose[1] < 0.04
+    assert loose[0]["stored_bits"] < tight[0]["stored_bits"] < 5.5
