@@ -1,4 +1,4 @@
-"""Learned rounding: codes and scales as trainable tensors, with straight-through gradients.
+"""Learned rounding: codes and scales as tensors that follow straight-through gradients.
 
 A layer's weight is scale · (clamp(round(u), 0, 2^bits − 1) − zero), with a real-valued latent u a
 weight, in units of the grid; zero-points stay as they are. Where SignRound (Cheng et al. 2023,
@@ -6,16 +6,16 @@ arXiv 2309.05516) learns an offset to the float weight that starts at plain roun
 the compensated codes: inside each code's cell, on the side of the float weight. Training therefore
 begins at the error-feedback solution and can only leave it where the block's output gains.
 
-    d weight / d u = scale inside the grid, 0 outside   (straight through the rounding)
-    d weight / d scale = code − zero
+The weight is a leaf of the graph, in what the products round it to anyway; everything from its
+gradient to the next latents is one pass of `quantforge_kernels.rounding`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+from quantforge_kernels.rounding import Latents
 from torch import Tensor
 
 from quantforge.types import QuantizedWeight
@@ -24,89 +24,64 @@ from quantforge.types import QuantizedWeight
 CELL = 0.45
 
 
-class _RoundThrough(torch.autograd.Function):
-    """[out, in] scale · (clamp(round(latent)) − centre); gradients as in the module's header."""
-
-    @staticmethod
-    def forward(ctx: Any, latent: Tensor, scale: Tensor, centre: Tensor, top: int) -> Tensor:
-        integers = latent.round().clamp_(0, top).view(*scale.shape, -1) - centre
-        ctx.save_for_backward(latent, scale, integers)
-        ctx.top = top
-        return (integers * scale.unsqueeze(-1)).view_as(latent)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        latent, scale, integers = ctx.saved_tensors
-        gradient = gradients[0].view(*scale.shape, -1)
-        for_scale = (gradient * integers).sum(-1)
-        for_latent = (gradient * scale.unsqueeze(-1)).view_as(latent)
-        inside = (latent > -0.5) & (latent < ctx.top + 0.5)
-        return for_latent.mul_(inside), for_scale, None, None
-
-
 @dataclass(slots=True, kw_only=True)
 class TrainableWeight:
     """One layer's weight while its rounding is learned.
 
     Attributes:
-        latent: [out, in] float32 in codes, requires grad.
-        scale: [out, groups] float32, requires grad.
+        latents: codes and scales on the way, with the means of their gradients.
         initial: what it starts from; its grid's width and its zero-points are kept.
-        average: running means of both gradients, once a step has been taken.
+        steps: taken so far.
+        leaf: the weight that the last `weight` made, which holds its gradient.
     """
 
-    latent: Tensor
-    scale: Tensor
+    latents: Latents
     initial: QuantizedWeight
-    average: tuple[Tensor, Tensor] | None = None
+    steps: int = 0
+    leaf: Tensor | None = None
 
     @classmethod
     def start(cls, weight: Tensor, quantized: QuantizedWeight) -> TrainableWeight:
         """From the float weight [out, in] and the codes it starts from."""
         scale, codes = quantized.scale.float(), quantized.codes.float()
-        exact = weight.float().view(*scale.shape, -1) / scale.unsqueeze(-1) + quantized.centre()
+        centre = quantized.centre()
+        exact = weight.float().view(*scale.shape, -1) / scale.unsqueeze(-1) + centre
         latent = codes + (exact.view_as(codes) - codes).clamp_(-CELL, CELL)
-        return cls(latent=latent.requires_grad_(), scale=scale.requires_grad_(), initial=quantized)
-
-    def weight(self) -> Tensor:
-        """[out, in] float32 weight, differentiable in the latent and the scale."""
-        made: Tensor = _RoundThrough.apply(  # type: ignore[no-untyped-call]
-            self.latent, self.scale, self.initial.centre(), self._top
+        top = (1 << quantized.spec.bits) - 1
+        # a copy of the scales, which `quantized` keeps as they are
+        made = Latents.start(
+            latent, scale.clone(), centre.squeeze(-1) if centre.ndim else centre, top
         )
-        return made
+        return cls(latents=made, initial=quantized)
 
-    @property
-    def _top(self) -> int:
-        """The largest code."""
-        return (1 << self.initial.spec.bits) - 1
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[out, in] weight in `dtype`, a leaf that collects the gradient for `step`."""
+        self.leaf = self.latents.weight(dtype).requires_grad_()
+        return self.leaf
 
     @torch.no_grad()
     def step(self, latent_step: float, scale_step: float, momentum: float = 0.0) -> None:
         """Signed descent: latents by `latent_step` codes, scales by `scale_step` of their size.
 
-        The sign is that of a running mean of the gradients. Clears the gradients, which must be
-        there.
+        The sign is that of a running mean of the gradients. The gradient of the last `weight` must
+        be there; it is let go of.
 
         Args:
             latent_step: in codes.
             scale_step: relative to the scales.
             momentum: weight of the past in the running mean; 0 takes the last gradient alone.
         """
-        latent, scale = self.latent.grad, self.scale.grad
-        assert latent is not None and scale is not None
-        if self.average is None:
-            self.average = (latent, scale)
-        else:
-            self.average[0].lerp_(latent, 1.0 - momentum)
-            self.average[1].lerp_(scale, 1.0 - momentum)
-        self.latent.sub_(self.average[0].sign(), alpha=latent_step)
-        self.scale.sub_(self.average[1].sign() * self.scale.abs(), alpha=scale_step)
-        self.latent.grad = self.scale.grad = None
+        assert self.leaf is not None and self.leaf.grad is not None
+        keep, take = (momentum, 1.0 - momentum) if self.steps else (0.0, 1.0)
+        self.latents.step(
+            self.leaf.grad, latent_step=latent_step, scale_step=scale_step, keep=keep, take=take
+        )
+        self.steps, self.leaf = self.steps + 1, None
 
     def finish(self) -> QuantizedWeight:
         """The integers and 16-bit scales that were learned."""
-        codes = self.latent.detach().round().clamp(0, self._top)
-        scale = self.scale.detach().bfloat16()
+        scale = self.latents.scale.bfloat16()
         # A scale that vanished stores nothing; the smallest one keeps the format valid.
         scale = torch.where(scale == 0, torch.finfo(torch.bfloat16).tiny, scale)
-        return replace(self.initial, codes=codes.to(torch.uint8), scale=scale.to(torch.bfloat16))
+        codes = self.latents.codes().to(torch.uint8)
+        return replace(self.initial, codes=codes, scale=scale.to(torch.bfloat16))

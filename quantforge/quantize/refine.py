@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantforge.capture import Precision, compute_in
+from quantforge.capture import Precision, compute_in, product_dtype
 from quantforge.methods.rounding import TrainableWeight
 from quantforge.quantize.config import RoundingConfig
 from quantforge.types import QuantizedWeight
@@ -133,13 +133,13 @@ def refine_block(
     best = dict(start)
     least = task.held_out_error({names[n]: w.dequantize() for n, w in start.items()})
     trained = {name: TrainableWeight.start(floats[name], start[name]) for name in start}
-    pieces = task.pieces(config.batch)
+    pieces, product = task.pieces(config.batch), product_dtype(task.precision)
     order: list[int] = []
     for step in range(config.steps):
         if not order:
             order = torch.randperm(len(pieces), generator=generator).tolist()
         with torch.enable_grad():
-            weights = {names[name]: one.weight() for name, one in trained.items()}
+            weights = {names[name]: one.weight(product) for name, one in trained.items()}
             loss = task.error(weights, pieces[order.pop()])
         torch.autograd.backward(loss)
         remaining = 1.0 - step / config.steps

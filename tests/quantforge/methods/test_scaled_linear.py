@@ -148,22 +148,30 @@ def test_recomputing_blocks_changes_no_bit_and_leaves_the_network_as_it_was(trai
 
 
 @either
-def test_rounding_gradients_pass_straight_through_inside_the_grid(spec):
+def test_a_rounding_step_follows_the_gradient_that_passes_straight_through(spec):
     weight, start = quantized(spec)
     one = TrainableWeight.start(weight, start)
     assert torch.equal(one.finish().codes, start.codes)
     assert torch.equal(one.weight(), start.dequantize())
-    one.latent.data[0, 0] = 50.0
+    one.latents.latent[0, 0] = 50.0
+    before, integer = one.latents.latent.clone(), integers(one.finish())
     toward = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
     (one.weight() * toward).sum().backward()
+    one.step(0.01, 0.001)
+    # d weight / d latent is the scale inside the grid
     expected = toward * start.scale.float().repeat_interleave(32, 1)
     expected[0, 0] = 0.0
-    assert torch.allclose(one.latent.grad, expected)
-    finished = one.finish()
-    assert finished.codes[0, 0] == 7
-    for_scale = (toward.view(24, 2, 32) * integers(finished)).sum(-1)
-    assert torch.allclose(one.scale.grad, for_scale, atol=1e-4)
-    assert spec.symmetric or torch.equal(finished.zero, start.zero)
+    assert torch.allclose(one.latents.latent_mean, expected)
+    assert torch.allclose(one.latents.latent, before - 0.01 * expected.sign())
+    assert one.finish().codes[0, 0] == 7
+    # d weight / d scale is the integer
+    for_scale = (toward.view(24, 2, 32) * integer).sum(-1)
+    assert torch.allclose(one.latents.scale_mean, for_scale, atol=1e-4)
+    scale = start.scale.float()
+    moved = scale - 0.001 * for_scale.sign() * scale.abs()
+    assert torch.allclose(one.latents.scale, moved, rtol=1e-6)
+    assert spec.symmetric or torch.equal(one.finish().zero, start.zero)
+    assert torch.equal(start.scale.float(), scale)  # what it started from is as it was
 
 
 @either
@@ -171,7 +179,7 @@ def test_latents_start_on_the_float_weights_side_of_their_codes(spec):
     weight, start = quantized(spec)
     one = TrainableWeight.start(weight, start)
     error = (weight - start.dequantize()).view(24, 2, 32) / start.scale.float().unsqueeze(-1)
-    found = one.latent.detach() - start.codes.float()
+    found = one.latents.latent - start.codes.float()
     assert torch.allclose(found, error.view(24, 64).clamp(-0.45, 0.45), atol=1e-5)
 
 
