@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quantforge.pipeline import (
         bench,
         check,
+        convert,
         evaluate,
         generate,
         inspect,
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "bench",
     "check",
+    "convert",
     "evaluate",
     "generate",
     "inspect",

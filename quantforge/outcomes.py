@@ -387,6 +387,27 @@ class CheckReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertReport:
+    """The outcome of `convert`.
+
+    Attributes:
+        source: the folder that was read, as given.
+        output: the folder that was written, as given.
+        layout: what its config.json says, "gptq" or "gptq_v2".
+        spec: of all its quantized layers.
+        layers: number of those.
+        size_bytes: of all its files.
+    """
+
+    source: str
+    output: str
+    layout: str
+    spec: str
+    layers: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DoctorReport:
     """What a machine offers.
 

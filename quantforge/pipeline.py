@@ -19,6 +19,7 @@ from torch import nn
 from quantforge.benchmark import bench
 from quantforge.borrowing import in_float32, restored_on_error
 from quantforge.checking import check
+from quantforge.converting import convert
 from quantforge.delivery import deliver, dry_run
 from quantforge.errors import UsageError
 from quantforge.evaluation import evaluate, generate, inspect, load
@@ -34,6 +35,7 @@ from quantforge.workspace import check_output, reserved, staging
 __all__ = [
     "bench",
     "check",
+    "convert",
     "evaluate",
     "generate",
     "inspect",

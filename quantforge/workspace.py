@@ -75,11 +75,16 @@ def reserved(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staging(output: Path, *, force: bool) -> Iterator[Path]:
+def staging(output: Path, *, force: bool, mark: str = "plan.json") -> Iterator[Path]:
     """Yield a fresh folder beside `output`; rename it to `output` if the body succeeds.
 
     Before that, what killed runs left beside `output` is removed, or put back if it is the only
     copy of what `output` held.
+
+    Args:
+        output: folder to write.
+        force: replace one that holds `mark`.
+        mark: file by which a folder of ours is known.
 
     Raises:
         UsageError: the output may not be written (see `check_output`), or another run writes it.
@@ -90,13 +95,13 @@ def staging(output: Path, *, force: bool) -> Iterator[Path]:
     with reserved(output):
         try:
             _recover(output)
-            check_output(output, force=force)
+            check_output(output, force=force, mark=mark)
             folder.mkdir(parents=True)
         except OSError as error:
             raise ResourceError(f"cannot write beside {output}: {error.strerror}") from error
         try:
             yield folder
-            check_output(output, force=force)
+            check_output(output, force=force, mark=mark)
             _swap(folder, output)
         finally:
             shutil.rmtree(folder, ignore_errors=True)

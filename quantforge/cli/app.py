@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantforge.cli import commands, examining
+from quantforge.cli import commands, converting, examining
 from quantforge.cli.output import write
 
 _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
@@ -76,6 +76,11 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         commands.bench,
         "bench",
         ("quantforge bench out", "quantforge bench out --head-bits 8 --threads 2 --json"),
+    ),
+    (
+        converting.convert,
+        "convert",
+        ("quantforge convert out --layout gptq -o out-gptq",),
     ),
     (
         examining.check,

@@ -45,6 +45,12 @@ class Server(StrEnum):
     llama_cpp = "llama.cpp"
 
 
+class Layout(StrEnum):
+    """Layouts that `convert` writes; a test compares them with the module's."""
+
+    gptq = "gptq"
+
+
 # What `load.documents` reads; a test compares the two.
 TEXTS = ".txt, .text, .md, .jsonl, .ndjson or .parquet file, hub data set (owner/name)"
 

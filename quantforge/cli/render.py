@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from quantforge.outcomes import (
         BenchReport,
         CheckReport,
+        ConvertReport,
         DoctorReport,
         EstimatorCost,
         EvaluationReport,
@@ -262,6 +263,18 @@ def show_check(report: CheckReport, out: Console) -> None:
     )
     for problem in report.problems:
         out.print(f"  {one_line(problem)}", soft_wrap=True)
+
+
+def show_convert(report: ConvertReport, out: Console) -> None:
+    """What was written in another layout."""
+    _pairs(
+        [
+            ("layout", report.layout),
+            ("layers", f"{report.layers}, all {report.spec}"),
+            ("folder", f"{report.output}, {size(report.size_bytes)}"),
+        ],
+        out,
+    )
 
 
 def show_doctor(report: DoctorReport, out: Console) -> None:

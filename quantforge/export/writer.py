@@ -234,7 +234,7 @@ class CheckpointWriter:
             full = self._container.size_bytes + tensor.nbytes > self._shard_bytes
             if full and self._container.size_bytes:
                 self._close_shard()
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             if self._container is None:
                 path = self.folder / f".shard-{len(self._shards) + 1:05d}.partial"
                 self._container = ContainerWriter(path)
@@ -248,7 +248,7 @@ class CheckpointWriter:
     def _close_shard(self) -> None:
         container, self._container = self._container, None
         if container is not None:
-            with _disk_errors(self.folder):
+            with disk_errors(self.folder):
                 container.__exit__(None, None, None)
 
     def _name_shards(self) -> None:
@@ -287,7 +287,8 @@ _ITEM_SIZE = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A full disk while `folder` is written is a `ResourceError`."""
     try:
         yield
     except OSError as error:

@@ -16,6 +16,7 @@ from quantforge.latency import ProfileReport, TimedLayer
 from quantforge.outcomes import (
     BenchReport,
     CheckReport,
+    ConvertReport,
     EstimatorCost,
     EvaluationReport,
     FrontierPoint,
@@ -305,6 +306,12 @@ def check_report(*problems: str) -> CheckReport:
     )
 
 
+def convert_report() -> ConvertReport:
+    return ConvertReport(
+        source="out", output="out-gptq", layout="gptq", spec="4b-g128", layers=7, size_bytes=90_000
+    )
+
+
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     fake = FakePipeline()
@@ -318,6 +325,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
         ("profile", profile_report),
         ("bench", bench_report),
         ("check", check_report),
+        ("convert", convert_report),
         ("generate", lambda: iter((" Paris", ".\n", "\x1b[2J"))),
     ):
         setattr(module, name, fake.function(name, result))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 COMMANDS = (
-    "plan", "pareto", "quantize", "eval", "generate", "inspect", "profile", "bench", "check",
-    "doctor", "fetch",
+    "plan", "pareto", "quantize", "eval", "generate", "inspect", "profile", "bench", "convert",
+    "check", "doctor", "fetch",
 )  # fmt: skip
 DEFAULTS = {
     "budget": "3bit",
@@ -315,6 +315,22 @@ def test_check_ends_in_a_code_that_says_whether_the_server_loads_it(command, pip
     assert "q_proj: it loads 4 bits, not 3" in outcome.stdout
     assert outcome.stderr == ""
     assert json.loads(command("check", "out", "--json").stdout)["loads"] is False
+
+
+def test_convert_hands_its_options_on_and_says_what_was_written(command, pipeline):
+    outcome = command("convert", "out", "-o", "out-gptq", "--force")
+    assert outcome.code == 0
+    assert [line.split(maxsplit=1) for line in outcome.stdout.splitlines()] == [
+        ["layout", "gptq"], ["layers", "7, all 4b-g128"], ["folder", "out-gptq, 90 kB"],
+    ]  # fmt: skip
+    _, arguments, options = pipeline.calls[-1]
+    assert [str(one) for one in arguments] == ["out"]
+    assert (str(options["output"]), options["layout"], options["force"]) == (
+        "out-gptq",
+        "gptq",
+        True,
+    )
+    assert command("convert", "out").code == 2  # no output
 
 
 def test_doctor_ends_in_a_code_that_says_whether_it_runs_here(command, monkeypatch, tmp_path):

@@ -1,0 +1,33 @@
+"""The command that writes a finished checkpoint in the layout of another program."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantforge.cli.commands import watched
+from quantforge.cli.options import Checkpoint, Force, Json, Layout
+from quantforge.cli.output import print_result
+
+
+def convert(
+    checkpoint: Checkpoint,
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")],
+    layout: Annotated[Layout, typer.Option(help="Whose layout.")] = Layout.gptq,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint of one width, 4 or 8 bits, as GPTQ; codes and scales stay."""
+    from quantforge.cli import render
+
+    with watched() as watch:
+        from quantforge import pipeline
+
+        report = pipeline.convert(
+            checkpoint, output=output, layout=layout.value, force=force, **watch
+        )
+    print_result("convert", report, json, partial(render.show_convert, report))
