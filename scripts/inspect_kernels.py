@@ -38,10 +38,14 @@ COLUMNS = (
 DIRECT = r"LDG\S*\.EF\S*\.128"  # read once: only the weights of "gemv" are asked for so
 
 
-def launch_of(kernel: str, target: str, bits: int, group: int) -> Launch:
+def launch_of(
+    kernel: str, target: str, bits: int, group: int, *, asymmetric: bool = False
+) -> Launch:
     """What `choose_launch` takes for the shape of `SHAPES`."""
-    integer = kernel == "gemm int8"
-    return choose_launch(*SHAPES[kernel], bits, group, DEVICES[target], integer=integer)
+    return choose_launch(
+        *SHAPES[kernel], bits, group, DEVICES[target],
+        asymmetric=asymmetric, integer=kernel == "gemm int8",
+    )  # fmt: skip
 
 
 def weight_loads(code: Code, build: Build) -> int:
@@ -92,8 +96,9 @@ def builds(options: argparse.Namespace) -> list[Build]:
     """The rows asked for."""
     return [
         Build(
-            target=target, launch=launch_of(kernel, target, bits, group), bits=bits, group=group,
-            dtype=dtype, asymmetric=asymmetric, integer=kernel == "gemm int8",
+            target=target, launch=launch_of(kernel, target, bits, group, asymmetric=asymmetric),
+            bits=bits, group=group, dtype=dtype, asymmetric=asymmetric,
+            integer=kernel == "gemm int8",
         )
         for target in options.targets
         for kernel in options.kernels
