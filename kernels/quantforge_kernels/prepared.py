@@ -142,7 +142,7 @@ def qembedding_prepared(ids: Tensor, weight: PreparedWeight, dtype: torch.dtype)
 
     Raises:
         ValueError: ids of another dtype or device.
-        IndexError: an id is no row. On a GPU the kernel asserts it instead, and the error comes with
+        IndexError: an id is no row. On a GPU the kernel asserts it instead: the error comes with
             the next synchronization, as from torch's embedding.
     """
     if ids.dtype not in (torch.int32, torch.int64):

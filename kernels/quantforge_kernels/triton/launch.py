@@ -160,7 +160,7 @@ def choose_launch(
         return Launch(
             kernel="gemv", rows=rows, tiles=tiles, warps=1, stages=stages, split=split, unroll=1
         )
-    most = _most_rows(bits, gcd(group, TILE_COLUMNS), integer=integer, asymmetric=asymmetric)
+    most = _most_rows(bits, gcd(group, TILE_COLUMNS), asymmetric=asymmetric)
     rows = next((size for size in (16, 32) if m <= size), most)
     programs = -(-m // rows) * -(-row_tiles // 4)
     split = _split(programs, device.processors, units)
@@ -266,14 +266,16 @@ def _rows(path: Path) -> dict[Problem, dict[str, Any]]:
     return found
 
 
-def _most_rows(bits: int, fold: int, *, integer: bool, asymmetric: bool) -> int:
+def _most_rows(bits: int, fold: int, *, asymmetric: bool) -> int:
     """Rows of input of a program of "gemm" whose sums leave registers for everything else.
 
-    A thread holds the result and a group's sum, half a register a row each and weight tile of its
-    warp. With 64 rows these are 128 of 255 registers: too many where two operands are alive (8
-    bits), where a tile has four groups, and where int32 sums of half a tile have zero-points.
+    A thread holds the result and a group's sum. With 64 rows these are 128 of its 255 registers:
+    too many at 8 bits, where two operands are alive, where a tile of columns has four groups, and
+    where it has two and either zero-points or seven words a lane. Such kernels spill with 64 rows
+    on sm_80 or sm_90, and with 32 they do not.
     """
-    crowded = bits == 8 or fold == GROUP_STEP or (integer and asymmetric and fold < TILE_COLUMNS)
+    parted = fold < TILE_COLUMNS and (asymmetric or bits == 7)
+    crowded = bits == 8 or fold == GROUP_STEP or parted
     return 32 if crowded else 64
 
 

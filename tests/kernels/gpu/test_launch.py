@@ -42,9 +42,11 @@ def test_eight_bits_take_half_the_rows_since_two_operands_need_two_sums():
 @pytest.mark.parametrize(
     ("group", "integer", "asymmetric", "rows"),
     [
+        (128, False, True, 64),
         (128, True, True, 64),
-        (64, False, True, 64),
+        (64, False, False, 64),
         (64, True, False, 64),
+        (64, False, True, 32),
         (64, True, True, 32),
         (192, True, True, 32),  # 64 of its columns lie in a tile
         (32, False, False, 32),
@@ -57,6 +59,8 @@ def test_small_groups_take_fewer_rows_so_that_sums_fit_the_registers(
 ):
     launch = choose_launch(2048, 4096, 4608, 4, group, H100, integer=integer, asymmetric=asymmetric)
     assert (launch.kernel, launch.rows) == ("gemm", rows)
+    seven = choose_launch(2048, 4096, 4608, 7, group, H100, asymmetric=asymmetric)
+    assert seven.rows == (64 if group == 128 else 32)
 
 
 def test_amd_takes_sixteen_rows_and_four_tiles_and_loads_into_registers():
