@@ -153,7 +153,9 @@ def choose_launch(
         # AMD's warps of 64 lanes need two tiles for loads of 128 bits, four to have enough of them.
         many = row_tiles >= 2 * device.processors or units < 2 * _FEWEST_UNITS
         tiles = 4 if device.backend == "hip" else 2 if many else 1
-        # A stage ahead, by asynchronous copies, keeps a whole iteration's loads in flight.
+        # Asynchronous copies put a whole iteration's loads in flight without a register for each.
+        # Three stages would have them arrive during the iteration before, at 1.52 instructions a
+        # weight (4 bits, sm_90) instead of 1.47: `candidates` has both.
         stages = 2 if device.backend == "cuda" else 1
         programs = -(-row_tiles // tiles)
         split = _split(programs, _WARPS_IN_FLIGHT * device.processors, units)
@@ -271,10 +273,10 @@ def _most_rows(bits: int, fold: int, *, asymmetric: bool) -> int:
 
     A thread holds the result and a group's sum. With 64 rows these are 128 of its 255 registers:
     too many at 8 bits, where two operands are alive, where a tile of columns has four groups, and
-    where it has two and either zero-points or seven words a lane. Such kernels spill with 64 rows
+    where it has two and either zero-points or six words a lane. Such kernels spill with 64 rows
     on sm_80 or sm_90, and with 32 they do not.
     """
-    parted = fold < TILE_COLUMNS and (asymmetric or bits == 7)
+    parted = fold < TILE_COLUMNS and (asymmetric or bits >= 6)
     crowded = bits == 8 or fold == GROUP_STEP or parted
     return 32 if crowded else 64
 

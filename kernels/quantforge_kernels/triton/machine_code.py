@@ -191,12 +191,20 @@ def _read_amd(text: str, shared: int) -> Code:
 
 
 def _inner(body: list[str], jumps: list[tuple[int, int]]) -> tuple[str, ...]:
-    """The longest loop without another inside; empty if there is none."""
+    """The longest loop without another inside; empty if there is none.
+
+    Several branches back to the same place, as those of AMD's masked loads, are one loop: it ends
+    with the last of them.
+    """
+    ends: dict[int, int] = {}
+    for start, end in jumps:
+        ends[start] = max(end, ends.get(start, end))
+    loops = list(ends.items())
     inner = [
         (start, end)
-        for start, end in jumps
+        for start, end in loops
         if not any(
-            (start, end) != other and start <= other[0] and other[1] <= end for other in jumps
+            (start, end) != other and start <= other[0] and other[1] <= end for other in loops
         )
     ]
     if not inner:

@@ -98,11 +98,18 @@ def test_every_part_of_a_unit_that_shares_a_scale_compiles(kernel, group, asymme
 
 
 @pytest.mark.parametrize(
-    ("kernel", "group", "bits"),
-    [("gemm", 32, 7), ("gemm", 64, 7), ("gemm int8", 32, 7), ("gemm int8", 64, 7)],
+    ("kernel", "target", "group", "bits", "asymmetric"),
+    [
+        ("gemm", "sm_80", 32, 7, True),
+        ("gemm", "sm_80", 64, 7, True),
+        ("gemm", "sm_90", 64, 6, False),
+        ("gemm", "sm_90", 64, 5, False),  # the widest that keeps 64 rows
+        ("gemm int8", "sm_80", 32, 7, True),
+        ("gemm int8", "sm_80", 64, 5, False),
+    ],
 )
-def test_small_groups_do_not_spill_on_sm_80(kernel, group, bits, inspected):
-    row = built(inspected, kernel, "sm_80", bits, group=group, asymmetric=True)
+def test_tiles_for_small_groups_do_not_spill(kernel, target, group, bits, asymmetric, inspected):
+    row = built(inspected, kernel, target, bits, group=group, asymmetric=asymmetric)
     assert row["spills"] == 0
 
 
@@ -255,6 +262,32 @@ def test_loads_into_registers_wait_for_their_first_use_or_amd_s_count():
     assert in_flight(load, load, load, "s_waitcnt vmcnt(0)") == 3
     assert in_flight(load, small, load, "s_waitcnt vmcnt(1) lgkmcnt(0)", load) == 4
     assert in_flight(load, "s_waitcnt vmcnt(0)", load, "s_waitcnt lgkmcnt(0)", load) == 3
+
+
+AMDGCN = """
+kernel:
+	s_load_dwordx2 s[0:1], s[4:5], 0x0
+.LBB0_1:
+	global_load_dwordx4 v[0:3], v[8:9], off ; a comment
+	s_cbranch_execz .LBB0_1
+	global_load_dwordx4 v[4:7], v[8:9], off offset:512
+	s_waitcnt vmcnt(0)
+	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+	.section	.rodata
+    .vgpr_count:     60
+    .vgpr_spill_count: 2
+    .sgpr_spill_count: 1
+"""
+
+
+def test_branches_back_to_one_place_are_one_loop():
+    compiled = SimpleNamespace(asm={"amdgcn": AMDGCN}, metadata=SimpleNamespace(shared=64))
+    code = read_code(compiled, "gfx942")
+    assert (code.registers, code.spills, code.shared) == (60, 3, 64)
+    assert len(code.loop) == 5
+    assert code.loop[-1] == "s_cbranch_scc1 .LBB0_1"
+    assert code.loads_in_flight() == 2
 
 
 def test_occupancy_is_bound_by_what_runs_out_first():
