@@ -91,8 +91,8 @@ class _Flight:
         """Issue one instruction."""
         wait = _COPY_WAIT.match(line)
         if wait:
-            left = int(wait[1], 0)
-            self.copies = [*self.copies[:-1][-left:], self.copies[-1]] if left else [0]
+            ended = len(self.copies) - 1
+            self.copies = self.copies[max(0, ended - int(wait[1], 0)) :]
         elif line.startswith("LDGDEPBAR"):
             self.copies.append(0)
         elif re.match(r"LDGSTS", line):
