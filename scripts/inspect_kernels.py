@@ -5,8 +5,8 @@
 
 A row is one kernel for one target: registers, spilled bytes and shared memory; instructions of the
 inner loop for each weight (all of them, over the weights of an iteration a thread); 128-bit loads
-of packed weights in an iteration and how many of them wait together; matrix instructions; and the
-warps that fit a multiprocessor. Nothing is run, so nothing here is a time.
+of packed weights in an iteration, and how many of them are under way at once; matrix instructions;
+and the warps that fit a multiprocessor. Nothing is run, so nothing here is a time.
 """
 
 from __future__ import annotations
@@ -28,35 +28,49 @@ DEVICES = {
 }
 # m, n, k of a decoding and a prefill product of a model of eight billion weights
 SHAPES = {"gemv": (1, 14336, 4096), "gemm": (2048, 14336, 4096), "gemm int8": (2048, 14336, 4096)}
-# The names of matrix instructions, and of 128-bit loads of packed weights.
+# The names of matrix instructions, and of 128-bit loads.
 MATRIX = {"cuda": r"[HI]G?MMA", "hip": r"v_mfma"}
-COPIES = {"cuda": r"LDGSTS\S*\.128", "hip": r"(global|buffer)_load_dwordx4"}
+COPIES = r"LDGSTS\S*\.128"
 COLUMNS = (
-    "target", "kernel", "dtype", "bits", "group", "rows", "per weight", "registers", "spills",
-    "shared", "weight loads", "matrix",
+    "target", "kernel", "dtype", "zero-points", "bits", "group", "rows", "per weight", "registers",
+    "spills", "shared", "weight loads", "in flight", "matrix",
 )  # fmt: skip
+LATER_WORDS = (  # all of a lane's but its first
+    rf"(global|buffer)_load_dwordx4 .*offset:({'|'.join(str(512 * i) for i in range(1, 8))})$"
+)
 DIRECT = r"LDG\S*\.EF\S*\.128"  # read once: only the weights of "gemv" are asked for so
 
 
-def launch_of(kernel: str, target: str, bits: int, group: int) -> Launch:
+def launch_of(
+    kernel: str, target: str, bits: int, group: int, *, asymmetric: bool = False
+) -> Launch:
     """What `choose_launch` takes for the shape of `SHAPES`."""
-    integer = kernel == "gemm int8"
-    return choose_launch(*SHAPES[kernel], bits, group, DEVICES[target], integer=integer)
+    return choose_launch(
+        *SHAPES[kernel], bits, group, DEVICES[target],
+        asymmetric=asymmetric, integer=kernel == "gemm int8",
+    )  # fmt: skip
 
 
-def weight_loads(code: Code, build: Build) -> int:
-    """128-bit loads of packed weights that an iteration issues, all of them independent.
+def weight_loads(code: Code, build: Build) -> tuple[int, int]:
+    """128-bit loads of packed weights: those an iteration issues, and the most under way at once.
 
-    Where nothing tells them apart, as in a pipeline through shared memory, what are not weights
-    are the loads of the input: 128 columns of each of its rows, 16 bytes a thread.
+    AMD's are told by their offsets: a lane's words lie 512 bytes apart, nothing else does. On
+    NVIDIA those that go straight into registers ask for another place in the cache; of a pipeline
+    through shared memory the loads of the input are taken off: 128 columns of each of its rows, 16
+    bytes a thread. There whole iterations under way hold each its weights.
     """
     backend, _, lanes = TARGETS[build.target]
+    if backend == "hip":
+        issued, flying = code.count(LATER_WORDS), code.loads_in_flight(LATER_WORDS)
+        return issued * build.bits // (build.bits - 1), flying * build.bits // (build.bits - 1)
     direct = code.count(DIRECT)
     if direct:
-        return direct
+        return direct, code.loads_in_flight(DIRECT)
     size = 1 if build.integer else 2
-    inputs = 128 * build.launch.rows * size // (16 * lanes * build.launch.warps)
-    return code.count(COPIES[backend]) - max(1, inputs)
+    inputs = max(1, 128 * build.launch.rows * size // (16 * lanes * build.launch.warps))
+    issued = code.count(COPIES)
+    iterations, rest = divmod(code.loads_in_flight(COPIES), issued)
+    return issued - inputs, iterations * (issued - inputs) + max(0, rest - inputs)
 
 
 def inspect(build: Build) -> dict[str, Any]:
@@ -65,6 +79,7 @@ def inspect(build: Build) -> dict[str, Any]:
     code = read_code(compile_build(build), build.target)
     launch = build.launch
     weights = launch.tiles * 32 * 128 / (lanes * launch.warps) * launch.unroll
+    loads, flying = weight_loads(code, build)
     row = {
         "target": build.target,
         "kernel": launch.kernel + (" int8" if build.integer else ""),
@@ -79,7 +94,8 @@ def inspect(build: Build) -> dict[str, Any]:
         "shared": code.shared,
         "loop": len(code.loop),
         "per weight": round(len(code.loop) / weights, 3),
-        "weight loads": weight_loads(code, build),
+        "weight loads": loads,
+        "in flight": flying,
         "matrix": code.count(MATRIX[backend]),
         "mix": dict(code.histogram().most_common()),
     }
@@ -92,8 +108,9 @@ def builds(options: argparse.Namespace) -> list[Build]:
     """The rows asked for."""
     return [
         Build(
-            target=target, launch=launch_of(kernel, target, bits, group), bits=bits, group=group,
-            dtype=dtype, asymmetric=asymmetric, integer=kernel == "gemm int8",
+            target=target, launch=launch_of(kernel, target, bits, group, asymmetric=asymmetric),
+            bits=bits, group=group, dtype=dtype, asymmetric=asymmetric,
+            integer=kernel == "gemm int8",
         )
         for target in options.targets
         for kernel in options.kernels

@@ -103,9 +103,8 @@ def embedding(
     Raises:
         IndexError: an id is no row.
     """
+    geometry.check_ids(ids)
     flat = ids.reshape(-1).long().contiguous()
-    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= geometry.out_features):
-        raise IndexError(f"ids must be in [0, {geometry.out_features}), got others")
     weight = Weight(codes, scale, zero, geometry)
     rows = cpu_library.rows(cpu_library.library(), weight, flat, dtype)
     return rows.view(*ids.shape, geometry.in_features)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from quantforge_kernels.reference import group_width
 
 
@@ -32,3 +35,16 @@ class Geometry:
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.out_features, self.in_features
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Refuse ids that are no rows. Waits for the device of `ids`.
+
+        Raises:
+            IndexError: an id outside [0, out).
+        """
+        if not ids.numel():
+            return
+        least, most = (int(bound) for bound in torch.aminmax(ids))
+        if least < 0 or most >= self.out_features:
+            wrong = least if least < 0 else most
+            raise IndexError(f"ids must be in [0, {self.out_features}), got {wrong}")

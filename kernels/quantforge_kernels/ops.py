@@ -93,6 +93,8 @@ def qembedding(
 
     Raises:
         ValueError: tensors whose shape, dtype, device or layout do not fit together.
+        IndexError: an id is no row, on the CPU; a device-side assertion on a GPU, as in torch's
+            embedding.
     """
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids must be int32 or int64, got {ids.dtype}")

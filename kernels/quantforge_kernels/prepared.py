@@ -142,7 +142,8 @@ def qembedding_prepared(ids: Tensor, weight: PreparedWeight, dtype: torch.dtype)
 
     Raises:
         ValueError: ids of another dtype or device.
-        IndexError: an id is no row.
+        IndexError: an id is no row. On a GPU the kernel asserts it instead: the error comes with
+            the next synchronization, as from torch's embedding.
     """
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids must be int32 or int64, got {ids.dtype}")

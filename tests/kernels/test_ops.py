@@ -91,6 +91,19 @@ def test_embedding_is_a_row_of_the_weight(parts: dict[str, Any]) -> None:
     assert torch.equal(rows, weight_of(parts)[ids.long()])
 
 
+@pytest.mark.parametrize("wrong", [6, -1])
+def test_ids_that_are_no_rows_are_errors_as_in_torch_s_embedding(
+    wrong: int, parts: dict[str, Any]
+) -> None:
+    ids = torch.tensor([0, wrong])
+    with pytest.raises(IndexError, match="out of range"):
+        torch.nn.functional.embedding(ids, weight_of(parts))
+    with pytest.raises(IndexError, match="out of range"):
+        qembedding(
+            ids, parts["words"], parts["scale"], parts["zero"], BITS, GROUP, COLS, torch.float32
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -32,6 +32,7 @@ class Build:
         dtype: "bf16" or "fp16", of inputs, scales and outputs.
         asymmetric: whether there are zero-points.
         integer: whether the input is int8 ("gemm" only).
+        ones: arguments that are 1. Triton compiles them as constants, which have no methods.
     """
 
     target: str
@@ -41,6 +42,7 @@ class Build:
     dtype: str = "bf16"
     asymmetric: bool = False
     integer: bool = False
+    ones: tuple[str, ...] = ()
 
 
 def compile_build(build: Build) -> Any:
@@ -55,24 +57,46 @@ def compile_build(build: Build) -> Any:
     Raises:
         ValueError: an unknown target.
     """
+    kernel, constants, pointers = _gemm(build) if build.launch.kernel == "gemm" else _gemv(build)
+    options = {"num_warps": build.launch.warps, "num_stages": build.launch.stages}
+    constants |= dict.fromkeys(build.ones, 1)
+    return compile_kernel(kernel, constants, pointers, build.target, **options)
+
+
+def compile_kernel(
+    kernel: Any, constants: dict[str, Any], pointers: dict[str, str], target: str, **options: Any
+) -> Any:
+    """Compile any kernel; what is neither a constant nor a pointer is an int32.
+
+    Args:
+        kernel: the jitted function.
+        constants: its constants by name, and arguments that are 1.
+        pointers: types of its pointers by name, e.g. "*bf16"; all are aligned to 16 bytes.
+        target: a name of `TARGETS`.
+        options: of the compiler: `num_warps`, `num_stages`, `debug`, ...
+
+    Returns:
+        As `compile_build`.
+
+    Raises:
+        ValueError: an unknown target.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
-    if build.target not in TARGETS:
-        raise ValueError(f"unknown target {build.target!r}; known: {', '.join(TARGETS)}")
-    kernel, constants, pointers = _gemm(build) if build.launch.kernel == "gemm" else _gemv(build)
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
     names = kernel.arg_names
     signature, aligned = {}, {}
     for index, name in enumerate(names):
         signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
-        if name in pointers or name in _ALIGNED:
+        if name not in constants and (name in pointers or name in _ALIGNED):
             aligned[(index,)] = [["tt.divisibility", 16]]
     values = {(names.index(name),): value for name, value in constants.items()}
     source = triton.compiler.ASTSource(
         fn=kernel, signature=signature, constexprs=values, attrs=aligned
     )
-    options = {"num_warps": build.launch.warps, "num_stages": build.launch.stages}
-    return triton.compile(source, target=GPUTarget(*TARGETS[build.target]), options=options)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
 def _shared(build: Build) -> tuple[dict[str, Any], dict[str, str]]:

@@ -69,7 +69,14 @@ def embedding(
     geometry: Geometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows of the weight."""
+    """Rows of the weight.
+
+    Raises:
+        IndexError: an id on the CPU (the interpreter's) is no row. On a GPU, where looking at ids
+            would wait for the device, the kernel asserts it: see `linear.embedding`.
+    """
+    if ids.device.type == "cpu":
+        geometry.check_ids(ids)
     return operators.embedding(ids, _weight(codes, scale, zero, geometry), dtype)
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
+from math import gcd
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from quantforge_kernels.triton.repack import TILE_COLUMNS, TILE_ROWS
+from quantforge_kernels.triton.repack import GROUP_STEP, TILE_COLUMNS, TILE_ROWS
 
 TUNED = Path(__file__).resolve().parent / "tuned"
 GEMV_ROWS = 16  # rows of input up to which decoding's kernel is taken
@@ -77,7 +79,29 @@ class Launch:
             raise ValueError("warps, stages, split and unroll are at least 1")
 
 
-Problem = tuple[int, int, int, int, int]  # m (a power of two), n, k, bits, group
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Problem:
+    """Key of a table: everything about `x[m, k] @ weight[n, k].T` that decides its time.
+
+    Attributes:
+        m: rows of the input, counted up to a power of two (`problem` does it).
+        n: rows of the weight.
+        k: columns.
+        bits: width of a code.
+        group: columns that share a scale.
+        dtype: "bf16" or "fp16", of inputs and outputs.
+        asymmetric: whether there are zero-points.
+    """
+
+    m: int
+    n: int
+    k: int
+    bits: int
+    group: int
+    dtype: str
+    asymmetric: bool
+
+
 NO_TABLE: Mapping[Problem, Launch] = MappingProxyType({})
 
 
@@ -89,6 +113,8 @@ def choose_launch(
     group: int,
     device: Device,
     *,
+    dtype: str = "bf16",
+    asymmetric: bool = False,
     integer: bool = False,
     table: Mapping[Problem, Launch] = NO_TABLE,
 ) -> Launch:
@@ -101,6 +127,8 @@ def choose_launch(
         bits: width of a code.
         group: columns that share a scale.
         device: where it runs.
+        dtype: "bf16" or "fp16", of inputs and outputs.
+        asymmetric: whether there are zero-points.
         integer: whether the input is rounded to int8.
         table: measured launches of this device, for 16-bit inputs.
 
@@ -112,7 +140,8 @@ def choose_launch(
     """
     if min(m, n, k) < 1:
         raise ValueError(f"nothing to multiply: m={m}, n={n}, k={k}")
-    known = None if integer else table.get(problem(m, n, k, bits, group))
+    key = problem(m, n, k, bits, group, dtype=dtype, asymmetric=asymmetric)
+    known = None if integer else table.get(key)
     if known is not None:
         return known
     units = -(-k // TILE_COLUMNS)
@@ -124,14 +153,17 @@ def choose_launch(
         # AMD's warps of 64 lanes need two tiles for loads of 128 bits, four to have enough of them.
         many = row_tiles >= 2 * device.processors or units < 2 * _FEWEST_UNITS
         tiles = 4 if device.backend == "hip" else 2 if many else 1
-        # A stage ahead, by asynchronous copies, keeps a whole iteration's loads in flight.
+        # Asynchronous copies put a whole iteration's loads in flight without a register for each.
+        # Three stages would have them arrive during the iteration before, at 1.52 instructions a
+        # weight (4 bits, sm_90) instead of 1.47: `candidates` has both.
         stages = 2 if device.backend == "cuda" else 1
         programs = -(-row_tiles // tiles)
         split = _split(programs, _WARPS_IN_FLIGHT * device.processors, units)
         return Launch(
             kernel="gemv", rows=rows, tiles=tiles, warps=1, stages=stages, split=split, unroll=1
         )
-    rows = next((size for size in (16, 32) if m <= size), 32 if bits == 8 else 64)
+    most = _most_rows(bits, gcd(group, TILE_COLUMNS), asymmetric=asymmetric)
+    rows = next((size for size in (16, 32) if m <= size), most)
     programs = -(-m // rows) * -(-row_tiles // 4)
     split = _split(programs, device.processors, units)
     return Launch(kernel="gemm", rows=rows, tiles=4, warps=4, stages=3, split=split, unroll=1)
@@ -166,9 +198,12 @@ def candidates(m: int, bits: int) -> tuple[Launch, ...]:
     )
 
 
-def problem(m: int, n: int, k: int, bits: int, group: int) -> Problem:
+def problem(
+    m: int, n: int, k: int, bits: int, group: int, *, dtype: str = "bf16", asymmetric: bool = False
+) -> Problem:
     """Key of a table: the input's rows count up to the next power of two."""
-    return (1 << (m - 1).bit_length(), n, k, bits, group)
+    rows = 1 << (m - 1).bit_length()
+    return Problem(m=rows, n=n, k=k, bits=bits, group=group, dtype=dtype, asymmetric=asymmetric)
 
 
 def table_path(name: str, folder: Path = TUNED) -> Path:
@@ -183,44 +218,67 @@ def read_table(name: str, folder: Path = TUNED) -> Mapping[Problem, Launch]:
     Raises:
         ValueError: the file is not a table.
     """
-    path = table_path(name, folder)
-    if not path.is_file():
-        return NO_TABLE
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["launches"]
-        return MappingProxyType(
-            {
-                (row["m"], row["n"], row["k"], row["bits"], row["group"]): Launch(**row["launch"])
-                for row in rows
-            }
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a table of launches: {error}") from error
+    return MappingProxyType(
+        {key: Launch(**row["launch"]) for key, row in _rows(table_path(name, folder)).items()}
+    )
 
 
 def write_table(
     name: str, launches: Mapping[Problem, Launch], about: Mapping[str, str], folder: Path = TUNED
 ) -> Path:
-    """Write a device's table.
+    """Add measured launches to a device's table; problems it has are replaced, others stay.
 
     Args:
         name: of the device.
         launches: the fastest launch of each problem.
-        about: versions that the measurements hold for.
+        about: versions that these measurements hold for, kept with each of them.
         folder: where tables are.
 
     Returns:
         The file written.
+
+    Raises:
+        ValueError: what is there is not a table.
     """
-    rows = [
-        {**dict(zip(("m", "n", "k", "bits", "group"), key, strict=True)), "launch": asdict(launch)}
-        for key, launch in sorted(launches.items())
-    ]
     path = table_path(name, folder)
+    rows = _rows(path)
+    for key, launch in launches.items():
+        rows[key] = {**asdict(key), "launch": asdict(launch), "measured": dict(about)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"device": name, **about, "launches": rows}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps({"device": name, "launches": [rows[key] for key in sorted(rows)]}, indent=1)
+    whole = path.with_suffix(".json.part")  # an interrupted run must not cost the table
+    whole.write_text(text + "\n", encoding="utf-8")
+    whole.replace(path)
+    read_table.cache_clear()
     return path
+
+
+def _rows(path: Path) -> dict[Problem, dict[str, Any]]:
+    """A table's rows as they are in the file, checked; none if there is no file."""
+    if not path.is_file():
+        return {}
+    names = [field.name for field in fields(Problem)]
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["launches"]
+        found = {Problem(**{name: row[name] for name in names}): row for row in rows}
+        for row in rows:
+            Launch(**row["launch"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a table of launches: {error}") from error
+    return found
+
+
+def _most_rows(bits: int, fold: int, *, asymmetric: bool) -> int:
+    """Rows of input of a program of "gemm" whose sums leave registers for everything else.
+
+    A thread holds the result and a group's sum. With 64 rows these are 128 of its 255 registers:
+    too many at 8 bits, where two operands are alive, where a tile of columns has four groups, and
+    where it has two and either zero-points or six words a lane. Such kernels spill with 64 rows
+    on sm_80 or sm_90, and with 32 they do not.
+    """
+    parted = fold < TILE_COLUMNS and (asymmetric or bits >= 6)
+    crowded = bits == 8 or fold == GROUP_STEP or parted
+    return 32 if crowded else 64
 
 
 def _split(programs: int, wanted: int, units: int) -> int:

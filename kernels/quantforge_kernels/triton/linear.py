@@ -9,6 +9,7 @@ reference more closely.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -20,6 +21,7 @@ from quantforge_kernels.triton.repack import DeviceWeight, repack
 ARRANGE_COLUMNS = 1024
 LOOKUP_ROWS = 8
 REDUCE_BLOCK = 1024
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # as tables of launches have them
 
 
 def linear(
@@ -70,7 +72,9 @@ def embedding(ids: Tensor, weight: DeviceWeight, dtype: torch.dtype) -> Tensor:
     """Rows of the weight, formed as the reference forms them.
 
     Args:
-        ids: integers of any shape in [0, out); rows of others are NaN.
+        ids: integers of any shape in [0, out). Another one on a GPU is a device-side assertion, an
+            error of the next synchronization as in torch's embedding; nothing is read out of
+            bounds.
         weight: the matrix.
         dtype: of the result.
 
@@ -128,15 +132,17 @@ def _linear(
         device = describe(x.device)
         launch = choose_launch(
             rows, size, weight.in_features, weight.bits, weight.group_size, device,
-            integer=integer, table=read_table(device.name),
+            dtype=DTYPE_NAMES[x.dtype], asymmetric=weight.zero is not None, integer=integer,
+            table=read_table(device.name),
         )  # fmt: skip
     if rows and launch is not None:
         run = _gemv if launch.kernel == "gemv" else _gemm
         split, share = _shares(weight.words.shape[1], launch.split)
         target = out if split == 1 else out.new_empty(split, rows, size, dtype=torch.float32)
-        run(flat, weight, bias if split == 1 else None, target, launch, share, integer)
-        if split > 1:
-            _reduce(target, bias, out)
+        with launching_on(x.device):
+            run(flat, weight, bias if split == 1 else None, target, launch, share, integer)
+            if split > 1:
+                _reduce(target, bias, out)
     return out.view(*x.shape[:-1], size)
 
 
@@ -208,13 +214,25 @@ def _lookup(ids: Tensor | None, count: int, weight: DeviceWeight, dtype: torch.d
     out = weight.words.new_empty(count, weight.in_features, dtype=dtype)
     units = weight.words.shape[1]
     if count:
-        lookup[(-(-count // LOOKUP_ROWS), units)](
-            ids, weight.words, weight.scale, weight.zero, out,
-            count, weight.out_features, weight.in_features, units, weight.scale.shape[1],
-            code_mask(weight.bits, None),
-            weight.bits, weight.group_size, weight.zero is not None, ids is not None, LOOKUP_ROWS,
-        )  # fmt: skip
+        with launching_on(out.device):
+            # The overflow checks of Triton's debug mode are not wanted, only the one of the ids.
+            lookup[(-(-count // LOOKUP_ROWS), units)](
+                ids, weight.words, weight.scale, weight.zero, out,
+                count, weight.out_features, weight.in_features, units, weight.scale.shape[1],
+                code_mask(weight.bits, None),
+                weight.bits, weight.group_size, weight.zero is not None, ids is not None,
+                LOOKUP_ROWS, debug=ids is not None, sanitize_overflow=False,
+            )  # fmt: skip
     return out
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which `device` is the current GPU: Triton launches there, not where tensors are.
+
+    Args:
+        device: of the tensors; one that is no GPU (the interpreter's) needs no context.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def code_mask(bits: int, dtype: torch.dtype | None) -> int:

@@ -20,8 +20,13 @@ _SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L\w+):")
 _PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 _REGISTER = re.compile(r"\bR(\d+)\b")
+_COPY_WAIT = re.compile(r"DEPBAR\.LE SB0, (\w+)")
+_AMD_LOAD = re.compile(r"(global|buffer|flat)_load_")
+_AMD_WAIT = re.compile(r"vmcnt\((\d+)\)")
 _AMD_LABEL = re.compile(r"^(\.LBB\w+):")
 _AMD_LINE = re.compile(r"^\s+([a-z]\w+)(\s.*)?$")
+
+LOADS = r"LDG\S*\.128|LDGSTS\S*\.128|(global|buffer)_load_dwordx4"  # of 128 bits, any target
 
 # What a multiprocessor or compute unit has: registers (32 bit), warps, shared memory, blocks.
 REGISTERS = 65536
@@ -57,23 +62,56 @@ class Code:
         """Instructions of the inner loop by name, without suffixes."""
         return Counter(re.split(r"[.\s]", line, maxsplit=1)[0] for line in self.loop)
 
-    def loads_in_flight(self) -> int:
-        """The most 128-bit loads from global memory that wait together in the inner loop.
+    def loads_in_flight(self, pattern: str = LOADS) -> int:
+        """The most loads that wait together in the inner loop, running round and round.
 
-        A load waits from its issue to the first instruction that reads its registers. Copies to
-        shared memory (LDGSTS) all count: what they bring is read in a later iteration.
+        A load into registers waits from its issue to the first instruction that reads or writes
+        them or, on AMD, to an `s_waitcnt vmcnt(n)` that leaves fewer. A copy to shared memory
+        (LDGSTS) waits for a `DEPBAR.LE SB0, n`, which leaves n groups; LDGDEPBAR ends a group.
+
+        Args:
+            pattern: regular expression, matched from their start, of the loads that are counted.
         """
-        waiting: dict[int, frozenset[str]] = {}
-        most = 0
-        for index, line in enumerate(self.loop):
-            read = _REGISTER.findall(line.partition(",")[2] or line)
-            used = set(read)
-            waiting = {at: names for at, names in waiting.items() if not names & used}
-            if re.match(r"LDG\.E\.128|LDG\.E\.\w+(\.\w+)*\.128", line):
+        flight = _Flight(pattern)
+        for line in self.loop * 2:  # the second time with what the first left under way
+            flight.step(line)
+        return flight.most
+
+
+class _Flight:
+    """Loads under way, oldest first, as instructions are issued."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = re.compile(pattern)
+        self.waiting: list[tuple[bool, frozenset[str]]] = []  # is it counted, its registers
+        self.copies: list[int] = [0]  # counted copies of each group, the open one last
+        self.most = 0
+
+    def step(self, line: str) -> None:
+        """Issue one instruction."""
+        wait = _COPY_WAIT.match(line)
+        if wait:
+            ended = len(self.copies) - 1
+            self.copies = self.copies[max(0, ended - int(wait[1], 0)) :]
+        elif line.startswith("LDGDEPBAR"):
+            self.copies.append(0)
+        elif re.match(r"LDGSTS", line):
+            self.copies[-1] += bool(self.pattern.match(line))
+        elif _AMD_LOAD.match(line):
+            self.waiting.append((bool(self.pattern.match(line)), frozenset()))
+        elif line.startswith("s_waitcnt"):
+            left_loads = _AMD_WAIT.search(line)
+            if left_loads:
+                count = int(left_loads[1])
+                self.waiting = self.waiting[-count:] if count else []
+        else:
+            used = set(_REGISTER.findall(line))
+            self.waiting = [load for load in self.waiting if not load[1] & used]
+            if self.pattern.match(line):
                 first = int(_REGISTER.findall(line)[0])
-                waiting[index] = frozenset(str(first + i) for i in range(4))
-                most = max(most, len(waiting))
-        return max(most, self.count(r"LDGSTS\S*\.128"))
+                self.waiting.append((True, frozenset(str(first + i) for i in range(4))))
+        under_way = sum(counted for counted, _ in self.waiting) + sum(self.copies)
+        self.most = max(self.most, under_way)
 
 
 def read_code(compiled: Any, target: str) -> Code:
@@ -153,12 +191,20 @@ def _read_amd(text: str, shared: int) -> Code:
 
 
 def _inner(body: list[str], jumps: list[tuple[int, int]]) -> tuple[str, ...]:
-    """The longest loop without another inside; empty if there is none."""
+    """The longest loop without another inside; empty if there is none.
+
+    Several branches back to the same place, as those of AMD's masked loads, are one loop: it ends
+    with the last of them.
+    """
+    ends: dict[int, int] = {}
+    for start, end in jumps:
+        ends[start] = max(end, ends.get(start, end))
+    loops = list(ends.items())
     inner = [
         (start, end)
-        for start, end in jumps
+        for start, end in loops
         if not any(
-            (start, end) != other and start <= other[0] and other[1] <= end for other in jumps
+            (start, end) != other and start <= other[0] and other[1] <= end for other in loops
         )
     ]
     if not inner:

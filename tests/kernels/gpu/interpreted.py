@@ -182,28 +182,43 @@ def check_product(case, frames, how, *, bias):
     assert error <= 1.15 * allowed + 1e-3 * float(truth.norm())
 
 
-def cycled(numbers):
-    """(bits, dtype, asymmetric) in full, shapes and splits one after the other."""
-    shapes, splits = itertools.cycle(SHAPES), itertools.cycle((1, 2, 3))
-    every = itertools.product(ALL_BITS, (BF16, FP16), (False, True))
-    return [(*one, next(shapes), next(splits)) for one in itertools.islice(every, numbers)]
+SPLITS = (1, 2, 3)
+KINDS = list(itertools.product(ALL_BITS, (BF16, FP16), (False, True)))
 
 
-@pytest.mark.parametrize(("bits", "dtype", "asymmetric", "shape", "split"), cycled(28))
+def pairs(start=0):
+    """Every (bits, dtype, asymmetric), and every (shape, split), each at least once.
+
+    The 27 pairs are gone through once and then from the start again, beside the 28 kinds; another
+    `start` lets other kinds meet them.
+    """
+    both = list(itertools.product(SHAPES, SPLITS))
+    return [(*kind, *both[(at + start) % len(both)]) for at, kind in enumerate(KINDS)]
+
+
+def test_the_cases_hold_every_kind_and_every_pair():
+    for start in (0, 10, 20):
+        cases = pairs(start)
+        assert len(cases) == 28
+        assert {case[:3] for case in cases} == set(KINDS)
+        assert {case[3:] for case in cases} == set(itertools.product(SHAPES, SPLITS))
+
+
+@pytest.mark.parametrize(("bits", "dtype", "asymmetric", "shape", "split"), pairs())
 def test_decoding(bits, dtype, asymmetric, shape, split, frames):
     case = Case(bits, shape, dtype, asymmetric=asymmetric)
     rows, tiles = (8, 1) if split == 1 else (16, 2)
     check_product(case, frames, launch("gemv", rows, tiles, 1, split), bias=split != 2)
 
 
-@pytest.mark.parametrize(("bits", "dtype", "asymmetric", "shape", "split"), cycled(28))
+@pytest.mark.parametrize(("bits", "dtype", "asymmetric", "shape", "split"), pairs(10))
 def test_many_rows(bits, dtype, asymmetric, shape, split, frames):
     m, n, k, group = shape
     case = Case(bits, (m + 10, n, k, group), dtype, asymmetric=asymmetric, seed=1)
     check_product(case, frames, launch("gemm", 16, 4, 4, split), bias=split != 2)
 
 
-@pytest.mark.parametrize(("bits", "dtype", "asymmetric", "shape", "split"), cycled(28)[::3])
+@pytest.mark.parametrize(("bits", "dtype", "asymmetric", "shape", "split"), pairs(20))
 def test_inputs_rounded_to_int8(bits, dtype, asymmetric, shape, split, frames):
     case = Case(bits, shape, dtype, asymmetric=asymmetric, seed=2)
     if case.m > 2:
@@ -252,6 +267,22 @@ def test_ids_outside_the_table_are_nan(frames):
     assert rows.isnan().all(1).tolist() == [False, True, True]
     assert not rows[0].isnan().any()
     frames.working.clear()
+
+
+@pytest.mark.parametrize("wrong", [40, -1])
+def test_the_backend_refuses_them_where_looking_costs_nothing(wrong, frames):
+    case = Case(4, (1, 40, 200, -1), BF16, asymmetric=False)
+    geometry = Geometry(out_features=40, in_features=200, bits=4, group_size=-1)
+    prepared = backend.prepare(case.words, case.scale, case.zero, geometry)
+    with pytest.raises(IndexError, match=rf"ids must be in \[0, 40\), got {wrong}"):
+        backend.embedding(torch.tensor([0, wrong]), *prepared, geometry, BF16)
+    ids = torch.empty(0, 2, dtype=torch.int64)
+    assert backend.embedding(ids, *prepared, geometry, BF16).shape == (0, 2, 200)
+
+
+def test_one_output_of_a_split(frames):
+    case = Case(3, (1, 1, 576, 64), BF16, asymmetric=True, seed=5)
+    check_product(case, frames, launch("gemv", 8, 1, 1, 3), bias=True)
 
 
 def test_scales_of_another_dtype_are_rounded_to_the_computation_s(frames):

@@ -5,7 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from quantforge_kernels import BACKENDS, BackendError, Geometry, Request, choose_backend, pack
+from quantforge_kernels import (
+    BACKENDS,
+    BackendError,
+    Geometry,
+    Request,
+    choose_backend,
+    pack,
+    prepare,
+    qlinear,
+    qlinear_prepared,
+    reference,
+)
 from quantforge_kernels.triton import backend
 from quantforge_kernels.triton.repack import repack
 
@@ -38,6 +49,26 @@ def test_auto_takes_it_on_a_gpu_and_never_on_a_cpu():
     assert choose_backend("auto", REQUEST, table("")).name == "triton"
     assert choose_backend("auto", REQUEST, table("no GPU")).name == "reference"
     assert choose_backend("auto", replace(REQUEST, device="cpu"), table("")).name != "triton"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_operators_without_a_gpu_run_on_cpu_and_refuse_the_name():
+    """Not the choice alone: what `auto` chose computes, and a name asked for never falls back."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 8, (40, 192), dtype=torch.uint8, generator=generator)
+    words, scale = pack(codes, 3), torch.rand(40, 3, generator=generator).bfloat16()
+    x = torch.randn(2, 192, generator=generator).bfloat16()
+    geometry = Geometry(out_features=40, in_features=192, bits=3, group_size=64)
+    weight = prepare(words, scale, None, geometry, torch.bfloat16)
+    assert weight.backend == "cpu"
+    same = reference.qlinear(x, words, scale, None, 3, 64)
+    assert torch.allclose(qlinear_prepared(x, weight), same, rtol=0.02, atol=0.1)
+    assert torch.allclose(qlinear(x, words, scale, None, 3, 64), same, rtol=0.02, atol=0.1)
+    message = r"'triton' cannot run .*tensors on cpu, supported: cuda"
+    with pytest.raises(BackendError, match=message):
+        qlinear(x, words, scale, None, 3, 64, backend="triton")
+    with pytest.raises(BackendError, match=message):
+        prepare(words, scale, None, geometry, torch.bfloat16, backend="triton")
 
 
 @pytest.mark.parametrize(

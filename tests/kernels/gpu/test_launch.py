@@ -39,6 +39,30 @@ def test_eight_bits_take_half_the_rows_since_two_operands_need_two_sums():
     assert choose_launch(2048, 4096, 4096, 8, 128, H100).rows == 32
 
 
+@pytest.mark.parametrize(
+    ("group", "integer", "asymmetric", "rows"),
+    [
+        (128, False, True, 64),
+        (128, True, True, 64),
+        (64, False, False, 64),
+        (64, True, False, 64),
+        (64, False, True, 32),
+        (64, True, True, 32),
+        (192, True, True, 32),  # 64 of its columns lie in a tile
+        (32, False, False, 32),
+        (96, False, False, 32),
+        (288, True, False, 32),
+    ],
+)
+def test_small_groups_take_fewer_rows_so_that_sums_fit_the_registers(
+    group, integer, asymmetric, rows
+):
+    launch = choose_launch(2048, 4096, 4608, 4, group, H100, integer=integer, asymmetric=asymmetric)
+    assert (launch.kernel, launch.rows) == ("gemm", rows)
+    six = choose_launch(2048, 4096, 4608, 6, group, H100, asymmetric=asymmetric)
+    assert six.rows == (64 if group == 128 else 32)
+
+
 def test_amd_takes_sixteen_rows_and_four_tiles_and_loads_into_registers():
     launch = choose_launch(1, 14336, 4096, 4, 128, MI300)
     assert (launch.rows, launch.stages, launch.tiles) == (16, 1, 4)
@@ -63,6 +87,37 @@ def test_a_measured_launch_wins_for_rows_up_to_its_power_of_two():
     assert choose_launch(3, 512, 1024, 3, 64, H100, table=table) == measured
     assert choose_launch(5, 512, 1024, 3, 64, H100, table=table) != measured
     assert choose_launch(3, 512, 1024, 3, 64, H100, table=table, integer=True).kernel == "gemm"
+
+
+def test_dtypes_and_zero_points_are_problems_of_their_own():
+    measured = Launch(kernel="gemv", rows=8, tiles=1, warps=1, stages=3, split=2, unroll=1)
+    table = {problem(4, 512, 1024, 3, 64, dtype="fp16", asymmetric=True): measured}
+
+    def chosen(**how):
+        return choose_launch(4, 512, 1024, 3, 64, H100, table=table, **how)
+
+    assert chosen(dtype="fp16", asymmetric=True) == measured
+    for how in ({}, {"dtype": "fp16"}, {"asymmetric": True}):
+        assert chosen(**how) == choose_launch(4, 512, 1024, 3, 64, H100, **how) != measured
+
+
+def test_writing_adds_to_a_table_and_replaces_what_was_measured_again(tmp_path):
+    first, second, third = candidates(1, 3)[:3]
+    one, other = problem(1, 512, 1024, 3, 64), problem(1, 512, 1024, 3, 64, dtype="fp16")
+    write_table(H100.name, {one: first, other: second}, {"triton": "3.8"}, tmp_path)
+    assert read_table(H100.name, tmp_path)[one] == first
+    path = write_table(H100.name, {one: third}, {"triton": "3.9"}, tmp_path)
+    assert dict(read_table(H100.name, tmp_path)) == {one: third, other: second}
+    rows = json.loads(path.read_text(encoding="utf-8"))["launches"]
+    assert [(row["dtype"], row["measured"]["triton"]) for row in rows] == [
+        ("bf16", "3.9"),
+        ("fp16", "3.8"),
+    ]
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="not a table of launches"):
+        write_table(H100.name, {one: first}, {}, tmp_path)
+    assert path.read_text(encoding="utf-8") == "{}"
 
 
 def test_tables_come_back_and_damaged_ones_are_errors(tmp_path):

@@ -2,12 +2,13 @@
 
 import importlib.util
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
-from quantforge_kernels.triton.ahead import TARGETS, Build, compile_build
+from quantforge_kernels.triton.ahead import TARGETS, Build, compile_build, compile_kernel
 from quantforge_kernels.triton.launch import Launch
-from quantforge_kernels.triton.machine_code import Code, read_code, warps_resident
+from quantforge_kernels.triton.machine_code import LOADS, Code, read_code, warps_resident
 
 pytestmark = [
     pytest.mark.skipif(
@@ -29,7 +30,8 @@ def inspected():
 
 
 def built(inspected, kernel, target, bits, **options):
-    launch = inspected.launch_of(kernel, target, bits, 128)
+    group, asymmetric = options.get("group", 128), options.get("asymmetric", False)
+    launch = inspected.launch_of(kernel, target, bits, group, asymmetric=asymmetric)
     return inspected.inspect(
         Build(target=target, launch=launch, bits=bits, integer=kernel == "gemm int8", **options)
     )
@@ -43,7 +45,8 @@ def test_decoding_on_sm_90(inspected):
     assert rows[3]["per weight"] <= 1.25 * rows[4]["per weight"]
     for bits, row in rows.items():
         assert row["spills"] == 0
-        assert row["weight loads"] == 2 * bits  # two tiles, all of them issued before their use
+        # Two tiles; all of them are under way before the wait that precedes their first use.
+        assert row["weight loads"] == row["in flight"] == 2 * bits >= 4
         assert row["matrix"] == 40  # 32 for two tiles of 32 x 128, 8 for the constants
         assert row["warps resident"] >= 16  # 50 kB in flight, twice what HBM3 needs
 
@@ -57,11 +60,21 @@ def test_the_matrix_product_on_sm_90(inspected):
     assert row["warps resident"] == 8  # two programs hide each other's unpacking
 
 
+def test_the_matrix_product_on_gfx942_loads_64_bits(inspected):
+    """A tile for each warp of 64 lanes: two words a lane. Larger tiles exceed 64 KiB of memory."""
+    launch = inspected.launch_of("gemm", "gfx942", 4, 128)
+    code = read_code(compile_build(Build(target="gfx942", launch=launch, bits=4)), "gfx942")
+    assert code.spills == 0
+    assert code.shared <= 65536
+    assert code.count(inspected.LATER_WORDS) == 0
+    assert code.count(inspected.LATER_WORDS.replace("dwordx4", "dwordx2")) == 3  # and the first
+
+
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_decoding_elsewhere(target, inspected):
     row = built(inspected, "gemv", target, 4)
     assert row["spills"] == 0
-    assert row["weight loads"] >= 4
+    assert row["weight loads"] == row["in flight"] == 8
     assert row["matrix"] >= 32
 
 
@@ -79,15 +92,110 @@ def test_unpacked_weights_go_straight_to_the_matrix_instruction():
 @pytest.mark.parametrize("kernel", ["gemv", "gemm", "gemm int8"])
 def test_every_part_of_a_unit_that_shares_a_scale_compiles(kernel, group, asymmetric, inspected):
     """The interpreter runs what the compiler refuses, and groups of 128 have one part a unit."""
-    launch = inspected.launch_of(kernel, "sm_90", 3, group)
-    build = Build(
-        target="sm_90", launch=launch, bits=3, group=group, asymmetric=asymmetric,
-        integer=kernel == "gemm int8",
-    )  # fmt: skip
-    row = inspected.inspect(build)
+    row = built(inspected, kernel, "sm_90", 3, group=group, asymmetric=asymmetric)
     assert row["matrix"] >= 8
-    if kernel == "gemv":
-        assert row["spills"] == 0
+    assert row["spills"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target", "group", "bits", "asymmetric"),
+    [
+        ("gemm", "sm_80", 32, 7, True),
+        ("gemm", "sm_80", 64, 7, True),
+        ("gemm", "sm_90", 64, 6, False),
+        ("gemm", "sm_90", 64, 5, False),  # the widest that keeps 64 rows
+        ("gemm int8", "sm_80", 32, 7, True),
+        ("gemm int8", "sm_80", 64, 5, False),
+    ],
+)
+def test_tiles_for_small_groups_do_not_spill(kernel, target, group, bits, asymmetric, inspected):
+    row = built(inspected, kernel, target, bits, group=group, asymmetric=asymmetric)
+    assert row["spills"] == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("kernel", ["gemm", "gemm int8"])
+def test_no_small_group_spills(kernel, target, group, bits, dtype, asymmetric, inspected):
+    row = built(inspected, kernel, target, bits, group=group, dtype=dtype, asymmetric=asymmetric)
+    assert row["spills"] == 0
+
+
+# Arguments that are 1 are constants to the compiler: smallest outputs, inputs and weights.
+SMALLEST = {
+    "gemv": ("m", "n", "k", "x_stride", "units", "split_units"),
+    "gemm": ("m", "n", "units", "split_units"),
+}
+
+
+@pytest.mark.parametrize("kernel", list(SMALLEST))
+def test_products_of_size_one_compile(kernel):
+    tiles = 1 if kernel == "gemv" else 4
+    how = Launch(kernel=kernel, rows=16, tiles=tiles, warps=tiles, stages=1, split=2, unroll=1)
+    compiled = compile_build(
+        Build(target="sm_90", launch=how, bits=3, asymmetric=True, ones=SMALLEST[kernel])
+    )
+    assert compiled.asm["cubin"]
+
+
+@pytest.mark.parametrize("ones", [(), ("n",), ("size", "n")])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_sum_of_a_split_compiles_for_outputs_of_one_element(target, ones):
+    from quantforge_kernels.triton.device.gemv import reduce
+
+    constants = {"has_bias": True, "block": 1024, **dict.fromkeys(ones, 1)}
+    pointers = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    compiled = compile_kernel(reduce, constants, pointers, target)
+    code = read_code(compiled, target)
+    assert code.spills == 0
+    loads = [line for line in code.loop if re.match(r"LDG|(global|buffer)_load", line)]
+    assert loads  # the partial sums are added in a loop over the split
+
+
+@pytest.mark.parametrize("integer", [False, True])
+@pytest.mark.parametrize("ones", [(), ("m", "k", "x_stride", "units")])
+def test_arranging_compiles(ones, integer):
+    from quantforge_kernels.triton.device.arrange import arrange
+    from quantforge_kernels.triton.linear import ARRANGE_COLUMNS
+
+    constants = {
+        "bits": 3, "fold": 32, "asymmetric": True, "integer": integer, "block": ARRANGE_COLUMNS,
+        **dict.fromkeys(ones, 1),
+    }  # fmt: skip
+    pointers = {
+        "x_ptr": "*bf16", "out_ptr": "*i8" if integer else "*bf16", "lead_ptr": "*fp32",
+        "total_ptr": "*fp32", "token_scale_ptr": "*fp32",
+    }  # fmt: skip
+    assert read_code(compile_kernel(arrange, constants, pointers, "sm_90"), "sm_90").spills == 0
+
+
+@pytest.mark.parametrize("ones", [(), ("count", "n", "k", "units")])
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize(
+    ("target", "text", "trap"),
+    [("sm_90", "ptx", "__assertfail"), ("gfx942", "amdgcn", "s_trap")],
+)
+def test_lookups_compile_and_assert_their_ids(target, text, trap, debug, ones):
+    from quantforge_kernels.triton.device.lookup import lookup
+    from quantforge_kernels.triton.linear import LOOKUP_ROWS
+
+    constants = {
+        "bits": 3, "group": 64, "asymmetric": True, "has_ids": True, "block": LOOKUP_ROWS,
+        **dict.fromkeys(ones, 1),
+    }  # fmt: skip
+    pointers = {
+        "ids_ptr": "*i64", "words_ptr": "*i32", "scale_ptr": "*bf16", "zero_ptr": "*u8",
+        "out_ptr": "*bf16",
+    }  # fmt: skip
+    compiled = compile_kernel(
+        lookup, constants, pointers, target, debug=debug, sanitize_overflow=False
+    )
+    assert (trap in compiled.asm[text]) == debug
+    assert compiled.asm[text].count("an id is no row") == 0 or debug
 
 
 @pytest.mark.full
@@ -110,7 +218,7 @@ SASS = """
         /*0020*/                   LDG.E.EF.128 R8, desc[UR4][R2.64+0x200] ;
         /*0030*/                   LOP3.LUT R12, R4, 0xf, RZ, 0xc0, !PT ;
         /*0040*/              @!P0 LDG.E.EF.128 R16, desc[UR4][R2.64+0x400] ;
-        /*0050*/                   HMMA.16816.F32.BF16 R20, R12, R8, R20 ;
+        /*0050*/                   HMMA.16816.F32.BF16 R20, R12, R8, R16 ;
         /*0060*/               @P1 BRA `(.L_x_1) ;
 .L_x_2:
         /*0070*/                   BRA `(.L_x_2);
@@ -131,6 +239,55 @@ def test_a_listing_is_read(monkeypatch):
     ]  # fmt: skip
     assert code.histogram()["LDG"] == 3
     assert code.loads_in_flight() == 2  # the first has been read when the third is issued
+
+
+def in_flight(*lines, pattern=LOADS):
+    return Code(registers=0, spills=0, shared=0, loop=lines, body=()).loads_in_flight(pattern)
+
+
+def test_copies_wait_for_their_barrier_not_for_each_other():
+    copy, end = "LDGSTS.E.BYPASS.128 [R8+UR4], desc[UR5][R22.64]", "LDGDEPBAR"
+    assert in_flight("DEPBAR.LE SB0, 0x0", "FADD R1, R2, R3", copy, copy, end, copy, end) == 3
+    assert in_flight("DEPBAR.LE SB0, 0x1", copy, end, copy, copy, end) == 5
+    assert in_flight(copy, end, "DEPBAR.LE SB0, 0x0", copy, end, "DEPBAR.LE SB0, 0x0") == 1
+
+
+def test_loads_into_registers_wait_for_their_first_use_or_amd_s_count():
+    first, second = "LDG.E.EF.128 R4, desc[UR4][R2.64]", "LDG.E.128 R8, desc[UR4][R2.64+0x200]"
+    use = "FADD R1, R7, R10"
+    assert in_flight(first, second, use) == 2
+    assert in_flight(first, "FADD R1, R7, R7", second, use) == 1
+    assert in_flight(first, second, use, pattern=r"LDG\S*\.EF\S*\.128") == 1
+    load, small = "global_load_dwordx4 v[0:3], v[8:9], off", "global_load_dwordx2 v[4:5], v8, off"
+    assert in_flight(load, load, load, "s_waitcnt vmcnt(0)") == 3
+    assert in_flight(load, small, load, "s_waitcnt vmcnt(1) lgkmcnt(0)", load) == 4
+    assert in_flight(load, "s_waitcnt vmcnt(0)", load, "s_waitcnt lgkmcnt(0)", load) == 3
+
+
+AMDGCN = """
+kernel:
+	s_load_dwordx2 s[0:1], s[4:5], 0x0
+.LBB0_1:
+	global_load_dwordx4 v[0:3], v[8:9], off ; a comment
+	s_cbranch_execz .LBB0_1
+	global_load_dwordx4 v[4:7], v[8:9], off offset:512
+	s_waitcnt vmcnt(0)
+	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+	.section	.rodata
+    .vgpr_count:     60
+    .vgpr_spill_count: 2
+    .sgpr_spill_count: 1
+"""
+
+
+def test_branches_back_to_one_place_are_one_loop():
+    compiled = SimpleNamespace(asm={"amdgcn": AMDGCN}, metadata=SimpleNamespace(shared=64))
+    code = read_code(compiled, "gfx942")
+    assert (code.registers, code.spills, code.shared) == (60, 3, 64)
+    assert len(code.loop) == 5
+    assert code.loop[-1] == "s_cbranch_scc1 .LBB0_1"
+    assert code.loads_in_flight() == 2
 
 
 def test_occupancy_is_bound_by_what_runs_out_first():

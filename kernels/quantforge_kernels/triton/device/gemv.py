@@ -136,9 +136,11 @@ def reduce(
     """out[i] = sum over s of partial[s, i] (+ bias[i % n]), in the order of s; i < size = m * n."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     keep = at < size
+    start = partial_ptr + at
     total = tl.zeros((block,), tl.float32)
-    for part in range(split):
-        total += tl.load(partial_ptr + part * size.to(tl.int64) + at, mask=keep, other=0.0)
+    for _ in range(split):
+        total += tl.load(start, mask=keep, other=0.0)
+        start += size  # step by step: `part * size` may exceed 32 bits
     if has_bias:
         total += tl.load(bias_ptr + at % n, mask=keep, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, rounded(total, out_ptr.dtype.element_ty), mask=keep)

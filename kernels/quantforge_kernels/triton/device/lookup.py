@@ -36,7 +36,8 @@ def lookup(
     """out[i] = weight[ids[i]], or weight[i]; grid (ceil(count / block), units).
 
     Args:
-        ids_ptr: [count] integers if `has_ids`; rows of those outside [0, n) are NaN.
+        ids_ptr: [count] integers if `has_ids`. One outside [0, n) fails an assertion if the kernel
+            is compiled with `debug`; otherwise, as in the interpreter, its row is NaN.
         words_ptr: see `repack`; `units` tiles of columns.
         scale_ptr: [groups, padded_rows] floating point.
         zero_ptr: [groups, padded_rows] uint8 if `asymmetric`.
@@ -51,6 +52,8 @@ def lookup(
     else:
         given = at.to(tl.int64)
     known = (given >= 0) & (given < n)
+    if has_ids:
+        tl.device_assert(known | (at >= count), "an id is no row of the embedding")
     row = tl.where(known, given, 0)
     tile, inside = row // 32, (row % 32 // 4) * 16 + row % 4
     start = (tile * units + unit) * (bits * 128) + inside
