@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from quantforge.errors import InputError
 
-TOKEN_CHUNK = 512
+TOKEN_CHUNK = 256
 """Most tokens whose logits exist at one time."""
 STRIP_ROWS = 4
 """Rows a CPU's log-softmax passes handle together: 4 of 49,152 floats stay in a 1 MiB cache."""
