@@ -252,6 +252,18 @@ def _same_twice(
 
 
 @contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of `module` asks for a gradient inside; all as before after."""
+    needs = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(needs[name])
+
+
+@contextmanager
 def plain_attention(module: nn.Module) -> Iterator[None]:
     """Attention as plain matrix products inside; the module's own choice after it.
 

@@ -24,18 +24,17 @@ moments are: error feedback between rows rests on it (`methods.output_feedback`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantforge.calibrate.backward import BlockGradients, backward_blocks
 from quantforge.calibrate.token_loss import HeadGradient, following_tokens
-from quantforge.capture import Precision, product_dtype
+from quantforge.capture import Precision, frozen, product_dtype
 from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.models import Model
 from quantforge.numerics import GramAccumulator
@@ -153,7 +152,7 @@ def gradient_statistics(
         finished = blocks - start[0]
         done = len(tokens) * finished
         monitor.step("gradients", done, total, resumed("block", finished, blocks))
-    with _frozen(model.module):
+    with frozen(model.module):
         for found in backward_blocks(
             model, tokens, batch_size=batch_size, precision=precision,
             head_gradient=head_gradient, scratch=scratch, start=start,
@@ -331,7 +330,7 @@ def diagonal_products(
     product, block, found = product_dtype(precision), -1, None
     total, done = len(tokens) * len(model.architecture.block_list(model.module)), 0
     squared: dict[int, Tensor] = {}
-    with _frozen(model.module):
+    with frozen(model.module):
         for one in backward_blocks(
             model, tokens, batch_size=batch_size, precision=precision,
             head_gradient=following_tokens(tokens), scratch=scratch,
@@ -355,15 +354,3 @@ def diagonal_products(
     if found is None:
         raise ValueError("there is no layer in any block")
     return found
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter of `module` asks for a gradient inside; all as before after."""
-    needs = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(needs[name])

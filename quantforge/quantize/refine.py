@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantforge.capture import Precision, compute_in, product_dtype
+from quantforge.capture import Precision, compute_in, frozen, product_dtype
 from quantforge.methods.rounding import TrainableWeight
 from quantforge.quantize.config import RoundingConfig
 from quantforge.types import QuantizedWeight
@@ -138,7 +138,7 @@ def refine_block(
     for step in range(config.steps):
         if not order:
             order = torch.randperm(len(pieces), generator=generator).tolist()
-        with torch.enable_grad():
+        with frozen(task.block), torch.enable_grad():
             weights = {names[name]: one.weight(product) for name, one in trained.items()}
             loss = task.error(weights, pieces[order.pop()])
         torch.autograd.backward(loss)
