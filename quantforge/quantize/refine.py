@@ -131,9 +131,9 @@ def refine_block(
     """
     names = {name: f"{name}.weight" for name in start}
     best = dict(start)
-    least = task.held_out_error({names[n]: w.dequantize() for n, w in start.items()})
-    trained = {name: TrainableWeight.start(floats[name], start[name]) for name in start}
     pieces, product = task.pieces(config.batch), product_dtype(task.precision)
+    least = task.held_out_error({names[n]: w.dequantize(product) for n, w in start.items()})
+    trained = {name: TrainableWeight.start(floats[name], start[name]) for name in start}
     order: list[int] = []
     for step in range(config.steps):
         if not order:
@@ -147,7 +147,8 @@ def refine_block(
             one.step(config.latent_step * remaining, config.scale_step * remaining, config.momentum)
         if (step + 1) % config.check_every == 0 or step + 1 == config.steps:
             reached = {name: one.finish() for name, one in trained.items()}
-            error = task.held_out_error({names[n]: w.dequantize() for n, w in reached.items()})
+            rounded = {names[name]: one.dequantize(product) for name, one in reached.items()}
+            error = task.held_out_error(rounded)
             if error < least:
                 best, least = reached, error
     return best
