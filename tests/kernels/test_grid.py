@@ -1,5 +1,6 @@
 """Asymmetric grids against dense scans, the Gaussian table, and their definition in torch."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ from quantforge.types import QuantSpec
 
 # Relative squared error of the best uniform grid on a Gaussian, by bits.
 GAUSSIAN = {2: 0.118846, 3: 0.037440, 4: 0.011543, 5: 0.003495, 6: 0.001040, 8: 0.000088}
+# The same of the best grid of any spacing (Lloyd 1957, Max 1960).
+LLOYD_MAX = {2: 0.117482, 3: 0.034548, 4: 0.009501, 5: 0.002505, 6: 0.000644, 8: 0.000041}
 
 
 def errors(weight, scale, zero, bits, importance=None):
@@ -121,10 +124,29 @@ def test_one_large_gaussian_group_meets_the_table_of_best_uniform_grids(bits):
     weight = torch.randn(1, 1_000_000, generator=torch.Generator().manual_seed(0))
     ones = torch.ones(1_000_000)
     scale, zero = search_grid(weight, ones, bits=bits, width=1_000_000, zero="float")
-    assert relative(weight, scale, zero, bits) == pytest.approx(GAUSSIAN[bits], rel=0.02)
+    found = relative(weight, scale, zero, bits)
+    assert found == pytest.approx(GAUSSIAN[bits], rel=0.02)
+    assert found > LLOYD_MAX[bits]  # which no grid of so many levels can be below
     # the minimum is flat: a percent of the codes to one side costs next to nothing
     levels = 1 << bits
     assert float(zero) == pytest.approx((levels - 1) / 2, abs=0.1 + 0.01 * levels)
+
+
+def lloyd_max(bits):
+    """Relative squared error after Lloyd's steps on the density itself: levels are cells' means."""
+    levels = torch.special.ndtri((torch.arange(1 << bits).double() + 0.5) / (1 << bits))
+    for _ in range(40 * 4**bits):
+        inner = (levels[1:] + levels[:-1]) / 2
+        edges = torch.cat([torch.tensor([-torch.inf]), inner, torch.tensor([torch.inf])])
+        mass = torch.special.ndtr(edges).diff()
+        levels = -torch.exp(-0.5 * edges.square()).diff() / math.sqrt(2 * math.pi) / mass
+    return float(1 - (mass * levels.square()).sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_table_of_the_best_levels_of_any_spacing(bits):
+    """(identity 4) So that what bounds our grids above is no copied number."""
+    assert lloyd_max(bits) == pytest.approx(LLOYD_MAX[bits], rel=1e-3)
 
 
 def test_importance_decides_which_weights_are_met():

@@ -108,6 +108,26 @@ def test_products_equal_the_dense_hessian_of_true_labels(model, tokens, batch_si
 
 
 @pytest.mark.parametrize("labels", ["true", "sampled", "expected"])
+def test_hessian_of_the_head_is_gauss_newtons_whatever_the_labels(tokens, labels):
+    """(identity 8) Logits are linear in it: Σ (diag p − p pᵀ) ⊗ h hᵀ a predicted token."""
+    module = tiny_llama(vocabulary=VOCABULARY, tied=False, **SHAPE).double()
+    model, seen = from_module(module), []
+    hook = module.model.norm.register_forward_hook(lambda _, __, output: seen.append(output))
+    logits = module(input_ids=tokens).logits.detach()
+    hook.remove()
+    predicting = slice(None, -1) if labels == "true" else slice(None)
+    hidden = seen[0].detach()[:, predicting].flatten(0, 1)
+    p = logits[:, predicting].flatten(0, 1).softmax(-1)
+    middle = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    matrix = torch.einsum("tvw,ti,tj->viwj", middle, hidden, hidden) / len(hidden)
+    (head,) = [x for x in model.architecture.vocabulary(module) if x.kind == "linear"]
+    hessian = LossHessian.of(
+        model, tokens, layers=[head], labels=labels, generator=torch.Generator().manual_seed(0)
+    )
+    assert_products(hessian, matrix.reshape(hessian.dimension, hessian.dimension))
+
+
+@pytest.mark.parametrize("labels", ["true", "sampled", "expected"])
 def test_products_of_all_layers_equal_finite_differences_of_gradients(model, tokens, labels):
     generator = torch.Generator().manual_seed(1)
     hessian = LossHessian.of(model, tokens, labels=labels, batch_size=5, generator=generator)

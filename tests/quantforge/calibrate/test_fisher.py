@@ -43,6 +43,21 @@ def test_sampled_label_gradient_is_the_gradient_of_the_sampled_likelihood():
     assert torch.allclose(found, hidden.grad, atol=1e-5)
 
 
+def test_sampled_gradients_have_the_second_moment_of_the_softmax():
+    """(identity 8) Mean of (p − onehot)(p − onehot)ᵀ is diag p − p pᵀ, its diagonal p − p²."""
+    count, logits = 200_000, torch.randn(6, generator=torch.Generator().manual_seed(1))
+    p = logits.softmax(0)
+    found = sampled_label_gradient(
+        logits.expand(count, -1), torch.eye(6), torch.Generator().manual_seed(2)
+    ).double()
+    residuals = (p - torch.eye(6)).double()
+    products = residuals.unsqueeze(2) * residuals.unsqueeze(1)
+    exact = torch.diag(p) - torch.outer(p, p)
+    variance = (p.view(-1, 1, 1) * (products - exact).square()).sum(0)
+    allowed = 4 * (variance / count).sqrt()
+    assert ((found.T @ found / count - exact).abs() <= allowed).all()
+
+
 @pytest.mark.parametrize(("whole", "batch_size", "on_disk"), [(True, 2, True), (False, 1, False)])
 def test_a_backward_pass_block_by_block_equals_plain_autograd(
     model, whole, batch_size, on_disk, tmp_path

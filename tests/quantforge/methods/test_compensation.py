@@ -17,7 +17,7 @@ from quantforge.methods.compensation import (
     mismatch_matrix,
     target_shift,
 )
-from quantforge.numerics import factorize
+from quantforge.numerics import factorize, output_error
 from quantforge.types import QuantSpec
 
 SYMMETRIC, ASYMMETRIC = QuantSpec(3, 8), QuantSpec(2, 12, symmetric=False)
@@ -207,6 +207,25 @@ def test_full_pull_in_form_c_is_rounding():
     for column in range(24):
         expected, _ = nearest(one.weight[:, column].double(), column, SYMMETRIC, scale, None, 24)
         assert torch.equal(found[:, column].double(), expected)
+
+
+def test_pull_costs_on_calibration_tokens_and_gains_on_others_where_they_are_few():
+    """(identity 17) Means over layers: no single one has to follow them."""
+    pulls = (0.0, 0.1, 0.2, 0.4, 1.0)
+    seen, unseen = torch.zeros(2, len(pulls), dtype=torch.float64).unbind()
+    for seed in range(20):
+        whole = layer(rows=40, tokens=4000, seed=seed)
+        one, other = (replace(whole, noisy=x) for x in whole.x.split((60, 3940), dim=1))
+        factor = one.factor()
+        scale, _ = grid(one.weight, SYMMETRIC)
+        for index, pull in enumerate(pulls):
+            made = compensate(one.weight, factor, SYMMETRIC, scale, feedback=Feedback(pull=pull))
+            difference = made.dequantize().double() - one.weight.double()
+            seen[index] += output_error(difference, one.gram).sum()
+            unseen[index] += output_error(difference, other.gram).sum()
+    assert (seen.diff() > 0).all()
+    assert unseen[1] < 0.98 * unseen[0]
+    assert unseen[-1] > unseen[0]
 
 
 def test_form_a_follows_the_inverse_of_the_remaining_gram():

@@ -58,6 +58,17 @@ def test_outputs_that_are_not_coupled_change_nothing():
     assert torch.equal(result.scale, rounding(weight).scale)
 
 
+@pytest.mark.parametrize("panel", [1, 5, 12])
+def test_two_sided_feedback_on_outputs_that_are_all_alike_is_gptq(panel):
+    """(identity 20) H_O = 1."""
+    weight, factor = weights(12, 16), factorize(gram(16, 4))
+    same = factorize(torch.eye(12))
+    result = compensate_rows(weight, [same], lambda w: gptq(w, factor, SPEC), panel=panel)
+    expected = gptq(weight, factor, SPEC)
+    assert torch.equal(result.codes, expected.codes)
+    assert torch.equal(result.scale, expected.scale)
+
+
 def test_blocks_are_the_layers_of_their_rows():
     weight, outputs = weights(12, 16), gram(12, 2)
     blocks = [factorize(outputs[:5, :5]), factorize(outputs[5:, 5:])]

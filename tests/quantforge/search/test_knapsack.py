@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantforge.search.frontier import sweep
+from quantforge.search.integer_program import integer_program
 from quantforge.search.knapsack import solve
 
 
@@ -42,6 +43,20 @@ def test_equals_brute_force(items, candidates, seed, budget, whole):
     rows = np.arange(items)
     assert choice.cost == cost[rows, list(choice.picks)].sum()
     assert choice.loss == loss[rows, list(choice.picks)].sum()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_brute_force_over_eight_layers_of_four_candidates(seed):
+    """(identity 26) And the integer program, at several budgets."""
+    generator = np.random.default_rng(seed)
+    loss, cost = generator.random((8, 4)), generator.integers(1, 1000, (8, 4))
+    low, high = cost.min(axis=1).sum(), cost.max(axis=1).sum()
+    for share in (0.1, 0.35, 0.8):
+        budget = int(low + share * (high - low))
+        expected = least_loss(loss, cost, budget)
+        assert solve(loss, cost, budget).loss == pytest.approx(expected, rel=1e-12)
+        program = integer_program(loss, cost[None], [budget])
+        assert program.choice.loss == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -8,6 +8,7 @@ import torch
 
 from quantforge.errors import InputError, UsageError
 from quantforge.methods.curvature.operator import draw_probe, restricted
+from quantforge.methods.curvature.scores import mean_trace_scores
 from quantforge.methods.curvature.trace import (
     LEAST_PROBES,
     BlockTraces,
@@ -233,7 +234,11 @@ def test_trace_of_a_regression_is_known_and_hawq_v2_is_the_mean_of_isotropic_err
     errors = torch.randn(4000, 12, generator=generator, dtype=DOUBLE)
     errors *= 0.3 / errors.norm(dim=1, keepdim=True)
     measured = 0.5 * ((errors @ hessian) * errors).sum(1)
-    predicted = 0.5 * trace / 12 * 0.3**2
+    score = mean_trace_scores(
+        torch.tensor([exact.value]), torch.zeros(1), torch.tensor([12]), torch.tensor([0.3**2])
+    )
+    predicted = 0.5 * float(score.values)
+    assert predicted == pytest.approx(0.5 * trace / 12 * 0.3**2, rel=1e-6)
     assert abs(float(measured.mean()) - predicted) < 3 * float(measured.std()) / 4000**0.5
     assert float(measured.mean()) == pytest.approx(predicted, rel=0.03)
 
