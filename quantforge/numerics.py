@@ -19,6 +19,8 @@ MAX_DAMPING_STEPS = 8
 # Smallest diagonal entry of a live input, relative to the mean: below it only rounding errors of
 # the sums are left, and with little damping a factor would blow them up.
 DIAGONAL_FLOOR = 1e-6
+# Networks are run in the range of float32, whatever their own dtype.
+OVERFLOW = "the model overflows float32 on this text: check its weights, or get them again"
 
 
 class GramAccumulator:
@@ -180,11 +182,7 @@ def factorize(gram: Tensor, *, damping: float = 0.01, act_order: bool = True) ->
     Raises:
         InputError: the gram holds NaN or Inf.
     """
-    require_finite(
-        gram,
-        "the gram of the layer's inputs",
-        "the model overflows on this text: run it in float32",
-    )
+    require_finite(gram, "the gram of the layer's inputs", OVERFLOW)
     diagonal = gram.diagonal().double()
     dead = diagonal <= 0
     unseen = bool(dead.all())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quantforge.calibrate.config import CalibrateConfig
 from quantforge.capture import BlockWalk, stage_grams
+from quantforge.errors import InputError
 from quantforge.format.store import CandidateStore
 from quantforge.journal import NO_JOURNAL, Journal, numbered
 from quantforge.methods.gptq import gptq
@@ -116,8 +117,9 @@ def quantize_candidates(
     for index in range(finished, count):
         block = walk.blocks[index]
         grams = stage_grams(walk, block, model.architecture, advance=True)
-        factors = [factorize(gram, damping=config.damping) for gram in grams]
-        for layer in (one for one in model.layers if one.block == index):
+        layers = [one for one in model.layers if one.block == index]
+        factors = _factors(layers, grams, config.damping)
+        for layer in layers:
             errors, quantized = measure_layer(
                 layer,
                 float_weight(model, layer),
@@ -132,6 +134,18 @@ def quantize_candidates(
         _write_errors(journal, index, [one for one in found if one.layer.block == index])
         monitor.step("candidates", index + 1, count)
     return found, _head_inputs(model, walk)
+
+
+def _factors(layers: Sequence[LayerInfo], grams: Sequence[Tensor], damping: float) -> list[Factor]:
+    """A factor for each stage of a block; an error names the first layer that reads its gram."""
+    factors = []
+    for stage, gram in enumerate(grams):
+        try:
+            factors.append(factorize(gram, damping=damping))
+        except InputError as error:
+            name = next(layer.name for layer in layers if layer.stage == stage)
+            raise InputError(f"{name}: {error}") from error
+    return factors
 
 
 def _write_errors(journal: Journal, index: int, errors: Sequence[CandidateErrors]) -> None:

@@ -36,6 +36,7 @@ from quantforge.evaluate.scoring import (
     shared_head_scores,
 )
 from quantforge.models import Architecture
+from quantforge.numerics import OVERFLOW, require_finite
 from quantforge.progress import Monitor
 from quantforge.results import PairedDifference, Quality
 
@@ -330,6 +331,7 @@ def _linear_head(module: nn.Module, architecture: Architecture, tokens: Tensor) 
     few = tokens[:1, : min(8, tokens.shape[1])]
     _, state = next(_final_states(module, architecture, few, 1, "float32"))
     expected = module(input_ids=few.to(state.device), use_cache=False).logits[:, :-1].float()
+    require_finite(expected, f"the logits of {type(module).__name__}", OVERFLOW)
     difference = float((head(state).float() - expected).abs().max())
     if not difference <= _HEAD_TOLERANCE * max(1.0, float(expected.abs().max())):
         raise InputError(

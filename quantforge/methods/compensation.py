@@ -37,7 +37,7 @@ import torch
 from quantforge_kernels.compensate import PullForm, column_loop
 from torch import Tensor
 
-from quantforge.numerics import Factor, require_finite
+from quantforge.numerics import OVERFLOW, Factor, require_finite
 from quantforge.types import QuantizedWeight, QuantSpec
 
 
@@ -234,11 +234,7 @@ def cross_terms(cross: Tensor | None, factor: Factor, feedback: Feedback) -> Cro
         return CrossTerms()
     if cross is None or cross.shape != factor.upper.shape:
         raise ValueError("this feedback needs cross, the [in, in] mean of (x - x~) x~^T")
-    require_finite(
-        cross,
-        "the cross moment of the layer's inputs",
-        "the model overflows on this text: run it in float32",
-    )
+    require_finite(cross, "the cross moment of the layer's inputs", OVERFLOW)
     cross, mismatch, target = cross.float(), feedback.mismatch, feedback.target
     return CrossTerms(
         shift=target_shift(cross, factor, target) if target else None,

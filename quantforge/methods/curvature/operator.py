@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantforge.errors import UsageError
-from quantforge.numerics import require_finite
+from quantforge.numerics import OVERFLOW, require_finite
 
 # A symmetric linear map of vectors [n]; it must not change its argument.
 Matvec = Callable[[Tensor], Tensor]
@@ -54,8 +54,7 @@ def checked_product(matvec: Matvec, vector: Tensor) -> Tensor:
             f"the operator made {tuple(product.shape)} of a vector {tuple(vector.shape)}; "
             "give the dimension of the operator"
         )
-    advice = "the loss overflows on this text: run the model in float32"
-    require_finite(product, "a product with the Hessian", advice)
+    require_finite(product, "a product with the Hessian", OVERFLOW)
     return product
 
 
