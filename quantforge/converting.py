@@ -10,6 +10,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,23 @@ _LEFT = frozenset(
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Conversion:
+    """What is converted.
+
+    Attributes:
+        opened: the source.
+        specs: its quantized layers.
+        version: of the layout.
+        monitor: progress and cancellation.
+    """
+
+    opened: Checkpoint
+    specs: dict[str, QuantSpec]
+    version: str
+    monitor: Monitor
+
+
 def convert(
     checkpoint: str | Path,
     *,
@@ -79,18 +97,19 @@ def convert(
     specs = opened.specs()
     spec = gptq.only_spec(specs)
     _refuse_other_parts(opened, specs)
-    monitor, reader = Monitor(progress=progress, cancel=cancel), TensorReader()
-    weights = (read_layer(opened, name, spec, reader) for name in specs)
-    version = gptq.layout_for(weights)
+    reader = TensorReader()
+    version = gptq.layout_for(spec, (read_layer(opened, name, spec, reader) for name in specs))
+    monitor = Monitor(progress=progress, cancel=cancel)
+    job = _Conversion(opened=opened, specs=specs, version=version, monitor=monitor)
     with staging(Path(output), force=force, mark=QUANTIZE_CONFIG) as folder, disk_errors(folder):
-        _write_tensors(opened, specs, version, folder, monitor)
+        _write_tensors(job, folder)
         block = gptq.quantization_config(spec, version, tool_versions()["quantforge-compiler"])
         write_json(folder / CONFIG_NAME, {**opened.config, "quantization_config": block})
         write_json(folder / QUANTIZE_CONFIG, block)
         for file in sorted(opened.folder.iterdir()):
             if file.is_file() and file.name not in _LEFT and file.suffix != ".safetensors":
                 shutil.copyfile(file, folder / file.name)
-        _verify(opened, specs, version, folder, monitor)
+        _verify(job, folder)
         size = sum(file.stat().st_size for file in folder.iterdir())
     return ConvertReport(
         source=str(checkpoint),
@@ -113,14 +132,9 @@ def _refuse_other_parts(opened: Checkpoint, specs: dict[str, QuantSpec]) -> None
             raise InputError(f"{name} is kept in 16 bits; the GPTQ layout takes all linears")
 
 
-def _write_tensors(
-    opened: Checkpoint,
-    specs: dict[str, QuantSpec],
-    version: str,
-    folder: Path,
-    monitor: Monitor,
-) -> None:
+def _write_tensors(job: _Conversion, folder: Path) -> None:
     """Every file of the source becomes one of the same name; then the index, if there are many."""
+    opened, specs = job.opened, job.specs
     reader, weight_map, done = TensorReader(), {}, 0
     files = sorted({entry.file for entry in opened.entries.values()})
     for file in files:
@@ -131,10 +145,10 @@ def _write_tensors(
                     stored = {name: reader.load(opened.entries[name])}
                 elif part == "weight_packed":
                     weight = read_layer(opened, layer, specs[layer], reader)
-                    made = gptq.to_tensors(layer, weight, version)
+                    made = gptq.to_tensors(layer, weight, job.version)
                     stored = {f"{layer}.{suffix}": tensor for suffix, tensor in made.items()}
                     done += 1
-                    monitor.step("convert", done, len(specs))
+                    job.monitor.step("convert", done, len(specs))
                 else:
                     continue
                 for key, tensor in stored.items():
@@ -146,19 +160,14 @@ def _write_tensors(
         write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _verify(
-    opened: Checkpoint,
-    specs: dict[str, QuantSpec],
-    version: str,
-    folder: Path,
-    monitor: Monitor,
-) -> None:
+def _verify(job: _Conversion, folder: Path) -> None:
     """Read every layer back, as a reader of the layout would, and compare it with the source's."""
     entries, reader, source = read_entries(folder), TensorReader(), TensorReader()
-    for index, (name, spec) in enumerate(specs.items()):
+    for index, (name, spec) in enumerate(job.specs.items()):
         suffixes = (gptq.CODES, gptq.SCALES, gptq.ZEROS, gptq.GROUPS)
         stored = {suffix: reader.load(entries[f"{name}.{suffix}"]) for suffix in suffixes}
-        meant = read_layer(opened, name, spec, source).dequantize()
-        if not torch.allclose(gptq.from_tensors(stored, spec, version), meant, rtol=2**-8, atol=0):
+        found = gptq.from_tensors(stored, spec, job.version)
+        meant = read_layer(job.opened, name, spec, source).dequantize()
+        if not torch.allclose(found, meant, rtol=2**-8, atol=0):
             raise InputError(f"{name} reads back otherwise than it was written to {folder}")
-        monitor.step("verify", index + 1, len(specs))
+        job.monitor.step("verify", index + 1, len(job.specs))

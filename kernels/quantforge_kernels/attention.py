@@ -11,7 +11,6 @@ head h // (heads / key heads).
 from __future__ import annotations
 
 import ctypes
-import warnings
 from functools import cache
 from typing import Any
 
@@ -57,12 +56,8 @@ class _Shape(ctypes.Structure):
 @cache
 def _library() -> ctypes.CDLL | None:
     """The native library; None where it cannot be built or the processor lacks the instructions."""
-    try:
-        library = native.load(SOURCE, OPTIONS)
-    except native.BuildError as error:
-        warnings.warn(f"attention runs in torch, more slowly: {error}", stacklevel=2)
-        return None
-    if not library.qf_attention_available():
+    library = native.optional(SOURCE, "attention runs in torch, more slowly", (), OPTIONS)
+    if library is None or not library.qf_attention_available():
         return None
     library.qf_attention_forward.restype = None
     library.qf_attention_backward.restype = None

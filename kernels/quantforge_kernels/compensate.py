@@ -21,8 +21,6 @@ charges the same weight everywhere.
 from __future__ import annotations
 
 import ctypes
-import warnings
-from functools import cache
 from typing import Literal
 
 import torch
@@ -48,17 +46,13 @@ def scale_factors(bits: int) -> list[float]:
     return [HIGHEST_FACTOR * ratio**step for step in range(FACTOR_STEPS)]
 
 
-@cache
 def _library() -> ctypes.CDLL | None:
     """The native library, or None (with one warning) where it cannot be built."""
-    try:
-        library = native.load("compensate")
-    except native.BuildError as error:
-        warnings.warn(f"compensation runs in torch, several times slower: {error}", stacklevel=2)
-        return None
-    library.qf_search_scales.restype = None
-    library.qf_column_loop.restype = None
-    return library
+    return native.optional(
+        "compensate",
+        "compensation runs in torch, several times slower",
+        ("qf_search_scales", "qf_column_loop"),
+    )
 
 
 def search_scales(

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import warnings
-from functools import cache
 from typing import Literal
 
 import torch
@@ -44,16 +42,11 @@ def grid_factors(bits: int) -> list[float]:
     return [HIGHEST_FACTOR * ratio**step for step in range(GRID_FACTORS)]
 
 
-@cache
 def _library() -> ctypes.CDLL | None:
     """The native library, or None (with one warning) where it cannot be built."""
-    try:
-        library = native.load("grid")
-    except native.BuildError as error:
-        warnings.warn(f"grids are searched in torch, many times slower: {error}", stacklevel=2)
-        return None
-    library.qf_search_grid.restype = None
-    return library
+    return native.optional(
+        "grid", "grids are searched in torch, many times slower", ("qf_search_grid",)
+    )
 
 
 def search_grid(

@@ -8,7 +8,6 @@ bfloat16 product rounds the sums to bfloat16 as well, and a gram does not surviv
 from __future__ import annotations
 
 import ctypes
-import warnings
 from functools import cache
 
 import torch
@@ -24,13 +23,10 @@ STRIPS = 4
 @cache
 def _library() -> ctypes.CDLL | None:
     """The native library; None where it cannot be built or the processor lacks the instruction."""
-    try:
-        library = native.load("moment")
-    except native.BuildError as error:
-        warnings.warn(f"grams are formed in float32, more slowly: {error}", stacklevel=2)
-        return None
-    library.qf_add_moment.restype = None
-    return library if library.qf_moment_available() else None
+    library = native.optional(
+        "moment", "grams are formed in float32, more slowly", ("qf_add_moment",)
+    )
+    return library if library is not None and library.qf_moment_available() else None
 
 
 def add_gram(total: Tensor, rows: Tensor, *, native_code: bool = True) -> None:

@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -158,6 +159,28 @@ def load(name: str, options: Options = DEFAULT) -> ctypes.CDLL:
         return ctypes.CDLL(str(build(SOURCES / f"{name}.cpp", default_folder(), options)))
     except OSError as error:
         raise BuildError(f"{name} could not be built or loaded: {error}") from error
+
+
+@cache
+def optional(
+    name: str, without: str, procedures: tuple[str, ...], options: Options = DEFAULT
+) -> ctypes.CDLL | None:
+    """`load`, or None after one warning where the library cannot be had.
+
+    Args:
+        name: of the source.
+        without: what is then the case, for the warning.
+        procedures: functions of the library that return nothing.
+        options: how it is compiled.
+    """
+    try:
+        library = load(name, options)
+    except BuildError as error:
+        warnings.warn(f"{without}: {error}", stacklevel=3)
+        return None
+    for procedure in procedures:
+        getattr(library, procedure).restype = None
+    return library
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:

@@ -13,9 +13,7 @@ codes, scales by a share of their size.
 from __future__ import annotations
 
 import ctypes
-import warnings
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,17 +21,13 @@ from torch import Tensor
 from quantforge_kernels import native
 
 
-@cache
 def _library() -> ctypes.CDLL | None:
-    """The native library; None where it cannot be built."""
-    try:
-        library = native.load("rounding")
-    except native.BuildError as error:
-        warnings.warn(f"learned rounding runs in torch, more slowly: {error}", stacklevel=2)
-        return None
-    library.qf_rounded_weight.restype = None
-    library.qf_rounding_step.restype = None
-    return library
+    """The native library, or None (with one warning) where it cannot be built."""
+    return native.optional(
+        "rounding",
+        "learned rounding runs in torch, more slowly",
+        ("qf_rounded_weight", "qf_rounding_step"),
+    )
 
 
 @dataclass(slots=True, kw_only=True)

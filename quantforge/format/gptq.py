@@ -98,11 +98,16 @@ def quantization_config(spec: QuantSpec, layout: str, version: str) -> dict[str,
     }
 
 
-def layout_for(weights: Iterable[QuantizedWeight]) -> str:
-    """The older layout, which more programs read, unless a zero-point needs the newer."""
-    if any(bool((zero_points(weight) == 0).any()) for weight in weights):
-        return SECOND
-    return FIRST
+def layout_for(spec: QuantSpec, weights: Iterable[QuantizedWeight]) -> str:
+    """The older layout, which more programs read, unless a zero-point needs the newer.
+
+    Args:
+        spec: of all layers; symmetric ones are not looked at.
+        weights: the layers.
+    """
+    if spec.symmetric:
+        return FIRST
+    return SECOND if any(bool((zero_points(one) == 0).any()) for one in weights) else FIRST
 
 
 def only_spec(specs: Mapping[str, QuantSpec]) -> QuantSpec:

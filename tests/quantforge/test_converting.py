@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,10 +86,11 @@ def test_shards_stay_and_the_index_names_what_is_there(tmp_path):
 def test_a_zero_point_of_zero_asks_for_the_second_version():
     codes = torch.arange(64, dtype=torch.uint8).view(8, 8) % 16
     scale = torch.full((8, 1), 0.5, dtype=torch.bfloat16)
-    zero = torch.tensor([[0], [3], [15], [1], [2], [8], [7], [9]], dtype=torch.uint8)
+    zero = torch.tensor([[0], [3], [14], [1], [2], [8], [7], [9]], dtype=torch.uint8)
     spec = QuantSpec(4, symmetric=False)
     weight = QuantizedWeight(codes=codes, scale=scale, zero=zero, spec=spec)
-    assert gptq.layout_for([weight]) == gptq.SECOND
+    assert gptq.layout_for(spec, [weight]) == gptq.SECOND
+    assert gptq.layout_for(spec, [replace(weight, zero=zero + 1)]) == gptq.FIRST
     with pytest.raises(UsageError, match="layer has a zero-point of 0, which only gptq_v2 holds"):
         gptq.to_tensors("layer", weight, gptq.FIRST)
     tensors = gptq.to_tensors("layer", weight, gptq.SECOND)
