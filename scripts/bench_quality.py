@@ -9,10 +9,10 @@ Linears only: embeddings, norms and the head stay float on both sides. A text is
 
     METHOD[+OPTION...]:SPEC   a plan that is not searched: one grid, one method, nothing else of the
                               recipe; METHOD is rtn or a member of the family (gptq, gptaq, foem,
-                              foem-gptaq, qep, qronos), an OPTION a grid (minmax, mse, diagonal,
-                              conditional; rtn alone has minmax), refit, magr (with the paper's
-                              strength), awq, stagewise (a layer sees the quantized layers before
-                              it in its block), choose (coefficients chosen for each layer on
+                              foem-gptaq, qep, qronos), an OPTION a grid (minmax, mse, positive,
+                              diagonal, conditional; rtn alone has minmax), refit, magr (with the
+                              paper's strength), awq, stagewise (a layer sees the quantized layers
+                              before it in its block), choose (coefficients chosen for each layer on
                               held-out tokens), outputs (rows answer for each other through output
                               grams), learned (rounding learned for 50 steps a block) or tuned
                               (scales and norms tuned for as many steps as the recipe has)

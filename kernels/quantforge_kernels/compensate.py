@@ -56,7 +56,13 @@ def _library() -> ctypes.CDLL | None:
 
 
 def search_scales(
-    weight: Tensor, importance: Tensor, *, bits: int, width: int, native_code: bool = True
+    weight: Tensor,
+    importance: Tensor,
+    *,
+    bits: int,
+    width: int,
+    free_sign: bool = True,
+    native_code: bool = True,
 ) -> Tensor:
     """Scales that minimise Σ importance (w − s q)² in each group, over size and sign.
 
@@ -68,6 +74,7 @@ def search_scales(
         importance: [in] float32, non-negative.
         bits: width of the codes.
         width: weights that share a scale; divides `in`.
+        free_sign: try negative scales too.
         native_code: use the C++ version where it can be built.
 
     Returns:
@@ -76,7 +83,9 @@ def search_scales(
     weight, importance = weight.contiguous(), importance.float().contiguous()
     library = _library() if native_code and weight.device.type == "cpu" else None
     if library is None:
-        return search_scales_reference(weight, importance, bits=bits, width=width)
+        return search_scales_reference(
+            weight, importance, bits=bits, width=width, free_sign=free_sign
+        )
     rows, columns = weight.shape
     scale = torch.empty(rows, columns // width)
     factors = (ctypes.c_float * FACTOR_STEPS)(*scale_factors(bits))
@@ -90,13 +99,16 @@ def search_scales(
         factors,
         ctypes.c_int(FACTOR_STEPS),
         ctypes.c_int(REFITS),
+        ctypes.c_int(free_sign),
         ctypes.c_int(torch.get_num_threads()),
         _pointer(scale),
     )
     return scale
 
 
-def search_scales_reference(weight: Tensor, importance: Tensor, *, bits: int, width: int) -> Tensor:
+def search_scales_reference(
+    weight: Tensor, importance: Tensor, *, bits: int, width: int, free_sign: bool = True
+) -> Tensor:
     """`search_scales` in plain torch: the definition."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     groups = weight.view(weight.shape[0], -1, width)
@@ -114,7 +126,7 @@ def search_scales_reference(weight: Tensor, importance: Tensor, *, bits: int, wi
     def storable(scale: Tensor) -> Tensor:
         return scale.bfloat16().float()
 
-    for sign in (-1.0, 1.0):
+    for sign in (-1.0, 1.0) if free_sign else (1.0,):
         local, local_error = torch.ones_like(largest), torch.full_like(largest, torch.inf)
         for factor in scale_factors(bits):
             trial = storable(sign * factor * largest / -low)

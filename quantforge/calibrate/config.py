@@ -69,4 +69,4 @@ class CalibrateConfig(Config):
     batch_size: int = Field(default=4, ge=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     damping: float = Field(default=0.01, ge=0)
-    grid: Literal["minmax", "mse", "diagonal", "conditional"] = "diagonal"
+    grid: Literal["minmax", "mse", "positive", "diagonal", "conditional"] = "diagonal"

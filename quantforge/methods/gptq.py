@@ -26,7 +26,7 @@ from quantforge.methods.rtn import minmax_grid
 from quantforge.numerics import Factor
 from quantforge.types import QuantizedWeight, QuantSpec
 
-Grid = Literal["minmax", "mse", "diagonal", "conditional"]
+Grid = Literal["minmax", "mse", "positive", "diagonal", "conditional"]
 
 
 def fit_grid(
@@ -42,8 +42,9 @@ def fit_grid(
         factor: of the layer's gram.
         spec: width and grouping.
         grid: what the grid minimises: "minmax" covers the range, "mse" the plain rounding error,
-            "diagonal" the error weighted by the gram's diagonal, "conditional" the error weighted
-            by what error feedback cannot repair (`Factor.conditional_importance`).
+            "diagonal" the error weighted by the gram's diagonal, "positive" the same without the
+            negative scales that symmetric grids otherwise may have, "conditional" the error
+            weighted by what error feedback cannot repair (`Factor.conditional_importance`).
 
     Raises:
         InputError: the weight holds NaN or Inf.
@@ -54,7 +55,7 @@ def fit_grid(
         return minmax_grid(weight, spec)
     if grid == "mse":
         importance = torch.ones_like(factor.diagonal)
-    elif grid == "diagonal":
+    elif grid in ("diagonal", "positive"):
         importance = factor.diagonal
     else:
         importance = factor.conditional_importance()
@@ -63,7 +64,9 @@ def fit_grid(
     importance = importance.clamp_min(float(floor)) if floor > 0 else torch.ones_like(importance)
     width = spec.width(weight.shape[1])
     if spec.symmetric:
-        return search_scales(weight, importance, bits=spec.bits, width=width), None
+        free_sign = grid != "positive"
+        scale = search_scales(weight, importance, bits=spec.bits, width=width, free_sign=free_sign)
+        return scale, None
     return search_grid(weight, importance, bits=spec.bits, width=width, zero="integer")
 
 

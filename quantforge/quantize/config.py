@@ -108,7 +108,7 @@ class QuantizeConfig(Config):
     true_sequential: bool = False
     output_feedback: bool = True
     output_damping: float = Field(default=1.0, gt=0)
-    grid: Literal["minmax", "mse", "diagonal", "conditional"] = "diagonal"
+    grid: Literal["minmax", "mse", "positive", "diagonal", "conditional"] = "diagonal"
     awq: bool = False
     magr: float = Field(default=0.0, ge=0)
     refit: bool = False

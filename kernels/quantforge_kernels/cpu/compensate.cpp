@@ -95,7 +95,7 @@ int qf_compensate_abi() { return 1; }
 // weight [rows, columns], importance [columns], scale [rows, columns / width].
 void qf_search_scales(const float* weight, const float* importance, int64_t rows, int64_t columns,
                       int64_t width, int bits, const float* factors, int factor_count, int refits,
-                      int threads, float* scale) {
+                      int free_sign, int threads, float* scale) {
   const int64_t groups = columns / width;
   const float low = -static_cast<float>(1 << (bits - 1)), high = -low - 1.0f;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -107,7 +107,7 @@ void qf_search_scales(const float* weight, const float* importance, int64_t rows
       for (int64_t i = 0; i < width; ++i) largest = std::max(largest, std::fabs(w[i]));
       float best = 1.0f, best_error = INFINITY;
       if (largest > 0.0f) {
-        for (int sign = -1; sign <= 1; sign += 2) {
+        for (int sign = free_sign ? -1 : 1; sign <= 1; sign += 2) {
           float local = 0.0f, local_error = INFINITY;
           for (int f = 0; f < factor_count; ++f) {
             const float trial = round_to_bfloat16(sign * factors[f] * largest / -low);

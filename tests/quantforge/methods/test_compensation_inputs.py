@@ -76,7 +76,7 @@ def test_dead_weights_do_not_widen_the_grid(spec):
     inputs[5] = 0
     factor = factorize(inputs @ inputs.T / 60)
     weight = normal(4, 16, seed=1)
-    for grid in ("minmax", "mse", "diagonal", "conditional"):
+    for grid in ("minmax", "mse", "positive", "diagonal", "conditional"):
         scale, zero = fit_grid(weight, factor, spec, grid)
         outlier = weight.clone()
         outlier[:, 5] = 1000.0
