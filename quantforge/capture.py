@@ -1,13 +1,15 @@
 """Running a decoder one block at a time, and looking at what its layers read.
 
-A decoder is a pipeline of blocks that share everything but the hidden state (mask, positions,
-rotary tables). `BlockWalk` records that shared part once and then carries the hidden states of all
-calibration batches from block to block, so that one block's weights and statistics are all that
-is ever needed at a time.
+A decoder is a pipeline of blocks: what a block gets beside the hidden state (mask, positions,
+rotary tables) does not depend on the blocks before it. `BlockWalk` records that part once for every
+block, since networks that look back over all tokens in some blocks and over a window in others have
+several, and then carries the hidden states of all calibration batches from block to block, so that
+one block's weights and statistics are all that is ever needed at a time.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from quantforge.attention import fused_attention
+from quantforge.errors import InputError
 from quantforge.models import Architecture
 from quantforge.models.cache import NAMES as CACHE_NAMES
 from quantforge.numerics import GramAccumulator
@@ -49,29 +52,58 @@ def compute_in(precision: Precision, module: nn.Module, device: torch.device) ->
         yield
 
 
+@contextmanager
+def _forwards_replaced(replacements: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Modules run something else than their own `forward` inside."""
+    for block, forward in replacements.items():
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in replacements:
+            del block.forward  # the class's own shows again
+
+
 class _StopForward(Exception):  # noqa: N818 - control flow, not an error
     """Raised by a hook to leave a forward pass early."""
 
 
-def _first_block_call(
-    module: nn.Module, block: nn.Module, tokens: Tensor
-) -> tuple[Tensor, dict[str, Any]]:
-    """Hidden states and keyword arguments that `block` receives for `tokens`."""
-    seen: dict[str, Any] = {}
+def _block_calls(
+    module: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """What the first block receives for `tokens`, and every block's other arguments by name.
 
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["hidden"] = args[0] if args else kwargs.pop("hidden_states")
-        seen["kwargs"] = {k: v for k, v in kwargs.items() if k not in CACHE_NAMES}
-        raise _StopForward
+    No block runs: each hands on what it got, and the pass ends at the last one.
 
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    Raises:
+        InputError: the blocks do not run one after the other, each once.
+    """
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def recorder(index: int, block: nn.Module) -> Callable[..., Tensor]:
+        signature = inspect.signature(block.forward)
+
+        def record(*args: Any, **kwargs: Any) -> Tensor:
+            if index != len(calls):
+                raise InputError(
+                    f"block {index} of {type(module).__name__} runs as number {len(calls)}: only "
+                    "networks whose blocks run one after the other can be walked through"
+                )
+            bound = signature.bind(*args, **kwargs)
+            given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+            given.pop("kwargs", None)
+            hidden: Tensor = given.pop("hidden_states")
+            calls.append((hidden, {k: v for k, v in given.items() if k not in CACHE_NAMES}))
+            if len(calls) == len(blocks):
+                raise _StopForward
+            return hidden
+
+        return record
+
+    recorders = {block: recorder(index, block) for index, block in enumerate(blocks)}
+    with _forwards_replaced(recorders), suppress(_StopForward):
         module(input_ids=tokens, use_cache=False)
-    except _StopForward:
-        pass
-    finally:
-        handle.remove()
-    return seen["hidden"], seen["kwargs"]
+    return calls[0][0], [kwargs for _, kwargs in calls]
 
 
 class BlockWalk:
@@ -80,7 +112,6 @@ class BlockWalk:
     Attributes:
         blocks: the decoder's blocks.
         hidden: per batch [batch, length, hidden] float32.
-        kwargs: per batch, what every block gets beside the hidden states.
         precision: of the matrix products in `outputs`.
     """
 
@@ -96,15 +127,20 @@ class BlockWalk:
         self.blocks = architecture.block_list(module)
         self.precision = precision
         self.hidden: list[Tensor] = []
-        self.kwargs: list[dict[str, Any]] = []
+        self._arguments: list[list[dict[str, Any]]] = []
         device = next(module.parameters()).device
-        shared: dict[int, dict[str, Any]] = {}
+        shared: dict[int, list[dict[str, Any]]] = {}
         with torch.no_grad():
             for batch in torch.split(tokens, batch_size):
-                hidden, kwargs = _first_block_call(module, self.blocks[0], batch.to(device))
+                hidden, arguments = _block_calls(module, list(self.blocks), batch.to(device))
                 self.hidden.append(hidden.float())
                 # Equal shapes share one mask and one pair of rotary tables.
-                self.kwargs.append(shared.setdefault(len(batch), kwargs))
+                self._arguments.append(shared.setdefault(len(batch), arguments))
+
+    def arguments(self, block: nn.Module) -> list[dict[str, Any]]:
+        """Per batch, what `block`, one of the walk's, gets beside the hidden states."""
+        place = next(index for index, one in enumerate(self.blocks) if one is block)
+        return [arguments[place] for arguments in self._arguments]
 
     def output(
         self, block: nn.Module, index: int, weights: Mapping[str, Tensor] | None = None
@@ -116,7 +152,7 @@ class BlockWalk:
             index: of the batch.
             weights: parameter path inside the block → tensor to run it with instead of its own.
         """
-        hidden, kwargs = self.hidden[index], self.kwargs[index]
+        hidden, kwargs = self.hidden[index], self.arguments(block)[index]
         with torch.no_grad(), compute_in(self.precision, block, hidden.device):
             output = torch.func.functional_call(block, dict(weights or {}), (hidden,), kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
@@ -232,16 +268,17 @@ def recomputed(blocks: Iterable[nn.Module], every: int) -> Iterator[None]:
         blocks: all of them.
         every: 1 means all, 2 the first, third, ..; 0 none.
     """
-    changed: list[Any] = list(blocks)[::every] if every else []
-    for block in changed:
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, context_fn=partial(_same_twice, block)
-        )
-    try:
+    changed = list(blocks)[::every] if every else []
+    with _forwards_replaced(
+        {
+            block: partial(
+                checkpoint, block.forward, use_reentrant=False,
+                context_fn=partial(_same_twice, block),
+            )
+            for block in changed
+        }
+    ):  # fmt: skip
         yield
-    finally:
-        for block in changed:
-            del block.forward  # the class's own shows again
 
 
 def _same_twice(

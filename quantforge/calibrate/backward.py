@@ -94,11 +94,11 @@ def backward_blocks(
             states = list(start[1])
         walk.hidden.clear()  # from here on everything starts from what was kept
         for index in range(len(blocks) - 1, -1, -1):
-            first = 0
+            first, arguments = 0, walk.arguments(walk.blocks[index])
             for batch, entrance in enumerate(entrances.pop()):
                 at_output, rows = states[batch], slice(first, first + len(entrance))
                 inputs, gradients, states[batch] = _block_backward(
-                    model, index, entrance, at_output, walk.kwargs[batch], precision
+                    model, index, entrance, at_output, arguments[batch], precision
                 )
                 first = rows.stop
                 yield BlockGradients(

@@ -92,6 +92,9 @@ class Architecture:
     def vocabulary(self, module: nn.Module) -> tuple[LayerInfo, ...]:
         """The token embedding and the head, [vocabulary, hidden]; one matrix where they are tied.
 
+        An embedding that does more than look rows up (Gemma's multiplies them) is left out, and so
+        is a head that is the same matrix: nothing executes them quantized.
+
         Raises:
             InputError: one of them is of another kind than an embedding and a linear.
         """
@@ -109,6 +112,8 @@ class Architecture:
         kinds = [(self.embedding, "tied")] if tied else [
             (self.embedding, "embedding"), (self.head, "linear")
         ]  # fmt: skip
+        if type(embedding) is not nn.Embedding:
+            kinds = [] if tied else [(self.head, "linear")]
         matrices: dict[str, Any] = {name: module.get_submodule(name).weight for name, _ in kinds}
         return tuple(
             LayerInfo(

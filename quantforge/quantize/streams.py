@@ -192,7 +192,7 @@ class Streams:
             block,
             self.quantized.hidden,
             self.native.hidden,
-            self.quantized.kwargs,
+            self.quantized.arguments(block),
             channel_weight=channel_weight,
             held_out=len(self.quantized.hidden) - self.fitting_batches,
             precision=self.quantized.precision,

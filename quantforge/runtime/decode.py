@@ -86,6 +86,8 @@ def obstacle(module: nn.Module) -> str:
     config: Any = module.config
     if config.hidden_act != "silu":
         return f"activation {config.hidden_act!r}, supported: 'silu'"
+    if getattr(config, "sliding_window", None) is not None:
+        return f"attention over a window of {config.sliding_window} tokens"
     if getattr(module.get_submodule(architecture.rotary), "rope_type", "") in _MOVING_FREQUENCIES:
         return "rotary frequencies that depend on the length"
     return _obstacle_of_tensors(module) or CPU.unavailable()

@@ -41,10 +41,16 @@ def vocabulary_candidates(
         budget: decides where `config` does not; None where there is none.
 
     Raises:
-        InputError: the groups of the spec that was asked for do not divide the rows.
+        InputError: the groups of the spec that was asked for do not divide the rows, or there is no
+            matrix to give it to.
         UsageError: they are to be planned, but nothing is searched.
     """
     include = config.include
+    if include not in (None, "keep") and not layers:
+        raise InputError(
+            "embeddings.include: this network's embedding does more than look up rows, so it "
+            "cannot be quantized; leave the option out"
+        )
     if include is None:
         kinds = {limit.kind for limit in (() if budget is None else budget.limits)}
         whole = bool(kinds & {"bytes", "share", "vram"}) and "bits" not in kinds

@@ -1,0 +1,145 @@
+"""Every registered architecture on a tiny network: walked, differentiated, quantized, loaded."""
+
+import warnings
+
+import pytest
+import torch
+import transformers
+
+import quantforge
+from quantforge.calibrate.backward import backward_blocks
+from quantforge.capture import BlockWalk
+from quantforge.errors import InputError
+from quantforge.load.huggingface import from_module
+from quantforge.models import ARCHITECTURES
+from quantforge.runtime.decode import obstacle
+from quantforge.testing import markov_tokens, train
+
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96, "max_position_embeddings": 128,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: transformers.MistralConfig(**SHAPE, sliding_window=8),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **SHAPE, use_sliding_window=True, sliding_window=8, layer_types=WINDOWED
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**SHAPE, tie_word_embeddings=True),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **SHAPE, sliding_window=8, layer_types=WINDOWED, query_pre_attn_scalar=16
+    ),
+    "phi3": lambda: transformers.Phi3Config(**SHAPE),
+}
+EVERY = pytest.mark.parametrize("name", list(CONFIGS))
+LENGTH = 24
+
+
+def network(name):
+    torch.manual_seed(0)
+    module = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+    return module.eval()
+
+
+def test_every_registered_architecture_is_here():
+    assert set(ARCHITECTURES) == set(CONFIGS)
+
+
+@EVERY
+def test_blocks_walked_one_by_one_give_what_the_network_gives(name):
+    model = from_module(network(name))
+    assert model.architecture.name == name
+    assert len(model.layers) == 3 * sum(len(stage) for stage in model.architecture.stages)
+    tokens = markov_tokens(5, LENGTH)
+    walk = BlockWalk(model.module, model.architecture, tokens, batch_size=2, precision="float32")
+    for block in walk.blocks:
+        walk.advance(block)
+    norm = model.module.get_submodule(model.architecture.final_norm)
+    head = model.module.get_submodule(model.architecture.head)
+    with torch.no_grad():
+        found = head(norm(torch.cat(walk.hidden)))
+        expected = model.module(input_ids=tokens).logits
+    assert torch.allclose(found, expected, atol=2e-5)
+
+
+@EVERY
+def test_gradients_taken_block_by_block_are_those_of_the_whole_network(name):
+    model = from_module(network(name))
+    tokens = markov_tokens(3, LENGTH)
+    outputs = {}
+    handles = [
+        model.module.get_submodule(layer.name).register_forward_hook(
+            lambda _, __, output, key=layer.name: outputs.__setitem__(key, output)
+        )
+        for layer in model.layers
+    ]
+    logits = model.module(input_ids=tokens).logits
+    target = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    names = list(outputs)
+    expected = dict(
+        zip(
+            names, torch.autograd.grad((logits * target).sum(), list(outputs.values())), strict=True
+        )
+    )
+    for handle in handles:
+        handle.remove()
+
+    def head_gradient(rows, _states, head):
+        return target[rows].flatten(0, 1) @ head
+
+    model.module.requires_grad_(False)
+    found = {layer.name: [] for layer in model.layers}
+    for part in backward_blocks(
+        model, tokens, batch_size=2, precision="float32", head_gradient=head_gradient
+    ):
+        for layer, gradient in part.gradients.items():
+            found[layer].append(gradient)
+    for layer, parts in found.items():
+        scale = expected[layer].abs().max()
+        assert torch.allclose(torch.cat(parts) / scale, expected[layer] / scale, atol=1e-5), layer
+
+
+@EVERY
+def test_a_quantized_network_is_the_same_in_stock_transformers(name, tmp_path):
+    module = train(network(name), steps=30)
+    report = quantforge.quantize(
+        module,
+        budget="4bit",
+        calibration=markov_tokens(24, LENGTH),
+        output=tmp_path / "out",
+        settings={"search.group_sizes": [16, 32, -1], "evaluate.prompts": []},
+    )
+    assert report.plan.stored_bits <= 4.0
+    assert len({str(spec) for spec in report.plan.assignment.values()}) > 1
+    tokens = markov_tokens(2, LENGTH, seed=7)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.float32
+        )
+        ours = quantforge.load(tmp_path / "out")
+        expected, found = stock(input_ids=tokens).logits, ours(input_ids=tokens).logits
+        float_logits = module(input_ids=tokens).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert float((found - float_logits).abs().max()) > 0
+
+
+def test_only_a_block_like_llama_s_is_decoded_by_one_call():
+    found = {name: obstacle(network(name)) for name in CONFIGS}
+    assert found["llama"] == ""
+    assert found["mistral"] == found["qwen2"] == "attention over a window of 8 tokens"
+    for name in ("qwen3", "gemma3", "phi3"):
+        assert found[name] == f"the block of {name} is not Llama's"
+
+
+def test_an_embedding_that_multiplies_is_kept_and_asking_for_more_is_refused(tmp_path):
+    module = network("gemma3")
+    assert ARCHITECTURES["gemma3"].vocabulary(module) == ()
+    asked = {"calibration": markov_tokens(24, LENGTH), "output": tmp_path / "out"}
+    with pytest.raises(InputError, match="more than look up rows"):
+        quantforge.quantize(
+            module, budget="4bit", settings={"embeddings.include": "8b-g32"}, **asked
+        )
+    assert not (tmp_path / "out").exists()
