@@ -31,6 +31,7 @@ from quantforge.export.config import ExportConfig
 from quantforge.load.source import PackagedModel
 from quantforge.load.text import CalibrationConfig
 from quantforge.quantize.config import QuantizeConfig
+from quantforge.search.budget import Budget
 from quantforge.search.config import EmbeddingsConfig, SearchConfig
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -48,7 +49,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "quantize": {"sequential": False, "tuning": {"steps": 8}},
     },
     "balanced": {},
-    "best": {},
+    "best": {
+        "search": {"refine": 2},
+        "quantize": {"rounding": {"steps": 50}, "tuning": {"steps": 60}},
+    },
 }
 
 
@@ -221,10 +225,8 @@ def compose(
         if changes.get("model") not in (None, target.model):
             raise UsageError(f"the model is given twice: {target.model} and {changes['model']}")
         changes = {**changes, "model": target.model}
-    merged: dict[str, Any] = {}
-    for layer in (PRESETS[effort], written, changes):
-        merged = _merge(merged, layer)
-    return _validate(merged, "settings")
+    asked = _merge(written, changes)
+    return _validate(_merge(_preset(effort, asked), asked), "settings")
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
@@ -266,6 +268,21 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
             tree = {part: tree}
         result = _merge(result, tree)
     return result
+
+
+def _preset(effort: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an effort changes below what is asked for.
+
+    Refinement is left out where there is nothing to refine: with one grid for all layers, and under
+    targets of quality, whose plans are measured as they are.
+    """
+    preset, budget = PRESETS[effort], asked.get("budget")
+    search = asked.get("search")
+    uniform = isinstance(search, Mapping) and search.get("solver") == "uniform"
+    if uniform or (isinstance(budget, str) and Budget.parse(budget).targets):
+        kept = {key: value for key, value in preset.get("search", {}).items() if key != "refine"}
+        return {**preset, "search": kept}
+    return preset
 
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:

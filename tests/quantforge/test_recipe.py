@@ -315,6 +315,23 @@ def test_every_shipped_recipe_is_listed_with_its_paper() -> None:
         assert papers or name.partition("/")[2] in ("llama", "rtn-w4g128", "uniform-w3g64")
 
 
+def test_the_best_effort_refines_where_there_is_something_to_refine(tmp_path: Path) -> None:
+    target = Target(name="x", model="y")
+    best = compose(target, effort="best", settings={"budget": "3bit"})
+    assert best.search.refine == 2
+    assert best.quantize.rounding.steps > 0
+    assert best.quantize.tuning.steps > compose(target).quantize.tuning.steps
+    for settings in (
+        {"budget": "kl:0.1"}, {"budget": "120MB, ppl:+2%"}, {"search.solver": "uniform"},
+        {"search.refine": 0},
+    ):  # fmt: skip
+        assert compose(target, effort="best", settings=settings).search.refine == 0
+    asked = {"search.refine": 1, "budget": "kl:0.1"}  # refused later, in a line that names both
+    assert compose(target, effort="best", settings=asked).search.refine == 1
+    recipe = resolve_target(write(tmp_path / "r.yaml", "search:\n  solver: uniform\n"))
+    assert compose(recipe, effort="best").search.refine == 0
+
+
 def test_a_budget_in_a_recipe_can_be_replaced(tmp_path: Path) -> None:
     target = resolve_target(write(tmp_path / "r.yaml", "budget: 3bit\n"))
     assert compose(target).budget == "3bit"
