@@ -253,6 +253,7 @@ def compensate(
     cross: Tensor | None = None,
     terms: CrossTerms | None = None,
     feedback: Feedback = GPTQ,
+    carried: Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize `weight` on a given grid, pushing each column's error onto those still to come.
 
@@ -269,6 +270,10 @@ def compensate(
         terms: what `cross_terms` made of it for this factor and feedback, where several weights
             share that; made here if None.
         feedback: which member of the family.
+        carried: [out, in] float32 by how much the result should differ from what is best for these
+            rows alone, for the sake of other rows (`output_feedback`). Inputs' mismatch is charged
+            for the weight without it, FOEM's pull goes towards the weight with it; the two together
+            charge the mismatch for the latter.
 
     Raises:
         InputError: the weight or `cross` holds NaN or Inf.
@@ -282,9 +287,14 @@ def compensate(
     if terms is None:
         terms = cross_terms(cross, factor, feedback)
     target = terms.target(original)
+    fixed = target
     first = None
     if terms.first is not None:
         first = original[:, factor.order[0]] + original @ terms.first
+    if carried is not None:
+        target = target + carried
+        fixed = target if feedback.pull else fixed
+        first = None if first is None else first + carried[:, factor.order[0]]
     pull = feedback.pull
     if feedback.pull_form == "A":
         pull *= float(factor.diagonal[~factor.dead].mean())
@@ -296,7 +306,7 @@ def compensate(
         bits=spec.bits,
         width=width,
         zero=None if zero is None else zero.float(),
-        original=target,
+        original=fixed,
         mismatch=terms.mismatch,
         pull=pull,
         pull_form=feedback.pull_form,

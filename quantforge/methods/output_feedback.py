@@ -8,10 +8,18 @@ the log-likelihood at its output, taken as independent (K-FAC), an error D costs
 
 and rows are coupled wherever G is not diagonal. If the rows before stand with the errors D₁, the
 best later rows, were they free, have the error −G₂₂⁻¹ G₂₁ D₁, whatever H is. So rows are quantized
-in panels, by any method that knows H alone, and after each panel the weights of the rows still to
-come move by that: GPTQ's feedback once more, along the other axis. The exact solution of the
+in panels, by any method that knows H alone, and after each panel what the rows still to come should
+be moves by that: GPTQ's feedback once more, along the other axis. The exact solution of the
 two-sided problem by elimination has this form (YAQA, Tseng et al. 2025, arXiv 2505.22988, as
 two-sided LDL).
+
+Errors are counted from what rows should be if they were free, the aim. For a layer that reads what
+quantized layers give it (`compensation`) that is not its weight W but T = W + α W C H⁻¹: with
+
+    E |Ŵ x̃ − W x|²_G = tr(G (Ŵ − T) H (Ŵ − T)ᵀ) + constant    (α = 1)
+
+an error counted from W would take the layer's own answer to its inputs' mismatch for an error, and
+have the rows behind take it back.
 
 What differs from the paper: rows of one panel do not answer for each other, so that they can be
 quantized together by the fast column loop; G comes from gradients of sampled labels in one pass
@@ -36,40 +44,41 @@ PANEL = 32
 
 
 def compensate_rows(
-    weight: Tensor,
+    aim: Tensor,
     factors: Sequence[Factor],
-    quantize: Callable[[Tensor], QuantizedWeight],
+    quantize: Callable[[Tensor, Tensor], QuantizedWeight],
     *,
     panel: int = PANEL,
 ) -> QuantizedWeight:
-    """Quantize `weight` panel by panel, each panel's error fed on to the rows behind it.
+    """Quantize a weight panel by panel, each panel's error fed on to the rows behind it.
 
     Args:
-        weight: [out, in] float32.
+        aim: [out, in] float32 what the rows should be, were they free; their errors count from it.
         factors: of the output gram's diagonal blocks, which cover all rows in order; rows of
             different blocks do not answer for each other. Within a block, rows go in the factor's
             order.
-        quantize: gives [rows, in] weights integers and scales.
+        quantize: gives integers and scales to the rows of the weight at positions [rows], which
+            earlier rows ask to be [rows, in] more than their aim.
         panel: rows that are quantized together.
 
     Raises:
         ValueError: the factors are not of `out` rows together.
     """
     sizes = [len(factor.order) for factor in factors]
-    if sum(sizes) != len(weight):
-        raise ValueError(f"factors of {sum(sizes)} rows, the weight has {len(weight)}")
+    if sum(sizes) != len(aim):
+        raise ValueError(f"factors of {sum(sizes)} rows, the weight has {len(aim)}")
     order: list[Tensor] = []
     made: list[QuantizedWeight] = []
     first = 0
     for factor, size in zip(factors, sizes, strict=True):
         rows = first + factor.order
-        target = weight[rows]
+        wanted, carried = aim[rows], torch.zeros(size, aim.shape[1], device=aim.device)
         for start in range(0, size, panel):
             stop = min(start + panel, size)
-            made.append(quantize(target[start:stop]))
+            made.append(quantize(rows[start:stop], carried[start:stop]))
             if stop < size:
-                missing = target[start:stop] - made[-1].dequantize()
-                target[stop:] -= _carried(factor.upper, start, stop, missing)
+                missing = wanted[start:stop] + carried[start:stop] - made[-1].dequantize()
+                carried[stop:] -= _carried(factor.upper, start, stop, missing)
         order.append(rows)
         first += size
     return _in_order(made, torch.cat(order))

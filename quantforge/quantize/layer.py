@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 
 import torch
@@ -25,6 +24,7 @@ from quantforge.methods.compensation import (
     compensate,
     cross_terms,
     require_usable,
+    target_shift,
 )
 from quantforge.methods.gptq import fit_grid
 from quantforge.methods.magr import magr
@@ -102,6 +102,14 @@ class Stage:
             self._terms[choice] = cross_terms(self.fitting.cross, factor, choice.feedback)
         return self._terms[choice]
 
+    def aim(self, weight: Tensor, choice: Choice) -> Tensor:
+        """[out, in] what a weight should become if it were free, as far as a choice answers."""
+        factor, terms = self.factor(choice.damping), self.terms(choice)
+        if terms.mismatch is None or self.fitting.cross is None:
+            return terms.target(weight)
+        shift = target_shift(self.fitting.cross.float(), factor, choice.feedback.mismatch)
+        return weight + weight @ shift
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compensated:
@@ -175,9 +183,13 @@ def quantize_layer(
     least = torch.inf
     allowed = choices(config)
     for choice in allowed:
-        one = partial(_quantize_rows, stage=stage, spec=spec, choice=choice, config=config)
+        rows = _Rows(
+            weight=weight, start=start, stage=stage, spec=spec, choice=choice, config=config
+        )
         quantized = (
-            compensate_rows(weight, outputs.factors, one) if outputs.factors else one(weight)
+            compensate_rows(stage.aim(weight, choice), outputs.factors, rows.quantize)
+            if outputs.factors
+            else rows.quantize(slice(None))
         )
         factor = stage.factor(choice.damping)
         made = Compensated(quantized=quantized, rounded=rounded, factor=factor, choice=choice)
@@ -195,30 +207,57 @@ def _shrunk(weight: Tensor, stage: Stage, spec: QuantSpec, config: QuantizeConfi
     return magr(weight, stage.fitting.gram, spec, strength=config.magr)
 
 
-def _quantize_rows(
-    weight: Tensor, *, stage: Stage, spec: QuantSpec, choice: Choice, config: QuantizeConfig
-) -> QuantizedWeight:
-    """Quantize rows [rows, in] by one member of the family.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Rows of one layer, quantized by one member of the family.
 
-    The grid is fitted to what is really rounded: the target, where it is not the weight.
+    Attributes:
+        weight: [out, in] the float weight.
+        start: [out, in] the same after MagR.
+        stage: moments of the layer's input.
+        spec: width, grouping and symmetry.
+        choice: member and damping.
+        config: grid, and whether scales are solved for once more.
     """
-    start = _shrunk(weight, stage, spec, config)
-    factor, terms = stage.factor(choice.damping), stage.terms(choice)
-    scale, zero = fit_grid(terms.target(start), factor, spec, config.grid)
-    made = compensate(start, factor, spec, scale, zero=zero, terms=terms, feedback=choice.feedback)
-    return _refitted(made, weight, stage.fitting, choice.feedback) if config.refit else made
 
+    weight: Tensor
+    start: Tensor
+    stage: Stage
+    spec: QuantSpec
+    choice: Choice
+    config: QuantizeConfig
 
-def _refitted(
-    made: QuantizedWeight, weight: Tensor, moments: StageMoments, feedback: Feedback
-) -> QuantizedWeight:
-    """The scales that are best for the integers, as far as the method answers for x̃ ≠ x."""
-    share, cross = feedback.target + feedback.mismatch, moments.cross
-    term = share * (weight @ cross) if share and cross is not None else None
-    fitted = refit_scales(
-        made.codes, weight, moments.gram, made.scale, made.spec, zero=made.zero, cross_term=term
-    )
-    return replace(made, scale=fitted.bfloat16())
+    def quantize(self, rows: Tensor | slice, carried: Tensor | None = None) -> QuantizedWeight:
+        """Quantize some rows, which other rows may ask to differ by `carried` from their aim.
+
+        The grid is fitted to what is really rounded: the target, where it is not the weight.
+        """
+        start, feedback = self.start[rows], self.choice.feedback
+        factor, terms = self.stage.factor(self.choice.damping), self.stage.terms(self.choice)
+        rounded = terms.target(start) if carried is None else terms.target(start) + carried
+        scale, zero = fit_grid(rounded, factor, self.spec, self.config.grid)
+        made = compensate(
+            start, factor, self.spec, scale,
+            zero=zero, terms=terms, feedback=feedback, carried=carried,
+        )  # fmt: skip
+        return self._refitted(made, self.weight[rows], carried) if self.config.refit else made
+
+    def _refitted(
+        self, made: QuantizedWeight, weight: Tensor, carried: Tensor | None
+    ) -> QuantizedWeight:
+        """The scales that are best for the integers, as far as the method answers for x̃ ≠ x."""
+        feedback, moments = self.choice.feedback, self.stage.fitting
+        share, cross = feedback.target + feedback.mismatch, moments.cross
+        fitted = refit_scales(
+            made.codes,
+            weight if carried is None else weight + carried,
+            moments.gram,
+            made.scale,
+            made.spec,
+            zero=made.zero,
+            cross_term=share * (weight @ cross) if share and cross is not None else None,
+        )
+        return replace(made, scale=fitted.bfloat16())
 
 
 def _held_out_error(

@@ -151,7 +151,13 @@ def test_rows_answer_for_each_other_by_the_output_gram(trained):
         factor = factorize(inputs[one.layer.stage])
         rows = [factorize(gram, damping=0.2) for gram in grams(one.layer.name)]
         weight = trained.get_submodule(one.layer.name).weight.detach()
-        expected = compensate_rows(weight, rows, lambda w, f=factor: gptq(w, f, QuantSpec(3, 32)))
+        expected = compensate_rows(
+            weight,
+            rows,
+            lambda taken, carried, w=weight, f=factor: gptq(
+                w[taken] + carried, f, QuantSpec(3, 32)
+            ),
+        )
         assert torch.equal(one.weight.codes, expected.codes)
         assert torch.equal(one.weight.scale, expected.scale)
         changed = (one.weight.codes != other.weight.codes).float().mean()
