@@ -47,7 +47,7 @@ def in_float32(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def restored_on_error(module: nn.Module) -> Iterator[None]:
-    """Give the network its weights and its mode back if the body fails."""
+    """Give the network its mode back after the body, and its weights too if that fails."""
     tensors = _tensors(module)
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     training = {name for name, part in module.named_modules() if part.training}
@@ -60,8 +60,8 @@ def restored_on_error(module: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     tensor.copy_(before[name])
-            for name, part in module.named_modules():
-                part.training = name in training
+        for name, part in module.named_modules():
+            part.training = name in training
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -55,13 +55,17 @@ def compute_in(precision: Precision, module: nn.Module, device: torch.device) ->
 @contextmanager
 def _forwards_replaced(replacements: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
     """Modules run something else than their own `forward` inside."""
+    # An instance may have one of its own (accelerate's hooks); otherwise the class's shows again.
+    own = {block: block.__dict__.get("forward") for block in replacements}
     for block, forward in replacements.items():
         block.forward = forward
     try:
         yield
     finally:
-        for block in replacements:
-            del block.forward  # the class's own shows again
+        for block, forward in own.items():
+            del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 class _StopForward(Exception):  # noqa: N818 - control flow, not an error

@@ -156,7 +156,9 @@ class PlanChooser:
         room = self._room(plan, measured.sensitivity, budget)
         beside = replace(measured, uniform=uniform)
         barred: set[str] = set()
-        if budget is not None and budget.latency:
+        if decided.targets:  # uniform networks had their chance, on all held-out windows
+            barred = {point.name for point in uniform}
+        elif budget is not None and budget.latency:
             outside = outside_specs(measured.sensitivity.layers, plan.assignment)
             fitting = self.fitting_uniform(measured.sensitivity, budget, outside)
             barred = {point.name for point in uniform} - {one.budget for one in fitting}

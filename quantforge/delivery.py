@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from quantforge import strict_yaml
 from quantforge.calibrate.artefact import save_sensitivity
 from quantforge.calibrate.estimators import ESTIMATORS, Extent
 from quantforge.compilation import Job
@@ -85,7 +85,7 @@ def deliver(
     report = Report(
         model=job.model.source.name,
         source=job.model.source.description,
-        output="" if output is None else output.name,
+        output="" if output is None else str(output),
         plan=chosen.plan,
         layers=tuple(rows),
         sizes=sizes,
@@ -169,8 +169,7 @@ def write_documents(
     write_json(folder / "plan.json", plan_to_dict(report.plan))
     if sensitivity is not None:
         save_sensitivity(sensitivity, folder / "sensitivity.json")
-    recipe = yaml.safe_dump(dict(report.settings), sort_keys=False, allow_unicode=True)
-    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    (folder / "recipe.yaml").write_text(strict_yaml.dump(dict(report.settings)), encoding="utf-8")
     (folder / "report.html").write_text(render(report), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     source = job.model.source

@@ -142,8 +142,6 @@ def open_job(
         footprint = Footprint.of(loaded, shard_bytes=recipe.export.shard_bytes)
         require_reachable(loaded.layers, limit, footprint, recipe.search, vocabulary)
     if calibration is None or isinstance(calibration, str | Path):
-        if loaded.tokenizer is None:
-            raise InputError("a network in memory needs a tokenizer, or batches as calibration")
         data = calibration_set(recipe.calibration, loaded, seed=seed, monitor=monitor, fresh=fresh)
     else:
         embedding: Any = loaded.module.get_submodule(loaded.architecture.embedding)

@@ -72,8 +72,9 @@ def quantize(
 
     Args:
         model: recipe name, recipe file, Hugging Face folder, .gguf file, hub id, or a network in
-            memory, whose linears then hold the dequantized weights afterwards, in its own dtype;
-            one in half precision takes the memory of float32 meanwhile.
+            memory, which afterwards is what the checkpoint would be: linears hold the dequantized
+            weights, norms what tuning made of them, all else is rounded to 16 bits, in its own
+            dtype; one in half precision takes the memory of float32 meanwhile.
         budget: "3bit" or "3.25bpw", stored bits a weight over the planned weights; "120MB" or
             "0.4x", of the whole checkpoint; "vram:8GB@4096", weights and keys and values in memory;
             "kl:0.05" or "ppl:+2%", the fewest bits measured to lose no more; "latency:-25%" or

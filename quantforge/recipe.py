@@ -161,7 +161,8 @@ def resolve_target(model: str | Path) -> Target:
         InputError: it is spelled as a file or folder that does not exist.
         UsageError: it is none of these, or an ambiguous recipe name.
     """
-    text, path = os.fspath(model), Path(model)
+    text = os.path.expanduser(os.fspath(model))  # noqa: PTH111 - a trailing slash has a meaning
+    path = Path(text)
     if path.suffix in _SUFFIXES:
         if not path.is_file():
             raise InputError(f"recipe file {text} does not exist")

@@ -6,13 +6,13 @@ bisected. It begins where the predicted loss equals the target, goes up or down 
 until one plan inside the target and one outside it are known, and then halves the interval between
 them until it is a hundredth of a bit.
 
-A plan is inside a target if the upper end of its one-sided 95 % interval is: mean plus 1.645
-standard errors over the held-out windows, of the KL, or of the cross-entropy's paired difference to
-the float network. Two things this does not promise. What is measured has the one-pass compensation
-of the candidates; `quantize` then compensates block by block and tunes, which lowers the loss, so
-that the finished network is usually better than asked for and a little larger than it had to be.
-And the interval is of this text, by the normal law, which is a little narrow for a handful of
-windows: on another text the loss may be larger.
+A plan is inside a target if the upper end of its one-sided 95 % interval is: mean plus as many
+standard errors over the held-out windows as Student's law asks for so few, of the KL, or of the
+cross-entropy's paired difference to the float network. Two things this does not promise. What is
+measured has the one-pass compensation of the candidates; `quantize` then compensates block by block
+and tunes, which lowers the loss, so that the finished network is usually better than asked for and
+a little larger than it had to be. And the interval is of this text: on another one the loss may be
+larger.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from scipy.special import stdtrit
+
 from quantforge.errors import BudgetError, InputError
 from quantforge.results import Quality, TargetOutcome
 from quantforge.search.budget import Target
 from quantforge.types import BitPlan, QuantSpec
 
-ONE_SIDED_95 = 1.645
 RESOLUTION = Fraction(1, 100)
 FIRST_STEP = Fraction(1, 4)
 _PREDICTED_ROUNDS = 8
@@ -40,11 +41,12 @@ class Bound:
 
     mean: float
     stderr: float
+    windows: int
 
     @property
     def upper(self) -> float:
-        """One-sided 95 %."""
-        return self.mean + ONE_SIDED_95 * self.stderr
+        """One-sided 95 %, by Student's law."""
+        return self.mean + float(stdtrit(self.windows - 1, 0.95)) * self.stderr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +79,12 @@ def bound(target: Target, quality: Quality, reference_nll: Sequence[float]) -> B
             f"{quality.windows}; raise calibration.sequences or calibration.held_out_share"
         )
     if target.kind == "kl":
-        return Bound(mean=quality.kl, stderr=quality.kl_stderr)
+        return Bound(mean=quality.kl, stderr=quality.kl_stderr, windows=quality.windows)
     rises = [a - b for a, b in zip(quality.window_nll, reference_nll, strict=True)]
     return Bound(
-        mean=statistics.fmean(rises), stderr=statistics.stdev(rises) / math.sqrt(len(rises))
+        mean=statistics.fmean(rises),
+        stderr=statistics.stdev(rises) / math.sqrt(len(rises)),
+        windows=len(rises),
     )
 
 
@@ -97,14 +101,16 @@ def meet(
 
     Args:
         targets: at least one.
-        find: the best plan within so many stored bits a weight, and within whatever else limits.
+        find: the best plan within so many stored bits a weight, and within whatever else limits;
+            a BudgetError says that there is none, which a limit on the time can mean at few bits
+            where narrow weights are slow.
         measure: held-out quality of a plan.
         reference_nll: mean cross-entropy of the float network on every window.
         bits: fewest and most stored bits a weight.
         also: plans that are taken if they are inside with fewer bits, e.g. uniform ones.
 
     Raises:
-        BudgetError: even the plan of the most bits is outside.
+        BudgetError: even the plan of the most bits is outside, or there is none.
         InputError: there are too few held-out windows.
     """
     known: dict[tuple[tuple[str, QuantSpec | None], ...], Quality] = {}
@@ -120,18 +126,19 @@ def meet(
         return all(bound(t, quality, reference_nll).upper <= t.nats for t in targets)
 
     low, high = bits
-    guess, step = _predicted(targets, find, low, high), FIRST_STEP
+    found = _if_any(find, high)
+    guess, step = _predicted(targets, found, low, high), FIRST_STEP
     outside: Fraction | None = None
-    while not inside(best := find(guess)):
-        if guess >= high:
+    while (best := found(guess)) is None or not inside(best):
+        if best is not None and guess >= high:
             raise BudgetError(_unreachable(targets, best, measured(best), reference_nll))
         outside, guess, step = guess, min(guess + step, high), 2 * step
     step = FIRST_STEP
     while Fraction(best.stored_bits) - (low if outside is None else outside) > RESOLUTION:
         fewest = Fraction(best.stored_bits)
         guess = max(fewest - step, low) if outside is None else (fewest + outside) / 2
-        plan = find(guess)
-        if inside(plan):
+        plan = found(guess)
+        if plan is not None and inside(plan):
             best, step = plan, 2 * step
         else:
             outside = guess
@@ -143,15 +150,35 @@ def meet(
     return Met(plan=best, outcomes=outcomes)
 
 
+def _if_any(
+    find: Callable[[Fraction], BitPlan], high: Fraction
+) -> Callable[[Fraction], BitPlan | None]:
+    """`find`, with None for no plan below `high` bits."""
+
+    def found(at: Fraction) -> BitPlan | None:
+        try:
+            return find(at)
+        except BudgetError:
+            if at >= high:
+                raise
+            return None
+
+    return found
+
+
 def _predicted(
-    targets: Sequence[Target], find: Callable[[Fraction], BitPlan], low: Fraction, high: Fraction
+    targets: Sequence[Target],
+    found: Callable[[Fraction], BitPlan | None],
+    low: Fraction,
+    high: Fraction,
 ) -> Fraction:
     """The fewest bits at which the predicted loss is inside all targets; `high` if none."""
     limit = min(target.nats for target in targets)
     top = high
     for _ in range(_PREDICTED_ROUNDS):
         middle = (low + top) / 2
-        loss = find(middle).predicted_loss
+        plan = found(middle)
+        loss = None if plan is None else plan.predicted_loss
         if loss is not None and loss <= limit:
             top = middle
         else:

@@ -49,6 +49,11 @@ class Checkpoint:
             InputError: the quantization config is missing or not supported, or it and the tensors
                 disagree about which layers are quantized.
         """
+        if "quantization_config" not in self.config:
+            raise InputError(
+                f"{self.folder} holds a float network, no quantized checkpoint; `quantforge "
+                "quantize` makes one of it"
+            )
         specs = compressed.specs_from_config(self.config)
         ending = f".{compressed.PACKED}"
         packed = {name.removesuffix(ending) for name in self.entries if name.endswith(ending)}

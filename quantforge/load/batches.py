@@ -103,7 +103,8 @@ def cut(
     if have < count * length or count == 0:
         raise InputError(
             f"{where} holds {have:,} tokens, {max(count, 1)} {what} of {length} need "
-            f"{max(count, 1) * length:,}: give more text or ask for at most {have // length} {what}"
+            f"{max(count, 1) * length:,}: give more text, or "
+            + (f"ask for at most {have // length} {what}" if have >= length else "shorter ones")
         )
     return stream[: count * length].view(count, length)
 

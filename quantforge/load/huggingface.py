@@ -22,7 +22,7 @@ from quantforge.load.silence import quiet
 from quantforge.load.source import hub_folder
 from quantforge.load.weights import read_config, weight_files
 from quantforge.load.wording import one_line, some
-from quantforge.models import ARCHITECTURES, Model, ModelSource, architecture_of
+from quantforge.models import ARCHITECTURES, Architecture, Model, ModelSource, architecture_of
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -135,6 +135,7 @@ def from_module(module: nn.Module, *, name: str = "in-memory", tokenizer: Any = 
     for key, tensor in module.state_dict().items():
         if tensor.is_meta:
             raise InputError(f"{name}: {key} has no data (meta device): load the weights first")
+    _check_ties(module, architecture, name)
     check_finite(module, name)
     module.train(False)
     source = ModelSource(
@@ -151,6 +152,25 @@ def from_module(module: nn.Module, *, name: str = "in-memory", tokenizer: Any = 
         source=source,
         tokenizer=tokenizer,
     )
+
+
+def _check_ties(module: nn.Module, architecture: Architecture, name: str) -> None:
+    """Refuse a network whose configuration says that head and embedding are one, if they are two.
+
+    A checkpoint would hold only one of them.
+
+    Raises:
+        InputError: it does.
+    """
+    config: Any = module.config
+    head, embedding = (
+        module.get_submodule(path).weight for path in (architecture.head, architecture.embedding)
+    )
+    if config.tie_word_embeddings and head is not embedding:
+        raise InputError(
+            f"{name}: config.tie_word_embeddings is set, but {architecture.head} has a weight of "
+            "its own: clear the flag, or tie the weights"
+        )
 
 
 def check_finite(module: nn.Module, where: str) -> None:

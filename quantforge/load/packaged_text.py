@@ -27,6 +27,7 @@ from quantforge.models import Model
 from quantforge.models.cache import cache_arguments
 from quantforge.numerics import draw_categorical
 from quantforge.progress import Monitor
+from quantforge.workspace import machine_traits
 
 PIECE_LENGTH = 128
 BATCH = 128
@@ -79,8 +80,9 @@ def remembered_tokens(
     be written is done without.
     """
     key = fingerprint(
-        model.source.fingerprint, count, seed, TEMPERATURE, PIECE_LENGTH, BATCH, torch.__version__
-    )
+        model.source.fingerprint, count, seed, TEMPERATURE, PIECE_LENGTH, BATCH, torch.__version__,
+        _chat_opening(model.tokenizer), machine_traits(),
+    )  # fmt: skip
     path = cache_root() / "sampled" / f"{key[:32]}.safetensors"
     kept = None if fresh else _read_tokens(path)
     if kept is not None and kept.shape == (count,):

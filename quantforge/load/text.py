@@ -182,8 +182,12 @@ def bos_rule(tokenizer: Any) -> str:
 def _tokenizer(model: Model) -> Any:
     if model.tokenizer is None:
         raise InputError(
-            f"{model.source.name} has no tokenizer, which calibration text needs: pass one, or "
-            "pass batches of token ids"
+            f"{model.source.name} has no tokenizer, which calibration text needs: "
+            + (
+                "pass one, or pass batches of token ids"
+                if model.source.kind == "memory"
+                else "add its tokenizer files to the folder"
+            )
         )
     return model.tokenizer
 

@@ -144,7 +144,9 @@ def _part(text: str, whole: str) -> Limit | Target:
 def _bits(match: re.Match[str], text: str) -> Limit:
     bits = Fraction(match[1])
     if not 0 < bits <= KEPT_BITS:
-        raise UsageError(f"budget {text!r} is out of range; give 0 to 16 bits a weight")
+        raise UsageError(
+            f"budget {text!r} is out of range; give more than 0 and at most 16 bits a weight"
+        )
     return Limit("bits", bits)
 
 

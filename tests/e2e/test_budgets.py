@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from scipy.special import stdtrit
 
 import quantforge
 from quantforge.errors import BudgetError, InputError
@@ -82,7 +83,8 @@ def test_a_budget_in_bytes_is_the_size_of_the_folder(call, tmp_path):
 def test_a_target_is_met_by_measurement(call, budget):
     planned = call(quantforge.plan, budget=budget)
     (outcome,) = planned.targets
-    assert outcome.upper == pytest.approx(outcome.measured + 1.645 * outcome.stderr)
+    student = float(stdtrit(outcome.windows - 1, 0.95))
+    assert outcome.upper == pytest.approx(outcome.measured + student * outcome.stderr)
     assert outcome.upper <= 0.01
     assert outcome.windows == 3
     assert outcome.predicted == planned.plan.predicted_loss

@@ -13,6 +13,8 @@ from quantforge.targets import RESOLUTION, bound, meet
 from quantforge.types import BitPlan, QuantSpec
 
 REFERENCE = (3.0, 3.5, 2.5, 3.2)
+# The tables' 95 % point of Student's t for three degrees of freedom.
+STUDENT = 2.353363
 
 
 def quality(kl, spread=0.1, windows=4):
@@ -43,7 +45,7 @@ def test_the_upper_end_of_the_interval():
     found = quality(0.2)
     one = bound(target_kl, found, REFERENCE)
     assert (one.mean, one.stderr) == (found.kl, found.kl_stderr)
-    assert one.upper == pytest.approx(found.kl + 1.645 * found.kl_stderr)
+    assert one.upper == pytest.approx(found.kl + STUDENT * found.kl_stderr)
     two = bound(target_ppl, found, REFERENCE)  # paired: the windows' own level cancels
     assert two.mean == pytest.approx(found.kl)
     assert two.stderr == pytest.approx(found.kl_stderr)
@@ -65,7 +67,7 @@ def test_the_fewest_bits_are_found_however_wrong_the_prediction(text, off):
         targets, lambda bits: plan(bits, off * kl_at(bits)), measure, REFERENCE,
         bits=(Fraction(2), Fraction(16)),
     )  # fmt: skip
-    factor = quality(1.0).kl + 1.645 * quality(1.0).kl_stderr
+    factor = quality(1.0).kl + STUDENT * quality(1.0).kl_stderr
     exact = max(-math.log(min(t.nats for t in targets) / 4 / factor) / 1.7, 2)
     assert exact <= met.plan.stored_bits <= exact + float(RESOLUTION) + 1e-9
     assert len(seen) == len(set(seen)) <= 12
@@ -87,6 +89,25 @@ def test_the_floor_is_enough_or_the_most_is_too_little():
         meet(
             Budget.parse("kl:0.001").targets, plan,
             lambda one: quality(kl_at(one.stored_bits)), REFERENCE,
+            bits=(Fraction(2), Fraction(4)),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("predicted", [0.0, None])
+def test_few_bits_that_no_plan_has_are_outside(predicted):
+    """Where narrow weights are slow, a limit on the time leaves plans of many bits only."""
+
+    def find(bits):
+        if bits < 5:
+            raise BudgetError("no plan is within all parts")
+        return plan(bits, predicted)
+
+    targets, span = Budget.parse("kl:0.3").targets, (Fraction(2), Fraction(8))
+    met = meet(targets, find, lambda one: quality(kl_at(one.stored_bits)), REFERENCE, bits=span)
+    assert 5 <= met.plan.stored_bits <= 5 + RESOLUTION
+    with pytest.raises(BudgetError, match="within all parts"):
+        meet(
+            targets, find, lambda one: quality(kl_at(one.stored_bits)), REFERENCE,
             bits=(Fraction(2), Fraction(4)),
         )  # fmt: skip
 
