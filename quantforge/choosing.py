@@ -170,6 +170,38 @@ class PlanChooser:
             refinement=decided.refinement,
         )
 
+    def rivals(
+        self, plan: BitPlan, measured: Measurement, budget: Budget | None
+    ) -> tuple[str, ...]:
+        """What to say of a uniform network that `choose`, which measures plans, may prefer.
+
+        Args:
+            plan: from the search, not measured.
+            measured: holds the uniform networks.
+            budget: of the plan.
+        """
+        error = measured.predicted_error(plan)
+        if self.given is not None or error is None or plan.predicted_loss is None:
+            return ()
+        sensitivity, _ = measured.needed_for_search()
+        outside = outside_specs(sensitivity.layers, plan.assignment)
+        if any(outside.values()):
+            return ()  # the networks that were measured have another embedding and head
+        limit = budget or Budget.parse(plan.budget)
+        fitting = {one.budget for one in self.fitting_uniform(sensitivity, limit, outside)}
+        points = [point for point in measured.uniform_kept if point.name in fitting]
+        best = min(points, key=lambda point: point.quality.kl, default=None)
+        if best is None:
+            return ()
+        below = plan.predicted_loss + error < best.quality.kl
+        if below and self.recipe.search.correct:
+            return ()
+        return (
+            f"{best.name}, with no more bits, was measured at a held-out KL of "
+            f"{best.quality.kl:.4f}, and the plan is only predicted at {plan.predicted_loss:.4f} "
+            f"± {error:.4f}: quantize will measure it and take the better of the two",
+        )
+
     def _compared(
         self, plan: BitPlan, measured: Measurement
     ) -> tuple[Quality, tuple[CurvePoint, ...]]:

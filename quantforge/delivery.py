@@ -202,7 +202,9 @@ def dry_run(
         decided = Decided(plan=job.plans.find(None, budget))
     else:
         decided = job.plans.decide(measured, budget)
-    plan = decided.plan
+    plan, rivals = decided.plan, tuple[str, ...]()
+    if measured is not None and not decided.targets:
+        rivals = job.plans.rivals(plan, measured, budget)
     sensitivity = None if measured is None else measured.sensitivity
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -229,7 +231,7 @@ def dry_run(
         scratch_bytes=0 if sensitivity is None else candidate_bytes(sensitivity),
         calibration=job.calibration.description,
         settings=job.recipe.model_dump(mode="json"),
-        warnings=tuple(loading_warnings(layers, plan)),
+        warnings=(*loading_warnings(layers, plan), *rivals),
         predicted_error=None if measured is None else measured.predicted_error(plan),
         memory=job.footprint.memory_bytes(assignment, memory[0].context) if memory else None,
         targets=decided.targets,

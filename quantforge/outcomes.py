@@ -174,7 +174,8 @@ class PlanReport:
     Attributes:
         model: name of the source model.
         source: where it came from, as printed to the user.
-        plan: the plan that `quantize` would execute.
+        plan: the plan that `quantize` would execute, unless a uniform network turns out to be
+            better; where that may be, a warning names it.
         layers: one row a layer, in forward order.
         reachable: lowest and highest stored bits a weight that the candidates can give.
         sizes: sizes computed from the plan.

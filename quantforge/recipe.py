@@ -275,15 +275,25 @@ def _preset(effort: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
     """What an effort changes below what is asked for.
 
     Refinement is left out where there is nothing to refine: with one grid for all layers, and under
-    targets of quality, whose plans are measured as they are.
+    targets of quality, whose plans are measured as they are; learned rounding where blocks are not
+    quantized one after the other.
     """
     preset, budget = PRESETS[effort], asked.get("budget")
-    search = asked.get("search")
-    uniform = isinstance(search, Mapping) and search.get("solver") == "uniform"
-    if uniform or (isinstance(budget, str) and Budget.parse(budget).targets):
-        kept = {key: value for key, value in preset.get("search", {}).items() if key != "refine"}
-        return {**preset, "search": kept}
+
+    def value(section: str, key: str) -> object:
+        found = asked.get(section)
+        return found.get(key) if isinstance(found, Mapping) else None
+
+    targets = isinstance(budget, str) and Budget.parse(budget).targets
+    if targets or value("search", "solver") == "uniform":
+        preset = _without(preset, "search", "refine")
+    if value("quantize", "sequential") is False:
+        preset = _without(preset, "quantize", "rounding")
     return preset
+
+
+def _without(preset: Mapping[str, Any], section: str, key: str) -> Mapping[str, Any]:
+    return {**preset, section: {k: v for k, v in preset.get(section, {}).items() if k != key}}
 
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:

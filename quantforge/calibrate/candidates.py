@@ -18,7 +18,7 @@ from torch import Tensor
 from quantforge.calibrate.config import CalibrateConfig
 from quantforge.capture import BlockWalk, stage_grams
 from quantforge.errors import InputError
-from quantforge.format.store import CandidateStore
+from quantforge.format.store import CandidateStore, Circumstances
 from quantforge.journal import NO_JOURNAL, Journal, numbered
 from quantforge.methods.gptq import gptq
 from quantforge.models import Model
@@ -129,7 +129,14 @@ def quantize_candidates(
                 config,
             )
             if quantized:  # a layer that no group size divides can only be kept
-                store.put(layer.name, quantized)
+                factor = factors[layer.stage]
+                made = Circumstances(
+                    asked=config.damping,
+                    damping=factor.damping,
+                    dead=int(factor.dead.sum()),
+                    fallback=factor.fallback,
+                )
+                store.put(layer.name, quantized, made)
             found.append(errors)
         _write_errors(journal, index, [one for one in found if one.layer.block == index])
         monitor.step("candidates", index + 1, count)

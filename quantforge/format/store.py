@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +16,23 @@ from torch import Tensor
 from quantforge.errors import InputError
 from quantforge.files import atomic_path
 from quantforge.types import QuantizedWeight, QuantSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Circumstances:
+    """Under which all candidates of a layer were made.
+
+    Attributes:
+        asked: damping of its inputs' gram that was asked for; NaN where that was not kept.
+        damping: that was needed.
+        dead: input features that were always zero.
+        fallback: the gram was of no use, and weights were rounded to nearest.
+    """
+
+    asked: float = math.nan
+    damping: float = math.nan
+    dead: int = 0
+    fallback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +52,39 @@ class CandidateStore:
     def _path(self, layer: str) -> Path:
         return self.elsewhere.get(layer, self.folder) / f"{layer}.safetensors"
 
-    def put(self, layer: str, weights: Mapping[QuantSpec, QuantizedWeight]) -> None:
+    def put(
+        self,
+        layer: str,
+        weights: Mapping[QuantSpec, QuantizedWeight],
+        circumstances: Circumstances = Circumstances(),
+    ) -> None:
         """Write all candidates of one layer, atomically."""
         tensors: dict[str, Tensor] = {}
         for spec, weight in weights.items():
             tensors |= weight_tensors(weight, str(spec))
         columns = next(iter(weights.values())).codes.shape[1]
         with atomic_path(self._path(layer)) as temporary:
-            save_file(tensors, temporary, metadata={"columns": str(columns)})
+            made = {key: str(value) for key, value in asdict(circumstances).items()}
+            save_file(tensors, temporary, metadata={"columns": str(columns), **made})
+
+    def circumstances(self, layer: str) -> Circumstances:
+        """What was put beside the candidates of a layer.
+
+        Raises:
+            InputError: its file is missing or damaged.
+        """
+        path = self._path(layer)
+        try:
+            with safe_open(path, framework="pt") as file:
+                kept = file.metadata()
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, error) from error
+        return Circumstances(
+            asked=float(kept.get("asked", "nan")),
+            damping=float(kept.get("damping", "nan")),
+            dead=int(kept.get("dead", "0")),
+            fallback=kept.get("fallback") == "True",
+        )
 
     def get(self, layer: str, spec: QuantSpec) -> QuantizedWeight:
         """Read one candidate.
@@ -55,9 +98,11 @@ class CandidateStore:
                 columns = int(file.metadata()["columns"])
                 return weight_from(file.get_tensor, str(spec), spec, columns, self.device)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{path} is missing or damaged ({error}); run again with --fresh"
-            ) from error
+            raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is missing or damaged ({error}); run again with --fresh")
 
 
 def weight_tensors(weight: QuantizedWeight, name: str) -> dict[str, Tensor]:

@@ -93,6 +93,9 @@ FEEDBACKS: Mapping[str, Feedback] = MappingProxyType(
     }
 )
 
+# FOEM's β where none is given, by form: the paper's, and for A that of the authors' code.
+PULLS: Mapping[PullForm, float] = MappingProxyType({"A": 3e-4, "B": 0.1, "C": 0.1})
+
 
 def require_usable(weight: Tensor) -> None:
     """Refuse a weight that holds NaN or Inf.

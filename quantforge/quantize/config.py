@@ -75,7 +75,8 @@ class QuantizeConfig(Config):
         mismatch: how much of the earlier layers' errors a layer repairs (GPTAQ's, QEP's
             coefficient); the method's published value where empty.
         pull: FOEM's pull towards the float weights; the method's published value where empty.
-        pull_form: which of FOEM's three rules; "A" and "B" run in torch and are slow.
+        pull_form: which of FOEM's three rules; "A" and "B" run in torch and are slow. "A" takes a
+            pull in units of the gram, which has to be below the damping.
         sequential: take every block's inputs from the quantized blocks before it; otherwise the
             one-pass integers of the calibration are used as they are.
         true_sequential: inside a block too, fit a layer to what the layers before it give when
@@ -143,6 +144,8 @@ class QuantizeConfig(Config):
     @model_validator(mode="after")
     def _used_or_refused(self) -> Self:
         """An option that would silently be passed over is an error."""
+        self._check_pull()
+        self._check_parts()
         if self.mismatch and self.method not in CROSS_METHODS:
             raise ValueError(f"mismatch does nothing with {self.method}; use gptaq or qep")
         if self.method == "rtn" and self.pull:
@@ -157,7 +160,38 @@ class QuantizeConfig(Config):
             "magr", "refit", "damping",
         ):  # fmt: skip
             if getattr(self, name) != fields[name].default:
-                raise ValueError(f"{name} does nothing without quantize.sequential=true")
+                raise ValueError(
+                    f"{name} does nothing without quantize.sequential=true (effort fast sets false)"
+                )
         if self.rounding.steps > 0:
             raise ValueError("rounding.steps does nothing without quantize.sequential=true")
         return self
+
+    def _check_pull(self) -> None:
+        """FOEM's rule and its coefficient go together."""
+        if self.pull_form == "C":
+            return
+        if not any(self.pull) and (self.pull or not self.method.startswith("foem")):
+            raise ValueError("pull_form does nothing without a pull; use method foem, or give one")
+        if self.pull_form == "A" and self.pull and max(self.pull) >= min(self.damping):
+            raise ValueError(
+                f"pull {max(self.pull):g} in form A diverges: it is in units of the gram and has "
+                f"to be below the damping, {min(self.damping):g}"
+            )
+
+    def _check_parts(self) -> None:
+        """Options of parts that are switched off, and of parts that do not go together."""
+        for name, part in (("rounding", self.rounding), ("tuning", self.tuning)):
+            defaults = {key: field.default for key, field in type(part).model_fields.items()}
+            changed = [k for k, v in part.model_dump().items() if v != defaults[k] and k != "steps"]
+            if part.steps == 0 and changed:
+                raise ValueError(f"{name}.{changed[0]} does nothing with {name}.steps=0")
+        if self.rounding.steps and self.rounding.batch > self.batch_size:
+            raise ValueError(
+                f"rounding.batch={self.rounding.batch} is more than batch_size={self.batch_size}"
+            )
+        damping = QuantizeConfig.model_fields["output_damping"].default
+        if self.output_damping != damping and not self.needs_output_grams:
+            raise ValueError("output_damping does nothing without feedback between rows")
+        if self.method == "rtn" and len(self.damping) > 1:
+            raise ValueError("rtn does not choose between dampings: give one")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quantforge.methods.compensation import (
     FEEDBACKS,
+    PULLS,
     CrossTerms,
     Feedback,
     asymmetric_error,
@@ -65,7 +66,7 @@ def choices(config: QuantizeConfig) -> list[Choice]:
     base = FEEDBACKS[config.method]
     strength = "target" if base.target else "mismatch"
     strengths = config.mismatch or (getattr(base, strength),)
-    pulls = config.pull or (base.pull,)
+    pulls = config.pull or (PULLS[config.pull_form] if base.pull else 0.0,)
     return [
         Choice(
             feedback=replace(

@@ -95,11 +95,7 @@ class _Pending:
         reference = output_error(self.weight, self.gram)
         factor, choice = self.made.factor, self.made.choice
         asked = config.damping[0] if choice is None else choice.damping
-        notes = []
-        if factor.fallback:
-            notes.append("rounded to nearest: its inputs' gram could not be factored")
-        elif factor.damping > asked:
-            notes.append(f"gram needed damping {factor.damping:g}")
+        notes = _gram_notes(factor.fallback, factor.damping, asked)
         if choice is not None and config.chooses:
             notes.append(f"chosen: {choice}")
         return LayerReport(
@@ -113,6 +109,13 @@ class _Pending:
             dead_columns=int(factor.dead.sum()),
             note="; ".join(notes),
         )
+
+
+def _gram_notes(fallback: bool, damping: float, asked: float) -> list[str]:
+    """What a user should know of a layer's gram."""
+    if fallback:
+        return ["rounded to nearest: its inputs' gram could not be factored"]
+    return [f"gram needed damping {damping:g}"] if damping > asked else []
 
 
 def _compensate_block(
@@ -306,6 +309,8 @@ def quantize_from_store(
         quantized = store.get(layer.name, spec)
         difference = quantized.dequantize() - weight
         put_weight(model, layer.name, quantized.dequantize())
+        made = store.circumstances(layer.name)
+        notes = _gram_notes(made.fallback, made.damping, made.asked)
         report = LayerReport(
             name=layer.name,
             spec=str(spec),
@@ -313,9 +318,9 @@ def quantize_from_store(
             weight_error=relative(difference.square(), weight.square()),
             output_error=output_errors[layer.name],
             rtn_output_error=float("nan"),
-            damping=float("nan"),
-            dead_columns=0,
-            note=_ONE_PASS[layer.outside],
+            damping=made.damping,
+            dead_columns=made.dead,
+            note="; ".join(notes if made.fallback else [_ONE_PASS[layer.outside], *notes]),
         )
         yield QuantizedLayer(layer=layer, weight=quantized, report=report)
         monitor.step(what, index + 1, len(layers))

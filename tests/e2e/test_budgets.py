@@ -185,3 +185,15 @@ def test_the_frontier_as_files(run, small, compiled, checkpoint, text):
     one = run("pareto", checkpoint, *uniform, "--set", "search.group_sizes=[32]", cwd=folder.parent)
     assert one.returncode == 2
     assert "no frontier" in one.stderr
+
+
+def test_a_plan_whose_losses_are_guesses_says_that_a_uniform_network_may_be_taken(call):
+    changes = {"search.correct": False, "calibrate.estimator": "gram"}
+    (note,) = [
+        line
+        for line in call(quantforge.plan, changes, budget="3.4bit").warnings
+        if "take the better of the two" in line
+    ]
+    assert note.startswith("uniform ")
+    sure = call(quantforge.plan, budget="3.3bit").warnings
+    assert not any("take the better of the two" in line for line in sure)

@@ -21,6 +21,8 @@ SETTINGS = {
 }
 ONE_CANDIDATE = {"search.solver": "uniform", "search.bits": [2], "search.group_sizes": [32]}
 UP = "model.layers.1.mlp.up_proj"
+# Blocks one after the other, or the calibration's integers as they are (`--effort fast`).
+BOTH_WAYS = pytest.mark.parametrize("sequential", [True, False])
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +64,11 @@ def test_a_text_of_one_token_makes_every_gram_singular(module):
     assert all(layer.output_error < 0.1 * layer.rtn_output_error for layer in first)
 
 
-def test_a_gram_that_needs_more_damping_is_reported(module):
+@BOTH_WAYS
+def test_a_gram_that_needs_more_damping_is_reported(module, sequential):
     """Without any, inputs of rank one cannot be factored."""
-    changes = {"quantize.damping": [0.0]}
+    changes = {"quantize.damping": [0.0]} if sequential else {"quantize.sequential": False}
+    changes |= {"calibrate.damping": 0.0}
     report = compiled(module, [torch.full((2, 24), 7)] * 8, changes=changes, budget="2.5bit")
     assert any("layers needed more damping, first model.layers.0" in w for w in report.warnings)
     damped = [layer for layer in report.layers if "gram needed damping" in layer.note]
@@ -72,13 +76,14 @@ def test_a_gram_that_needs_more_damping_is_reported(module):
     assert all(layer.damping > 0 for layer in damped)
 
 
-def test_dead_and_duplicate_inputs_are_reported(module):
+@BOTH_WAYS
+def test_dead_and_duplicate_inputs_are_reported(module, sequential):
     with torch.no_grad():
         for block in module.model.layers:
             block.mlp.up_proj.weight[5] = 0.0  # down_proj never sees input 5
             for part in (block.mlp.up_proj, block.mlp.gate_proj):
                 part.weight[64:128] = part.weight[:64]  # and the rest twice
-    report = compiled(module)
+    report = compiled(module, changes={"quantize.sequential": sequential})
     warning = "2 layers have inputs that were always zero, first model.layers.0.mlp.down_proj"
     assert warning in report.warnings
     dead = {layer.name: layer.dead_columns for layer in report.layers if layer.dead_columns}
@@ -87,10 +92,11 @@ def test_dead_and_duplicate_inputs_are_reported(module):
         assert not block.mlp.down_proj.weight[:, [5, 69]].any()
 
 
-def test_a_layer_that_sees_nothing_is_rounded_and_reported(module):
+@BOTH_WAYS
+def test_a_layer_that_sees_nothing_is_rounded_and_reported(module, sequential):
     with torch.no_grad():
         module.model.layers[0].self_attn.v_proj.weight.zero_()
-    report = compiled(module)
+    report = compiled(module, changes={"quantize.sequential": sequential})
     name = "model.layers.0.self_attn.o_proj"
     assert f"1 layers could only be rounded to nearest, first {name}" in report.warnings
     (layer,) = [one for one in report.layers if one.name == name]

@@ -269,6 +269,39 @@ def test_an_option_that_would_do_nothing_is_refused():
             compose(Target(name="x", model="y"), settings=settings)
 
 
+@pytest.mark.parametrize(
+    ("quantize", "said"),
+    [
+        ({"pull_form": "B"}, "pull_form does nothing without a pull"),
+        ({"method": "foem", "pull": 0.0, "pull_form": "A"}, "pull_form does nothing"),
+        ({"method": "foem", "pull": 0.01, "pull_form": "A"}, "pull 0.01 in form A diverges"),
+        ({"rounding.latent_step": 0.1}, "rounding.latent_step does nothing with rounding.steps=0"),
+        ({"tuning.steps": 0, "tuning.batch": 2}, "tuning.batch does nothing with tuning.steps=0"),
+        ({"rounding.steps": 5, "rounding.batch": 8}, "rounding.batch=8 is more than batch_size=4"),
+        ({"method": "rtn", "output_damping": 0.1}, "output_damping does nothing without feedback"),
+        ({"output_feedback": False, "output_damping": 0.1}, "output_damping does nothing"),
+        ({"method": "rtn", "damping": [0.1, 0.2]}, "rtn does not choose between dampings"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    quantize: dict[str, object], said: str
+) -> None:
+    settings = {f"quantize.{key}": value for key, value in quantize.items()}
+    with pytest.raises(UsageError, match=re.escape(said)):
+        compose(Target(name="x", model="y"), settings=settings)
+
+
+def test_a_published_pull_is_that_of_its_form() -> None:
+    from quantforge.quantize.layer import choices
+
+    for form, pull in (("A", 3e-4), ("B", 0.1), ("C", 0.1)):
+        settings = {"quantize.method": "foem", "quantize.pull_form": form}
+        (found,) = choices(compose(Target(name="x", model="y"), settings=settings).quantize)
+        assert (found.feedback.pull, found.feedback.pull_form) == (pull, form)
+    (found,) = choices(compose(Target(name="x", model="y")).quantize)
+    assert found.feedback.pull == 0.0
+
+
 # What a paper's recipe asks for: method, grid, and the tokens it is fitted on.
 PAPERS = {
     "awq-w4g128": ("rtn", "4b-g128", 128 * 512),
@@ -328,6 +361,8 @@ def test_the_best_effort_refines_where_there_is_something_to_refine(tmp_path: Pa
         assert compose(target, effort="best", settings=settings).search.refine == 0
     asked = {"search.refine": 1, "budget": "kl:0.1"}  # refused later, in a line that names both
     assert compose(target, effort="best", settings=asked).search.refine == 1
+    one_pass = compose(target, effort="best", settings={"quantize.sequential": False})
+    assert one_pass.quantize.rounding.steps == 0
     recipe = resolve_target(write(tmp_path / "r.yaml", "search:\n  solver: uniform\n"))
     assert compose(recipe, effort="best").search.refine == 0
 
