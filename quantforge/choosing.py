@@ -17,13 +17,15 @@ from torch import Tensor
 from quantforge.assembling import derivatives
 from quantforge.decision import Chosen, Decided, Measurement, choose
 from quantforge.errors import InputError
+from quantforge.files import fingerprint
 from quantforge.format.footprint import Footprint
+from quantforge.format.manifest import plan_to_dict
 from quantforge.format.store import CandidateStore
 from quantforge.models import Model
 from quantforge.planning import excess, find_plan, priced, require_loadable, require_within
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe
-from quantforge.refinement import Refined, Surroundings, refine
+from quantforge.refinement import Refined, Surroundings, refine, remembered
 from quantforge.results import CurvePoint, Quality
 from quantforge.search.allocate import (
     known_losses,
@@ -39,6 +41,9 @@ from quantforge.search.settled import settled_plan
 from quantforge.search.vocabulary import Candidates, fixed_specs, inside_blocks, outside_specs
 from quantforge.targets import Met, meet
 from quantforge.types import BitPlan, LayerInfo, QuantSpec, Sensitivity
+
+# Beside the candidates of a measurement: what refining plans found.
+REFINED = "refined"
 
 
 class MeasurePlans(Protocol):
@@ -307,8 +312,17 @@ class PlanChooser:
         blocks = inside_blocks(sensitivity, evidence.specs)
         specs = {layer.name: plan.assignment[layer.name] for layer in blocks.layers}
         inside = make_plan(blocks, specs, budget=plan.budget, solver=plan.solver)
-        found = refine(inside, blocks, evidence.products, self.recipe.search, surroundings)
-        return replace(found, plan=plan if found.plan is inside else whole(found.plan))
+        recipe = self.recipe
+        key = fingerprint(
+            plan_to_dict(plan), budget.text, limit, recipe.calibrate.model_dump(),
+            recipe.search.model_dump(), recipe.evaluate.model_dump(),
+        )  # fmt: skip
+
+        def look() -> Refined:
+            found = refine(inside, blocks, evidence.products, recipe.search, surroundings)
+            return replace(found, plan=plan if found.plan is inside else whole(found.plan))
+
+        return remembered(store.folder.parent / REFINED / f"{key[:32]}.json", look)
 
     def fitting_uniform(
         self,

@@ -20,16 +20,22 @@ the plan before, and the next round starts there.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quantforge.errors import InputError
+from quantforge.files import write_json
+from quantforge.format.manifest import plan_from_dict, plan_to_dict
 from quantforge.results import Quality, RefinementRound
 from quantforge.search.allocate import cost_tables, make_plan, tied_rows
 from quantforge.search.choice import Picks
@@ -103,6 +109,25 @@ def refine(
             break
         plan, quality = found.plan, found.quality
     return Refined(plan=plan, rounds=tuple(rounds))
+
+
+def remembered(path: Path, look: Callable[[], Refined]) -> Refined:
+    """What `look` finds, kept in a file: another command with the same plan does not look again.
+
+    A file that cannot be read is made again; where none can be written, there is none.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError, InputError):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return Refined(
+            plan=plan_from_dict(kept["plan"]),
+            rounds=tuple(RefinementRound(**one) for one in kept["rounds"]),
+        )
+    found = look()
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rounds = [asdict(one) for one in found.rounds]
+        write_json(path, {"plan": plan_to_dict(found.plan), "rounds": rounds})
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

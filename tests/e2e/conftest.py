@@ -13,7 +13,7 @@ SMALL = [
     "--set", "calibration.sequences=24",
     "--set", "calibration.sequence_length=64",
     "--set", "search.group_sizes=[32, 64, -1]",
-    "--set", "evaluate.curve_windows=2",
+    "--set", "evaluate.curve_windows=2", "--set", "search.refine=0",
     "--set", "evaluate.tokens=4",
 ]  # fmt: skip
 

@@ -82,6 +82,7 @@ def test_the_network_in_memory_and_the_packed_one_give_the_same_logits(
         settings={
             "calibration.sequences": 24, "calibration.sequence_length": 64,
             "search.group_sizes": [32, -1], "search.bits": [3, 4], "evaluate.curve_windows": 2,
+            "search.refine": 0,
             "quantize.tuning.steps": 2, "embeddings.include": "4bit",
         },
     )  # fmt: skip

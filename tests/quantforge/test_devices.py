@@ -108,6 +108,7 @@ def compiled(folder, settings, *, away):
         "search.bits": [2, 3],
         "search.group_sizes": [32, -1],
         "evaluate.curve_windows": 2,
+        "search.refine": 0,
         "quantize.tuning.steps": 1,
         "quantize.tuning.batch": 1,
         **{f"{stage}.precision": "float32" for stage in ("calibrate", "evaluate", "quantize")},

@@ -16,6 +16,7 @@ SETTINGS = {
     "search.bits": [2, 3],
     "search.group_sizes": [32, -1],
     "evaluate.curve_windows": 2,
+    "search.refine": 0,
     "evaluate.precision": "float32",
     "calibrate.precision": "float32",
     "calibrate.gradient_sequences": 6,

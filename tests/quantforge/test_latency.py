@@ -15,6 +15,7 @@ from quantforge.types import LayerInfo, QuantSpec
 SETTINGS = {
     "calibration.sequences": 16, "calibration.sequence_length": 32, "search.bits": [2, 4],
     "search.group_sizes": [32, -1], "evaluate.curve_windows": 2, "quantize.tuning.steps": 0,
+        "search.refine": 0,
     "evaluate.tokens": 2,
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ SETTINGS = {
     "search.group_sizes": [32, -1],
     "search.bits": [2, 3],
     "evaluate.curve_windows": 2,
+    "search.refine": 0,
     "quantize.tuning.steps": 2,
 }
 

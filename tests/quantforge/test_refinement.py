@@ -11,8 +11,15 @@ import quantforge
 from quantforge.assembling import StoredWeights, changed_weights, derivatives
 from quantforge.errors import CancelledError, UsageError
 from quantforge.opening import configure, limit_of, open_job
-from quantforge.refinement import MEASURED, Surroundings, refine, swap_curvature
-from quantforge.results import Quality
+from quantforge.refinement import (
+    MEASURED,
+    Refined,
+    Surroundings,
+    refine,
+    remembered,
+    swap_curvature,
+)
+from quantforge.results import Quality, RefinementRound
 from quantforge.search.allocate import make_plan, search, stored_cost
 from quantforge.search.budget import Budget
 from quantforge.search.config import SearchConfig
@@ -24,6 +31,7 @@ SETTINGS = {
     "search.bits": [2, 3, 4],
     "search.group_sizes": [32, -1],
     "evaluate.curve_windows": 4,
+    "search.refine": 0,
     "evaluate.precision": "float32",
     "calibrate.precision": "float32",
     "calibrate.gradient_sequences": 12,
@@ -274,3 +282,42 @@ def test_what_refinement_does_not_go_with_is_said():
         limit_of(recipe, "kl:0.1", None)
     with pytest.raises(UsageError, match="refine exchanges the grids of layers"):
         configure("llama", settings={"search.refine": 1, "search.solver": "uniform"})
+
+
+def test_what_was_found_is_read_back_and_a_broken_file_is_made_again(tmp_path):
+    loss = Quadratic(0)
+    plan = search(loss.sensitivity, Budget.parse("2.5bit"), SearchConfig())
+    one = RefinementRound(plans=3, layers=1, before=0.2, after=1 / 7, stderr=0.01)
+    path, looks = tmp_path / "refined" / "a.json", []
+
+    def look():
+        looks.append(1)
+        return Refined(plan=plan, rounds=(one,))
+
+    assert remembered(path, look) == look()
+    assert remembered(path, look) == Refined(plan=plan, rounds=(one,))
+    assert len(looks) == 2  # one of them by the test itself
+    path.write_text(path.read_text()[:-20])
+    assert remembered(path, look).rounds == (one,)
+    assert len(looks) == 3
+    assert remembered(path, look).plan == plan
+    assert len(looks) == 3
+
+
+def test_the_same_plan_is_refined_once(module, tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path))
+    stages = []
+    settings = SETTINGS | {"search.refine": 1}
+    reports = []
+    for _ in range(2):
+        stages.append([])
+        reports.append(
+            quantforge.plan(
+                module, budget="2.6bit", calibration=batches(), settings=settings,
+                progress=lambda event: stages[-1].append(event.stage),
+            )
+        )  # fmt: skip
+    assert reports[0].plan == reports[1].plan
+    assert reports[0].refinement == reports[1].refinement
+    assert "measure plans around it" in stages[0]
+    assert "measure plans around it" not in stages[1]

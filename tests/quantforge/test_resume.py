@@ -18,6 +18,7 @@ SETTINGS = {
     "search.group_sizes": [32, -1],
     "search.bits": [2, 3],
     "evaluate.curve_windows": 2,
+    "search.refine": 0,
     "evaluate.curve_bits": [2, 3],
     "evaluate.tokens": 2,
     "quantize.tuning.steps": 3,

@@ -20,6 +20,7 @@ SMALL = {
     "search.bits": [3],
     "search.group_sizes": [32],
     "evaluate.curve_windows": 2,
+    "search.refine": 0,
     "evaluate.tokens": 2,
     "quantize.tuning.steps": 8,
 }
@@ -198,7 +199,7 @@ def test_any_two_rows_can_be_paired(bench, capsys):
 
 
 def test_a_target_is_met_by_the_integers_it_was_measured_with(bench):
-    settings = {"search.bits": [2, 3, 4, 5], "evaluate.curve_windows": 2}
+    settings = {"search.bits": [2, 3, 4, 5], "evaluate.curve_windows": 2, "search.refine": 0}
     names = ["fast:kl:0.01", "fast:kl:0.04"]
     tight, loose = bench(*names, settings=settings, measured="held-out")
     assert 0.0 < tight[1] < 0.01 < loose[1] < 0.04
