@@ -321,7 +321,7 @@ def table(rows: Sequence[Row], texts: Sequence[str], first: Row) -> str:
     lines = []
     for row in rows:
         cells = [row.name, f"{row.stored_bits:.3f}", f"{row.cpu_seconds:.0f}"]
-        cells.append(f"{row.peak_bytes / 2**30:.2f}")
+        cells.append(f"{row.peak_bytes / 1e9:.2f}")
         for text in texts:
             q = row.qualities[text]
             cells += [f"{q.kl:.4f} ± {q.kl_stderr:.4f}", f"{q.perplexity:.2f}", f"{q.top1:.3f}"]
@@ -350,7 +350,7 @@ def summary(rows: Sequence[Sequence[Row]], texts: Sequence[str]) -> str:
     for made in rows:
         cells = [made[0].name, f"{made[0].stored_bits:.3f}"]
         cells.append(f"{statistics.fmean(row.cpu_seconds for row in made):.0f}")
-        cells.append(f"{max(row.peak_bytes for row in made) / 2**30:.2f}")
+        cells.append(f"{max(row.peak_bytes for row in made) / 1e9:.2f}")
         for text in texts:
             found = [row.qualities[text] for row in made]
             cells.append("{:.4f} ± {:.4f}".format(*over_seeds([q.kl for q in found])))

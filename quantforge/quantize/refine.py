@@ -3,7 +3,7 @@
 After a block has been compensated layer by layer, its rounding and scales are trained together so
 that the whole block's output is near what the float block gives in the float network. Updates to
 the latents are signed with a step that falls linearly (SignRound), so a latent travels a bounded
-way whatever the gradient's size; scales take Adam steps relative to their own size.
+way whatever the gradient's size; scales take signed steps too, relative to their own size.
 
 The outputs' channels differ by orders of magnitude in how much the loss depends on them, and a few
 carry most of the energy, so the squared error is weighted by the mean squared gradient of the
