@@ -23,9 +23,10 @@ coefficient, like α, belongs to held-out tokens.
 What differs from the published code: results do not depend on a block size. GPTAQ's code charges
 the latent weight inside a block and the quantized one behind it; here it is the float weight
 everywhere, as its derivation has it. Qronos's code damps by a millionth of the gram's largest
-eigenvalue, here by what all members take (`damping`). FOEM's form C forgets the first column of each block there;
-its form A pulls the columns behind a block once a block and in units of the gram, here once a
-column and relative to the mean of the gram's diagonal, so that scaling the inputs changes nothing.
+eigenvalue, here by what all members take (`damping`). FOEM's form C forgets the first column of
+each block there; its form A pulls the columns behind a block once a block and in units of the gram,
+here once a column and relative to the mean of the gram's diagonal, so that scaling the inputs
+changes nothing.
 """
 
 from __future__ import annotations
