@@ -13,13 +13,15 @@ be moves by that: GPTQ's feedback once more, along the other axis. The exact sol
 two-sided problem by elimination has this form (YAQA, Tseng et al. 2025, arXiv 2505.22988, as
 two-sided LDL).
 
-Errors are counted from what rows should be if they were free, the aim. For a layer that reads what
-quantized layers give it (`compensation`) that is not its weight W but T = W + α W C H⁻¹: with
+Errors are counted from an aim. For a layer that reads what quantized layers give it
+(`compensation`) the optimum of that layer is not its weight W but T = W + α W C H⁻¹: with
 
     E |Ŵ x̃ − W x|²_G = tr(G (Ŵ − T) H (Ŵ − T)ᵀ) + constant    (α = 1)
 
-an error counted from W would take the layer's own answer to its inputs' mismatch for an error, and
-have the rows behind take it back.
+an error counted from W takes the layer's own answer to its inputs' mismatch for an error, and has
+the rows behind take it back, as far as G couples them. Alone, that costs the layer something. In a
+network all later layers answer for the same mismatch, most in the directions that the loss feels
+most, and taking part of it back there is better (`quantize.row_aim` has the figures).
 
 What differs from the paper: rows of one panel do not answer for each other, so that they can be
 quantized together by the fast column loop; G comes from gradients of sampled labels in one pass
@@ -53,7 +55,7 @@ def compensate_rows(
     """Quantize a weight panel by panel, each panel's error fed on to the rows behind it.
 
     Args:
-        aim: [out, in] float32 what the rows should be, were they free; their errors count from it.
+        aim: [out, in] float32, what errors of rows are counted from.
         factors: of the output gram's diagonal blocks, which cover all rows in order; rows of
             different blocks do not answer for each other. Within a block, rows go in the factor's
             order.

@@ -84,6 +84,12 @@ class QuantizeConfig(Config):
             SmolLM2-135M at 3 bits by 0.003 ± 0.005.
         output_feedback: feed the error of a row on to the rows behind it as well, by the output
             gram of the calibration; not with "rtn" and not without `sequential`.
+        row_aim: what a row's error is counted from when rows behind make up for it: "target" is
+            what the row should be beside quantized inputs, "weight" the float weight, so that rows
+            take back part of each other's answer to quantized inputs. The first is the optimum of
+            one layer alone; the second is better on SmolLM2-135M, where every layer answers for the
+            same errors of the layers before: held-out KL at 3 bits in groups of 64, untuned, 0.203
+            and 0.191, WikiText-2 test 0.247 and 0.227.
         output_damping: of the output grams, relative to the mean of their diagonals.
         grid: what the scales minimise.
         awq: before a block is quantized, divide input channels of its layers where that folds into
@@ -108,6 +114,7 @@ class QuantizeConfig(Config):
     sequential: bool = True
     true_sequential: bool = False
     output_feedback: bool = True
+    row_aim: Literal["weight", "target"] = "weight"
     output_damping: float = Field(default=1.0, gt=0)
     grid: Literal["minmax", "mse", "positive", "diagonal", "conditional"] = "diagonal"
     awq: bool = False
@@ -190,8 +197,9 @@ class QuantizeConfig(Config):
             raise ValueError(
                 f"rounding.batch={self.rounding.batch} is more than batch_size={self.batch_size}"
             )
-        damping = QuantizeConfig.model_fields["output_damping"].default
-        if self.output_damping != damping and not self.needs_output_grams:
-            raise ValueError("output_damping does nothing without feedback between rows")
+        for name in ("row_aim", "output_damping"):
+            changed = getattr(self, name) != QuantizeConfig.model_fields[name].default
+            if changed and not self.needs_output_grams:
+                raise ValueError(f"{name} does nothing without feedback between rows")
         if self.method == "rtn" and len(self.damping) > 1:
             raise ValueError("rtn does not choose between dampings: give one")

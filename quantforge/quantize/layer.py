@@ -188,7 +188,11 @@ def quantize_layer(
             weight=weight, start=start, stage=stage, spec=spec, choice=choice, config=config
         )
         quantized = (
-            compensate_rows(stage.aim(weight, choice), outputs.factors, rows.quantize)
+            compensate_rows(
+                stage.aim(weight, choice) if config.row_aim == "target" else weight,
+                outputs.factors,
+                rows.quantize,
+            )
             if outputs.factors
             else rows.quantize(slice(None))
         )
