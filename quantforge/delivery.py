@@ -21,7 +21,7 @@ from quantforge.calibrate.artefact import save_sensitivity
 from quantforge.calibrate.estimators import ESTIMATORS, Extent
 from quantforge.compilation import Job
 from quantforge.decision import Chosen, Decided, Measurement
-from quantforge.estimate import estimate
+from quantforge.estimate import Shape, estimate, states_bytes
 from quantforge.export.servers import server_support
 from quantforge.export.verify import verify_checkpoint
 from quantforge.export.writer import CheckpointWriter
@@ -102,6 +102,7 @@ def deliver(
             *job.notes,
             *loading_warnings(job.layers, chosen.plan),
             *layer_warnings(rows),
+            *held_out_warnings(quality),
             *target_warnings(job, chosen, quality),
         ),
         targets=chosen.targets,
@@ -228,7 +229,10 @@ def dry_run(
         else (plan.stored_bits, plan.stored_bits),
         sizes=job.footprint.sizes(assignment),
         uniform=uniform_rows(job, sensitivity, plan, budget),
-        scratch_bytes=0 if sensitivity is None else candidate_bytes(sensitivity),
+        scratch_bytes=0
+        if sensitivity is None
+        else candidate_bytes(sensitivity)
+        + states_bytes(Shape.of(job.model, job.calibration, job.recipe), job.recipe),
         calibration=job.calibration.description,
         settings=job.recipe.model_dump(mode="json"),
         warnings=(*loading_warnings(layers, plan), *rivals),
@@ -352,6 +356,16 @@ def target_warnings(job: Job, chosen: Chosen, quality: Quality) -> list[str]:
                 f"bound is {after.upper:.4g} nats a token, above {target.nats:.4g}"
             )
     return found
+
+
+def held_out_warnings(quality: Quality) -> list[str]:
+    """Says where a standard error is not one over sequences."""
+    if quality.windows > 1:
+        return []
+    return [
+        "one sequence is held out: errors are over its tokens, which is less than between texts; "
+        "raise calibration.sequences or calibration.held_out_share"
+    ]
 
 
 def layer_warnings(rows: Iterable[LayerReport]) -> list[str]:

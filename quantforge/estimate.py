@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from quantforge.calibrate.fisher import LARGEST_OUTPUT_BLOCK
 from quantforge.capture import compute_in
 from quantforge.memory import peak_bytes, resident_bytes
 from quantforge.models import Model
@@ -116,6 +117,25 @@ def multiply_adds(shape: Shape, recipe: Recipe) -> int:
     total += 4 * (rounded * shape.weights + tuned * (shape.weights + shape.head))
     scored = _MEASURED_WINDOWS * shape.curve + 2 * shape.held_out
     return total + scored * (shape.weights + 2 * shape.head)
+
+
+def states_bytes(shape: Shape, recipe: Recipe) -> int:
+    """Disk that calibration takes at its peak beside the candidates' integers.
+
+    That is what enters every block on the way to the gradients, the output grams that these leave,
+    and what enters the head.
+    """
+    options = recipe.calibrate
+    size = 2 if options.precision == "bfloat16" else 4
+    tokens = min(options.gradient_sequences * shape.length, shape.fitting)
+    entrances = len({layer.block for layer in shape.layers}) * tokens * shape.hidden * size
+    grams = 0
+    if recipe.quantize.needs_output_grams:
+        grams = 2 * sum(
+            layer.out_features * min(layer.out_features, LARGEST_OUTPUT_BLOCK)
+            for layer in shape.layers
+        )
+    return entrances + grams + 2 * shape.fitting * shape.hidden
 
 
 def added_bytes(shape: Shape, recipe: Recipe) -> int:

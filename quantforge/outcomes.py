@@ -180,7 +180,7 @@ class PlanReport:
         reachable: lowest and highest stored bits a weight that the candidates can give.
         sizes: sizes computed from the plan.
         uniform: uniform plans, by stored bits; empty where nothing is searched.
-        scratch_bytes: disk in the cache that the integers of all candidates take.
+        scratch_bytes: disk in the cache that calibration takes at its peak.
         calibration: description of the calibration text.
         settings: the effective recipe.
         warnings: one line each.

@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 
-from quantforge.estimate import Shape, added_bytes, estimate, forward_rate, multiply_adds
+from quantforge.estimate import (
+    Shape,
+    added_bytes,
+    estimate,
+    forward_rate,
+    multiply_adds,
+    states_bytes,
+)
 from quantforge.load.huggingface import from_module
 from quantforge.recipe import Recipe
 from quantforge.testing import markov_tokens, tiny_llama
@@ -35,7 +42,8 @@ def calibration():
 
 
 def recipe(**quantize):
-    tuning = {"steps": quantize.pop("steps", 0), "batch": 2}
+    steps = quantize.pop("steps", 0)
+    tuning = {"steps": steps, "batch": 2} if steps else {"steps": 0}
     return Recipe.model_validate(
         {"quantize": {"tuning": tuning, **quantize}, "evaluate": {"curve_windows": 2}}
     )
@@ -89,3 +97,19 @@ def test_the_rate_is_measured_on_the_network_and_leaves_it_alone(model, calibrat
     assert found.memory_bytes > 50_000_000  # the interpreter and torch are part of it
     for name, tensor in model.module.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_disk_that_states_take_is_what_is_written(model, calibration, precision):
+    """One block's entrance, the output grams, and what enters the head; headers aside."""
+    sequences = 6
+    changes = {"calibrate": {"gradient_sequences": sequences, "precision": precision}}
+    asked = Recipe.model_validate(changes)
+    shape = Shape.of(model, calibration, asked)
+    entrances = sequences * LENGTH * 64 * (2 if precision == "bfloat16" else 4)
+    grams = 2 * (2 * 64**2 + 2 * 32**2 + 2 * 128**2 + 64**2)
+    assert states_bytes(shape, asked) == entrances + grams + 2 * FITTING * 64
+    alone = asked.model_copy(
+        update={"quantize": asked.quantize.model_copy(update={"output_feedback": False})}
+    )
+    assert states_bytes(shape, alone) == entrances + 2 * FITTING * 64

@@ -110,6 +110,7 @@ def test_one_calibration_sequence_is_too_few_and_two_are_enough(module):
         compiled(module, [markov_tokens(1, 48)])
     report = compiled(module, [markov_tokens(1, 48, seed=seed) for seed in range(2)])
     assert report.quality.windows == 1
+    assert any(line.startswith("one sequence is held out") for line in report.warnings)
 
 
 def test_activations_that_overflow_float16_are_run_in_float32(module):
