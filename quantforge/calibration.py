@@ -42,6 +42,7 @@ from quantforge.files import fingerprint
 from quantforge.format.manifest import tool_versions
 from quantforge.format.store import CandidateStore
 from quantforge.journal import NO_JOURNAL, Journal
+from quantforge.machine import machine_traits
 from quantforge.measurements import measurement
 from quantforge.memory import StageTimer, release_freed
 from quantforge.models import Model
@@ -54,7 +55,6 @@ from quantforge.search.allocate import uniform_plans
 from quantforge.search.correction import corrected, correction_factors
 from quantforge.search.interactions import shrunk_interactions
 from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantSpec, Sensitivity
-from quantforge.workspace import machine_traits
 
 # Raised with every change of what calibration computes: older measurements are then not used.
 MEASUREMENT_VERSION = 8

@@ -28,6 +28,7 @@ from quantforge.export.writer import CheckpointWriter
 from quantforge.files import write_json
 from quantforge.format.manifest import plan_to_dict, tool_versions
 from quantforge.load.huggingface import generation_config, model_config, save_tokenizer
+from quantforge.machine import machine_traits
 from quantforge.memory import peak_bytes, release_freed
 from quantforge.outcomes import (
     EstimatorCost,
@@ -53,7 +54,6 @@ from quantforge.search.latency import plan_seconds
 from quantforge.search.vocabulary import outside_specs
 from quantforge.targets import bound
 from quantforge.types import BitPlan, LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
-from quantforge.workspace import machine_traits
 
 KEPT_DTYPE = torch.bfloat16
 

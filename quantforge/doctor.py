@@ -28,8 +28,8 @@ from quantforge_kernels.native import (
 )
 
 from quantforge.files import CACHE_VARIABLE, cache_root
+from quantforge.machine import machine_traits
 from quantforge.outcomes import DoctorReport
-from quantforge.workspace import machine_traits
 
 DISTRIBUTION = "quantforge-compiler"
 # Extensions of the instruction set that the native kernels gain by, as the system names them.

@@ -15,12 +15,12 @@ from quantforge.errors import UsageError
 from quantforge.format.manifest import KEPT
 from quantforge.latency import ProfileReport, TimedLayer, write_table
 from quantforge.loading import load_source
+from quantforge.machine import machine_traits
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.recipe import compose, resolve_target
 from quantforge.runtime.profile import Shape, time_layers
 from quantforge.search.vocabulary import planned_candidates, vocabulary_candidates
 from quantforge.types import QuantSpec
-from quantforge.workspace import machine_traits
 
 Progress = Callable[[ProgressEvent], None]
 Dtype = Literal["bfloat16", "float32"]

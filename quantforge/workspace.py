@@ -9,14 +9,12 @@ the second ends before it has done anything.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
 from quantforge.errors import ResourceError, UsageError
@@ -165,13 +163,3 @@ def _swap(folder: Path, output: Path) -> None:
             old.replace(output)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def machine_traits() -> tuple[str, ...]:
-    """What beside inputs and seed decides the bytes: threads, instruction set, torch."""
-    return (
-        platform.machine(),
-        torch.backends.cpu.get_cpu_capability(),
-        str(torch.get_num_threads()),
-        torch.__version__,
-    )

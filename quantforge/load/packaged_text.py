@@ -22,12 +22,12 @@ from torch import Tensor
 
 from quantforge.capture import plain_attention
 from quantforge.files import atomic_path, cache_root, fingerprint
+from quantforge.machine import machine_traits
 from quantforge.memory import release_freed
 from quantforge.models import Model
 from quantforge.models.cache import cache_arguments
 from quantforge.numerics import draw_categorical
 from quantforge.progress import Monitor
-from quantforge.workspace import machine_traits
 
 PIECE_LENGTH = 128
 BATCH = 128
