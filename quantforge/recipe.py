@@ -41,14 +41,14 @@ _SUFFIXES = (".yaml", ".yml")
 EFFORTS: tuple[str, ...] = ("fast", "balanced", "best")
 
 
-# What an effort changes, below the recipe.
+# What an effort changes, below the recipe. "balanced" is the defaults themselves.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {
         "calibration": {"sequences": 48},
         "calibrate": {"gradient_sequences": 16},
         "quantize": {"sequential": False, "tuning": {"steps": 8}},
     },
-    "balanced": {"search": {"refine": 1}},
+    "balanced": {},
     "best": {
         "search": {"refine": 3},
         "quantize": {"rounding": {"steps": 50}, "tuning": {"steps": 60}},

@@ -55,9 +55,10 @@ class SearchConfig(Config):
             program's, and say how far they may be from the best.
         refine: rounds of looking around the plan that was found: its network is differentiated and
             some twenty near it are measured on held-out tokens (`quantforge.refinement`). Not for
-            targets of quality, nor for the plans of `pareto`. Effort "balanced" takes one round and
-            "best" three, where they can be. One lowers the KL of SmolLM2-135M on texts that it
-            does not see by 4 to 9 % (docs/search.md), in about five minutes of one core.
+            targets of quality, nor for the plans of `pareto`. Effort "best" takes three where they
+            can be. One lowers the KL of SmolLM2-135M before tuning, at 2.5 and 3.0 bits, by 4 to
+            9 % on texts that it does not see (docs/search.md), in about five minutes of one core,
+            and raises the peak of memory by a third.
         correct: multiply predicted losses by what measured uniform networks say of their spec.
         independent: let layers that servers fuse (q/k/v, gate/up) have different specs.
         server: leave out candidates that this program does not load: "transformers" or "vllm" (on

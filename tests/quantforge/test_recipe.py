@@ -132,10 +132,8 @@ def test_a_model_given_twice_is_an_error() -> None:
     assert "given twice: ./x and ./y" in message(compose, target, settings={"model": "./y"})
 
 
-def test_balanced_is_the_defaults_and_a_round_of_refinement() -> None:
-    settings = {"search.refine": 0}
-    assert compose(Target(name="x"), settings=settings) == Recipe()
-    assert compose(Target(name="x")).search.refine == 1
+def test_balanced_is_the_defaults() -> None:
+    assert compose(Target(name="x")) == Recipe()
     assert set(recipes.PRESETS) == set(recipes.EFFORTS)
     for effort in recipes.EFFORTS:
         compose(Target(name="x"), effort=effort)
@@ -354,7 +352,7 @@ def test_every_shipped_recipe_is_listed_with_its_paper() -> None:
 def test_the_best_effort_refines_where_there_is_something_to_refine(tmp_path: Path) -> None:
     target = Target(name="x", model="y")
     best = compose(target, effort="best", settings={"budget": "3bit"})
-    assert (best.search.refine, compose(target).search.refine) == (3, 1)
+    assert (best.search.refine, compose(target).search.refine) == (3, 0)
     assert best.quantize.rounding.steps > 0
     assert best.quantize.tuning.steps > compose(target).quantize.tuning.steps
     for settings in (

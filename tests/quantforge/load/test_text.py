@@ -73,7 +73,7 @@ def test_a_short_text_gives_fewer_sequences_where_that_is_allowed(tmp_path, mode
     path = tmp_path / "short.txt"
     path.write_text("abcdefg " * 12, encoding="utf-8")
     settings = {"source": str(path), "sequences": 40, "sequence_length": 10}
-    with pytest.raises(InputError, match="ask for at most"):
+    with pytest.raises(InputError, match="or shorter ones"):
         calibration_set(CalibrationConfig(**settings), model, seed=0)
     data = calibration_set(CalibrationConfig(**settings, fewer=True), model, seed=0)
     whole = calibration_set(
@@ -83,7 +83,7 @@ def test_a_short_text_gives_fewer_sequences_where_that_is_allowed(tmp_path, mode
     assert torch.equal(data.fitting, whole.fitting)
     assert f"{len(data.fitting)} fitting and {len(data.held_out)} held-out" in data.description
     assert 2 <= len(data.fitting) + len(data.held_out) < 40
-    with pytest.raises(InputError, match="ask for at most"):
+    with pytest.raises(InputError, match="or shorter ones"):
         path.write_text("abc", encoding="utf-8")
         calibration_set(CalibrationConfig(**settings, fewer=True), model, seed=0)
 
@@ -191,7 +191,7 @@ def test_unreadable_files(tmp_path, model):
 
     refused("a.txt", b"  \n", "holds no text")
     refused("b.txt", b"\xff\xfe\x00", "not UTF-8")
-    refused("c.txt", b"short", "holds 5 tokens, 16 sequences of 32 need 512.*at most 0")
+    refused("c.txt", b"short", "holds 5 tokens, 16 sequences of 32 need 512.*or shorter ones")
     refused("d.jsonl", b'{"text": "a"}\n{"text": \n', "row 2 is not JSON")
     refused("e.jsonl", b"[1]\n", "row 1 is not a JSON object")
     refused("f.jsonl", b'{"text": " "}\n', "holds no text")
