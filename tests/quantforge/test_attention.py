@@ -53,7 +53,8 @@ def test_a_block_gives_what_it_gives_with_stock_attention(network, calls):
     model = from_module(network)
     walk = BlockWalk(model.module, model.architecture, markov_tokens(3, 40), batch_size=3)
     assert calls == []  # the states before the first block need no attention
-    block, hidden, kwargs = walk.blocks[0], walk.hidden[0], walk.kwargs[0]
+    block, hidden = walk.blocks[0], walk.hidden[0]
+    kwargs = walk.arguments(block)[0]
     stock = block_gradients(block, hidden, kwargs, fused=False)
     assert calls == []
     fused = block_gradients(block, hidden, kwargs, fused=True)

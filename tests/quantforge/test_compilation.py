@@ -21,8 +21,9 @@ def test_tuning_is_judged_against_the_float_network_whatever_was_called_before(
             "search.bits": [2, 3],
             "search.group_sizes": [32, -1],
             "quantize.tuning.steps": steps,
-            "quantize.tuning.scale_step": 0.01,
         }
+        if steps:
+            settings["quantize.tuning.scale_step"] = 0.01
         module = copy.deepcopy(trained)
         recipe = configure(module, settings=settings)
         batches = [markov_tokens(4, 48, seed=seed) for seed in range(16)]

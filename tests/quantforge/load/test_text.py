@@ -73,7 +73,7 @@ def test_a_short_text_gives_fewer_sequences_where_that_is_allowed(tmp_path, mode
     path = tmp_path / "short.txt"
     path.write_text("abcdefg " * 12, encoding="utf-8")
     settings = {"source": str(path), "sequences": 40, "sequence_length": 10}
-    with pytest.raises(InputError, match="or shorter ones"):
+    with pytest.raises(InputError, match="ask for at most"):
         calibration_set(CalibrationConfig(**settings), model, seed=0)
     data = calibration_set(CalibrationConfig(**settings, fewer=True), model, seed=0)
     whole = calibration_set(

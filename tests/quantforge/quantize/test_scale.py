@@ -93,7 +93,9 @@ def test_a_scaled_block_computes_the_same_with_other_weights(every_head):
     streams.advance_native(block, {})
     inputs = streams.quantized.hidden[0]
     with torch.no_grad():
-        expected = module.model.layers[0](inputs, **streams.quantized.kwargs[0])
+        expected = module.model.layers[0](
+            inputs, **streams.quantized.arguments(model.module.model.layers[0])[0]
+        )
     assert (streams.native.hidden[0] - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
