@@ -86,6 +86,7 @@ def _block_calls(
 
     def recorder(index: int, block: nn.Module) -> Callable[..., Tensor]:
         signature = inspect.signature(block.forward)
+        states = next(iter(signature.parameters))
 
         def record(*args: Any, **kwargs: Any) -> Tensor:
             if index != len(calls):
@@ -96,7 +97,7 @@ def _block_calls(
             bound = signature.bind(*args, **kwargs)
             given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
             given.pop("kwargs", None)
-            hidden: Tensor = given.pop("hidden_states")
+            hidden: Tensor = given.pop(states)
             calls.append((hidden, {k: v for k, v in given.items() if k not in CACHE_NAMES}))
             if len(calls) == len(blocks):
                 raise _StopForward

@@ -214,8 +214,11 @@ def dry_run(
             save_sensitivity(sensitivity, output / "sensitivity.json")
     layers, assignment = job.layers, plan.assignment
     losses: dict[str, float | None] = dict.fromkeys(assignment)
+    scratch = 0
     if sensitivity is not None:
         losses = known_losses(sensitivity, assignment)
+        shape = Shape.of(job.model, job.calibration, job.recipe)
+        scratch = candidate_bytes(sensitivity) + states_bytes(shape, job.recipe)
     memory = [x for x in (() if budget is None else budget.sizes) if x.kind == "vram"]
     searched = sensitivity is not None and job.given is None
     work = estimate(job.model, job.calibration, job.recipe)
@@ -229,10 +232,7 @@ def dry_run(
         else (plan.stored_bits, plan.stored_bits),
         sizes=job.footprint.sizes(assignment),
         uniform=uniform_rows(job, sensitivity, plan, budget),
-        scratch_bytes=0
-        if sensitivity is None
-        else candidate_bytes(sensitivity)
-        + states_bytes(Shape.of(job.model, job.calibration, job.recipe), job.recipe),
+        scratch_bytes=scratch,
         calibration=job.calibration.description,
         settings=job.recipe.model_dump(mode="json"),
         warnings=(*loading_warnings(layers, plan), *rivals),

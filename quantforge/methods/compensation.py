@@ -84,19 +84,19 @@ class Feedback:
 
 GPTQ = Feedback()
 
+# FOEM's β where none is given, by form: the paper's, and for A that of the authors' code.
+PULLS: Mapping[PullForm, float] = MappingProxyType({"A": 3e-4, "B": 0.1, "C": 0.1})
+
 FEEDBACKS: Mapping[str, Feedback] = MappingProxyType(
     {
         "gptq": GPTQ,
         "gptaq": Feedback(mismatch=0.25),
-        "foem": Feedback(pull=0.1),
-        "foem-gptaq": Feedback(pull=0.1, mismatch=0.25),
+        "foem": Feedback(pull=PULLS["C"]),
+        "foem-gptaq": Feedback(pull=PULLS["C"], mismatch=0.25),
         "qep": Feedback(target=0.5),
         "qronos": Feedback(target=1.0, first_column=True),
     }
 )
-
-# FOEM's β where none is given, by form: the paper's, and for A that of the authors' code.
-PULLS: Mapping[PullForm, float] = MappingProxyType({"A": 3e-4, "B": 0.1, "C": 0.1})
 
 
 def require_usable(weight: Tensor) -> None:
