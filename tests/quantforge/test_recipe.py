@@ -132,6 +132,16 @@ def test_a_model_given_twice_is_an_error() -> None:
     assert "given twice: ./x and ./y" in message(compose, target, settings={"model": "./y"})
 
 
+def test_a_path_in_the_home_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "net").mkdir()
+    assert resolve_target("~/net").model == str(tmp_path / "net")
+    with pytest.raises(InputError, match="does not exist"):
+        resolve_target("~/other")
+
+
 def test_balanced_is_the_defaults() -> None:
     assert compose(Target(name="x")) == Recipe()
     assert set(recipes.PRESETS) == set(recipes.EFFORTS)

@@ -165,6 +165,12 @@ def test_from_module_refusals():
     with pytest.raises(InputError, match="meta device"):
         from_module(tiny_llama().to("meta"))
     module = tiny_llama()
+    module.lm_head.weight = nn.Parameter(module.lm_head.weight.clone())
+    with pytest.raises(InputError, match=r"tie_word_embeddings is set, but lm_head has a weight"):
+        from_module(module)
+    module.config.tie_word_embeddings = False
+    assert from_module(module).module is module
+    module = tiny_llama()
     module.config.quantization_config = {"quant_method": "gguf"}
     with pytest.raises(InputError, match="already quantized"):
         from_module(module)

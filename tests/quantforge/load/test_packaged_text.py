@@ -156,6 +156,30 @@ def test_a_sampled_text_is_kept_and_a_damaged_one_is_sampled_again(model, tmp_pa
     assert torch.equal(remembered(3)[0], expected)
 
 
+@pytest.mark.parametrize("changed", ["chat_template", "machine"])
+def test_a_kept_text_is_for_what_it_was_sampled_with(
+    model, chat_tokenizer, tmp_path, monkeypatch, changed
+):
+    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path))
+    made = []
+
+    def sample(_, count, **__):
+        made.append(torch.full((count,), len(made)))
+        return made[-1]
+
+    monkeypatch.setattr(packaged_text, "sampled_tokens", sample)
+
+    def kept():
+        return int(remembered_tokens(model, 5, seed=0, monitor=Monitor())[0])
+
+    assert [kept(), kept()] == [0, 0]
+    if changed == "chat_template":
+        chat_tokenizer.chat_template = "{% for m in messages %}<other>{{ m.content }}{% endfor %}"
+    else:
+        monkeypatch.setattr(packaged_text, "machine_traits", lambda: ("another",))
+    assert [kept(), kept()] == [1, 1]
+
+
 def test_how_much_is_read_depends_on_what_it_costs(model, monkeypatch):
     monkeypatch.setattr(text, "SAMPLED_SEQUENCES", 4)
     monkeypatch.setattr(text, "DEFAULT_SEQUENCES", 6)
