@@ -112,7 +112,8 @@ def multiply_adds(shape: Shape, recipe: Recipe) -> int:
                 total += rows * columns**2
             if options.needs_output_grams:
                 total += sum(layer.out_features**2 for layer in members) * columns
-    rounded = options.rounding.steps * options.rounding.batch * shape.length
+    rounding = options.rounding
+    rounded = int(rounding.share * rounding.steps * rounding.batch * shape.length)
     tuned = options.tuning.steps * options.tuning.batch * shape.length
     total += 4 * (rounded * shape.weights + tuned * (shape.weights + shape.head))
     scored = _MEASURED_WINDOWS * shape.curve + 2 * shape.held_out

@@ -164,7 +164,9 @@ class Factor:
         )
 
 
-def factorize(gram: Tensor, *, damping: float = 0.01, act_order: bool = True) -> Factor:
+def factorize(
+    gram: Tensor, *, damping: float = 0.01, act_order: bool = True, group_width: int | None = None
+) -> Factor:
     """Damp and factor a gram, U = R⁻¹ with R Rᵀ the damped gram and both upper triangular.
 
     One Cholesky and one triangular inverse in float64, instead of the usual Cholesky, inverse,
@@ -175,6 +177,8 @@ def factorize(gram: Tensor, *, damping: float = 0.01, act_order: bool = True) ->
         gram: [in, in] symmetric positive semi-definite.
         damping: added to the diagonal, relative to its mean over live inputs.
         act_order: take columns by decreasing diagonal instead of in order.
+        group_width: columns of a group of so many stay together: groups go by decreasing mean of
+            their diagonal, columns inside likewise. Does nothing without `act_order`.
 
     Returns:
         The factor; dead inputs get the mean of the live diagonal.
@@ -189,7 +193,7 @@ def factorize(gram: Tensor, *, damping: float = 0.01, act_order: bool = True) ->
     live_mean = diagonal.new_ones(()) if unseen else diagonal[~dead].mean()
     order = torch.arange(len(diagonal), device=gram.device)
     if act_order:
-        order = torch.argsort(diagonal, descending=True, stable=True)
+        order = _by_size(diagonal, group_width or len(diagonal))
     base = torch.where(dead, live_mean, diagonal.clamp_min(DIAGONAL_FLOOR * live_mean))[order]
     upper, used = None, damping
     if not unseen:
@@ -208,6 +212,14 @@ def factorize(gram: Tensor, *, damping: float = 0.01, act_order: bool = True) ->
         damping=used,
         fallback=fallback,
     )
+
+
+def _by_size(diagonal: Tensor, width: int) -> Tensor:
+    """[in] columns by decreasing diagonal inside groups of `width`, and these by their means."""
+    groups = diagonal.view(-1, width)
+    inside = torch.argsort(groups, dim=1, descending=True, stable=True)
+    inside += width * torch.arange(len(groups), device=diagonal.device).unsqueeze(1)
+    return inside[torch.argsort(groups.mean(1), descending=True, stable=True)].flatten()
 
 
 def _inverse_root(

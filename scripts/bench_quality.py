@@ -11,7 +11,8 @@ Linears only: embeddings, norms and the head stay float on both sides. A text is
                               recipe; METHOD is rtn or a member of the family (gptq, gptaq, foem,
                               foem-gptaq, qep, qronos), an OPTION a grid (minmax, mse, positive,
                               diagonal, conditional; rtn alone has minmax), refit, magr (with the
-                              paper's strength), awq, stagewise (a layer sees the quantized layers
+                              paper's strength), awq, clip (with minmax), an order of columns
+                              (groups, natural), stagewise (a layer sees the quantized layers
                               before it in its block), choose (coefficients chosen for each layer on
                               held-out tokens), outputs (rows answer for each other through output
                               grams), learned (rounding learned for 50 steps a block) or tuned
@@ -279,8 +280,10 @@ def settled(recipe: Recipe, name: str) -> Recipe:
             rounding["steps"] = base.rounding.steps or LEARNED_STEPS
         elif extra == "tuned":
             tuning["steps"] = base.tuning.steps
+        elif extra in ("groups", "natural"):
+            update["order"] = extra
         else:
-            update |= {extra: True} if extra in ("awq", "refit") else {"grid": extra}
+            update |= {extra: True} if extra in ("awq", "clip", "refit") else {"grid": extra}
     update["rounding"] = base.rounding.model_dump() | rounding
     update["tuning"] = base.tuning.model_dump() | tuning
     one = {

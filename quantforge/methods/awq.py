@@ -11,8 +11,8 @@ usually the output error of everything that reads the scaled channels (`rounding
 the layers). Weights are then clipped, per group, at the share of their range that leaves the least
 output error.
 
-No stage clips: the grids of `gptq.fit_grid` are searched over the range they cover with the same
-aim, so a clip before them has nothing to add. `search_clip` stays for min-max grids.
+The other grids of `gptq.fit_grid` are searched over the range they cover with the same aim, so a
+clip is for min-max grids alone (`quantize.clip`).
 
 What differs from the authors' code: errors come from the gram, which holds all calibration tokens,
 instead of from running a sample of tokens through an attention or MLP; for the clip, from the

@@ -31,6 +31,10 @@ class RoundingConfig(Config):
         latent_step: first step of the latents, in codes; falls linearly to 0.
         scale_step: first step of the scales, relative to their size; falls linearly to 0.
         check_every: steps between measurements on the held-out sequences.
+        patience: measurements in a row without a lower error after which a block is left; 0 takes
+            all steps.
+        share: of the blocks, those that are predicted to lose most by the plan, whose rounding is
+            learned; below 1 it needs a searched plan.
         weighted: weight the block's output channels by how much the loss depends on them.
     """
 
@@ -40,6 +44,8 @@ class RoundingConfig(Config):
     latent_step: float = Field(default=0.006, gt=0)
     scale_step: float = Field(default=0.0005, ge=0)
     check_every: int = Field(default=20, ge=1)
+    patience: int = Field(default=0, ge=0)
+    share: float = Field(default=1.0, gt=0, le=1)
     weighted: bool = True
 
 
@@ -93,8 +99,14 @@ class QuantizeConfig(Config):
             0.203; with "weight" 0.189 and 0.191 at the last two (paired errors 0.002 to 0.003).
         output_damping: of the output grams, relative to the mean of their diagonals.
         grid: what the scales minimise.
+        order: in which a row's columns are quantized: "activation" by decreasing mean square of
+            their input, "groups" likewise but with the columns of a group together (as servers with
+            one scale index a group want it of scales that follow the columns), "natural" as they
+            stand. Scales are fixed before, so all three store the same form.
         awq: before a block is quantized, divide input channels of its layers where that folds into
             the norm or linear before them, by the scale with the least error of plain rounding.
+        clip: before a min-max grid is fitted, clip every group at the share of its range that costs
+            least (AWQ's second step); the other grids are searched over their range anyway.
         magr: MagR's strength, in units of the weights: before the grid is fitted a layer's weight
             moves to where the range of its groups is smaller and its output almost the same. The
             paper takes 1e-3 per channel and 1e-4 for groups; 0 switches it off.
@@ -118,7 +130,9 @@ class QuantizeConfig(Config):
     row_aim: Literal["weight", "target"] = "weight"
     output_damping: float = Field(default=1.0, gt=0)
     grid: Literal["minmax", "mse", "positive", "diagonal", "conditional"] = "diagonal"
+    order: Literal["activation", "groups", "natural"] = "activation"
     awq: bool = False
+    clip: bool = False
     magr: float = Field(default=0.0, ge=0)
     refit: bool = False
     damping: Coefficients = Field(default=(0.01,), min_length=1)
@@ -158,14 +172,20 @@ class QuantizeConfig(Config):
             raise ValueError(f"mismatch does nothing with {self.method}; use gptaq or qep")
         if self.method == "rtn" and self.pull:
             raise ValueError("pull does nothing with rtn; use foem")
-        if self.method == "rtn" and self.refit:
-            raise ValueError("refit does nothing with rtn; use gptq")
+        if self.clip and self.grid != "minmax":
+            raise ValueError(
+                f"clip does nothing with grid {self.grid}, which is searched; use minmax"
+            )
+        for name in ("refit", "order"):
+            changed = getattr(self, name) != QuantizeConfig.model_fields[name].default
+            if self.method == "rtn" and changed:
+                raise ValueError(f"{name} does nothing with rtn; use gptq")
         if self.sequential:
             return self
         fields = QuantizeConfig.model_fields
         for name in (
-            "method", "mismatch", "pull", "pull_form", "true_sequential", "grid", "awq",
-            "magr", "refit", "damping",
+            "method", "mismatch", "pull", "pull_form", "true_sequential", "grid", "order", "awq",
+            "clip", "magr", "refit", "damping",
         ):  # fmt: skip
             if getattr(self, name) != fields[name].default:
                 raise ValueError(

@@ -3,8 +3,9 @@
 Every candidate is a `Feedback` (how much of the earlier layers' errors is repaired, how strongly
 the weights are pulled back) and a damping. All of them are fitted on the fitting tokens; where
 there are several, the one whose output on held-out tokens is nearest to the float network's is
-kept, for the loss on the fitting tokens always prefers the least regularised. Where MagR is asked
-for, all of them start from the weight it makes; what they are judged by is the weight itself.
+kept, for the loss on the fitting tokens always prefers the least regularised. Where MagR or AWQ's
+clip is asked for, all of them start from the weight it makes; what they are judged by is the weight
+itself.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from quantforge.methods.awq import clip_groups, search_clip
 from quantforge.methods.compensation import (
     FEEDBACKS,
+    GPTQ,
     PULLS,
     CrossTerms,
     Feedback,
@@ -45,10 +48,14 @@ class Choice:
     Attributes:
         feedback: member of the family.
         damping: of the gram.
+        act_order: take columns by decreasing diagonal of the gram.
+        group_width: columns of a group of so many stay together; None lets them mix.
     """
 
     feedback: Feedback
     damping: float
+    act_order: bool = True
+    group_width: int | None = None
 
     def __str__(self) -> str:
         parts = [f"damping {self.damping:g}"]
@@ -61,8 +68,13 @@ class Choice:
         return ", ".join(parts)
 
 
-def choices(config: QuantizeConfig) -> list[Choice]:
-    """Every allowed combination; the published coefficients where nothing else is asked for."""
+def choices(config: QuantizeConfig, group_width: int) -> list[Choice]:
+    """Every allowed combination; the published coefficients where nothing else is asked for.
+
+    Args:
+        config: method, its candidates, order of the columns.
+        group_width: weights of a row that share a scale.
+    """
     base = FEEDBACKS[config.method]
     strength = "target" if base.target else "mismatch"
     strengths = config.mismatch or (getattr(base, strength),)
@@ -77,6 +89,8 @@ def choices(config: QuantizeConfig) -> list[Choice]:
                 first_column=base.first_column and amount > 0,
             ),
             damping=damping,
+            act_order=config.order != "natural",
+            group_width=group_width if config.order == "groups" else None,
         )
         for amount, pull, damping in product(strengths, pulls, config.damping)
     ]
@@ -87,25 +101,29 @@ class Stage:
 
     def __init__(self, fitting: StageMoments, held_out: StageMoments | None) -> None:
         self.fitting, self.held_out = fitting, held_out
-        self._factors: dict[float, Factor] = {}
+        self._factors: dict[tuple[float, bool, int | None], Factor] = {}
         self._terms: dict[Choice, CrossTerms] = {}
 
-    def factor(self, damping: float) -> Factor:
-        """The gram's factor; made once."""
-        if damping not in self._factors:
-            self._factors[damping] = factorize(self.fitting.gram, damping=damping)
-        return self._factors[damping]
+    def factor(self, choice: Choice) -> Factor:
+        """The gram's factor with a choice's damping and order; made once."""
+        key = (choice.damping, choice.act_order, choice.group_width)
+        if key not in self._factors:
+            damping, act_order, width = key
+            self._factors[key] = factorize(
+                self.fitting.gram, damping=damping, act_order=act_order, group_width=width
+            )
+        return self._factors[key]
 
     def terms(self, choice: Choice) -> CrossTerms:
         """What a choice makes of the cross moment; made once."""
         if choice not in self._terms:
-            factor = self.factor(choice.damping)
+            factor = self.factor(choice)
             self._terms[choice] = cross_terms(self.fitting.cross, factor, choice.feedback)
         return self._terms[choice]
 
     def aim(self, weight: Tensor, choice: Choice) -> Tensor:
         """[out, in] what a weight should become if it were free, as far as a choice answers."""
-        factor, terms = self.factor(choice.damping), self.terms(choice)
+        factor, terms = self.factor(choice), self.terms(choice)
         if terms.mismatch is None or self.fitting.cross is None:
             return terms.target(weight)
         shift = target_shift(self.fitting.cross.float(), factor, choice.feedback.mismatch)
@@ -174,7 +192,9 @@ def quantize_layer(
         InputError: weight or moments hold NaN or Inf.
     """
     require_usable(weight)
-    factor = stage.factor(config.damping[0])
+    plain = Choice(feedback=GPTQ, damping=config.damping[0])
+    allowed = choices(config, spec.width(weight.shape[1])) if config.method != "rtn" else [plain]
+    factor = stage.factor(allowed[0])
     start = _shrunk(weight, stage, spec, config)
     scale, zero = fit_grid(start, factor, spec, config.grid)
     rounded = round_to_nearest(start, scale, spec, zero)
@@ -182,7 +202,6 @@ def quantize_layer(
         return Compensated(quantized=rounded, rounded=rounded, factor=factor, choice=None)
     best: Compensated | None = None
     least = torch.inf
-    allowed = choices(config)
     for choice in allowed:
         rows = _Rows(
             weight=weight, start=start, stage=stage, spec=spec, choice=choice, config=config
@@ -196,7 +215,7 @@ def quantize_layer(
             if outputs.factors
             else rows.quantize(slice(None))
         )
-        factor = stage.factor(choice.damping)
+        factor = stage.factor(choice)
         made = Compensated(quantized=quantized, rounded=rounded, factor=factor, choice=choice)
         error = _held_out_error(weight, stage, quantized, outputs) if len(allowed) > 1 else 0.0
         if best is None or error < least:
@@ -206,10 +225,13 @@ def quantize_layer(
 
 
 def _shrunk(weight: Tensor, stage: Stage, spec: QuantSpec, config: QuantizeConfig) -> Tensor:
-    """The weight after MagR, if that is asked for."""
-    if not config.magr:
-        return weight
-    return magr(weight, stage.fitting.gram, spec, strength=config.magr)
+    """The weight after MagR and after AWQ's clip, as far as they are asked for."""
+    gram = stage.fitting.gram
+    if config.magr:
+        weight = magr(weight, gram, spec, strength=config.magr)
+    if config.clip:
+        weight = clip_groups(weight, search_clip(weight, gram, spec))
+    return weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +240,7 @@ class _Rows:
 
     Attributes:
         weight: [out, in] the float weight.
-        start: [out, in] the same after MagR.
+        start: [out, in] the same after MagR and clip.
         stage: moments of the layer's input.
         spec: width, grouping and symmetry.
         choice: member and damping.
@@ -238,7 +260,7 @@ class _Rows:
         The grid is fitted to what is really rounded: the target, where it is not the weight.
         """
         start, feedback = self.start[rows], self.choice.feedback
-        factor, terms = self.stage.factor(self.choice.damping), self.stage.terms(self.choice)
+        factor, terms = self.stage.factor(self.choice), self.stage.terms(self.choice)
         rounded = terms.target(start) if carried is None else terms.target(start) + carried
         scale, zero = fit_grid(rounded, factor, self.spec, self.config.grid)
         made = compensate(

@@ -11,7 +11,9 @@ log-likelihood in each channel (`calibrate.fisher`): the weighted error is the i
 second order, up to correlations.
 
 The state with the least error on sequences that are not trained on is kept, the starting point
-included: this never makes a block worse on them.
+included: this never makes a block worse on them. Training may end early when such states no longer
+come (`patience`); the step sizes fall as if it did not, so that what is kept does not depend on it
+until then.
 """
 
 from __future__ import annotations
@@ -135,7 +137,10 @@ def refine_block(
     least = task.held_out_error({names[n]: w.dequantize(product) for n, w in start.items()})
     trained = {name: TrainableWeight.start(floats[name], start[name]) for name in start}
     order: list[int] = []
+    waited = 0
     for step in range(config.steps):
+        if config.patience and waited >= config.patience:
+            break
         if not order:
             order = torch.randperm(len(pieces), generator=generator).tolist()
         with frozen(task.block), torch.enable_grad():
@@ -149,6 +154,7 @@ def refine_block(
             reached = {name: one.finish() for name, one in trained.items()}
             rounded = {names[name]: one.dequantize(product) for name, one in reached.items()}
             error = task.held_out_error(rounded)
+            waited = 0 if error < least else waited + 1
             if error < least:
                 best, least = reached, error
     return best

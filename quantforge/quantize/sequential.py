@@ -11,19 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantforge.errors import InputError
+from quantforge.errors import InputError, UsageError
 from quantforge.format.store import CandidateStore
 from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.methods.awq import ChosenScale
 from quantforge.models import Model
 from quantforge.numerics import output_error, relative
 from quantforge.progress import Monitor, resumed
-from quantforge.quantize.config import QuantizeConfig
+from quantforge.quantize.config import QuantizeConfig, RoundingConfig
 from quantforge.quantize.layer import Compensated, Outputs, Stage, quantize_layer
 from quantforge.quantize.refine import refine_block
 from quantforge.quantize.resume import BLOCK, FinishedBlock, read_block, write_block
@@ -218,12 +219,13 @@ def quantize_sequentially(
         monitor.step("quantize", index + 1, len(blocks))
     if streams is None:
         return
+    learned = _learned_blocks(model.layers, predicted, config.rounding)
     for index in range(finished_blocks, len(blocks)):
         block = blocks[index]
         scaled = scale_block(model, index, plan, streams, config) if config.awq else {}
         pending = _compensate_block(model, index, plan, streams, config, output_grams, scaled)
         final = {one.layer.name: one.made.quantized for one in pending}
-        if config.rounding.steps > 0 and pending:
+        if index in learned and pending:
             prefix = f"{model.architecture.blocks}.{index}."
             importance = channel_weights[index]
             if not config.rounding.weighted:
@@ -252,6 +254,26 @@ def quantize_sequentially(
         if index + 1 < len(blocks):
             streams.advance(block)
         monitor.step("quantize", index + 1, len(blocks))
+
+
+def _learned_blocks(
+    layers: Sequence[LayerInfo], predicted: Mapping[str, float | None], config: RoundingConfig
+) -> set[int]:
+    """Blocks whose rounding is learned: those with the largest predicted losses.
+
+    Raises:
+        UsageError: not all blocks are to be taken, but nothing was predicted.
+    """
+    losses: dict[int, float] = {}
+    for layer in layers:
+        loss = predicted[layer.name]
+        if loss is None and config.steps and config.share < 1.0:
+            raise UsageError(
+                "rounding.share needs a plan that was searched: it goes by predicted losses"
+            )
+        losses[layer.block] = losses.get(layer.block, 0.0) + (loss or 0.0)
+    ranked = sorted(losses, key=lambda block: (-losses[block], block))
+    return set(ranked[: ceil(config.share * len(ranked))]) if config.steps else set()
 
 
 def _put_back(model: Model, index: int, done: FinishedBlock, streams: Streams | None) -> None:

@@ -38,6 +38,11 @@ def test_factor_is_the_root_of_the_inverse(act_order):
         assert (gram.diagonal()[factor.order].diff() <= 0).all()
 
 
+def test_groups_of_columns_stay_together_by_decreasing_mean():
+    gram = torch.diag(torch.tensor([1.0, 5.0, 2.0, 9.0, 4.0, 4.0, 8.0, 0.5, 3.0]))
+    assert factorize(gram, group_width=3).order.tolist() == [3, 4, 5, 6, 8, 7, 1, 2, 0]
+
+
 def test_conditional_importance_is_the_variance_left_by_later_columns():
     inputs = torch.randn(9, 60, generator=torch.Generator().manual_seed(2))
     gram = inputs @ inputs.T / 60

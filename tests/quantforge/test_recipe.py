@@ -286,6 +286,9 @@ def test_an_option_that_would_do_nothing_is_refused():
         ({"method": "foem", "pull": 0.0, "pull_form": "A"}, "pull_form does nothing"),
         ({"method": "foem", "pull": 0.01, "pull_form": "A"}, "pull 0.01 in form A diverges"),
         ({"rounding.latent_step": 0.1}, "rounding.latent_step does nothing with rounding.steps=0"),
+        ({"rounding.share": 0.5}, "rounding.share does nothing with rounding.steps=0"),
+        ({"clip": True}, "clip does nothing with grid diagonal, which is searched; use minmax"),
+        ({"method": "rtn", "order": "groups"}, "order does nothing with rtn; use gptq"),
         ({"tuning.steps": 0, "tuning.batch": 2}, "tuning.batch does nothing with tuning.steps=0"),
         ({"rounding.steps": 5, "rounding.batch": 8}, "rounding.batch=8 is more than batch_size=4"),
         ({"method": "rtn", "output_damping": 0.1}, "output_damping does nothing without feedback"),
@@ -307,9 +310,9 @@ def test_a_published_pull_is_that_of_its_form() -> None:
 
     for form, pull in (("A", 3e-4), ("B", 0.1), ("C", 0.1)):
         settings = {"quantize.method": "foem", "quantize.pull_form": form}
-        (found,) = choices(compose(Target(name="x", model="y"), settings=settings).quantize)
+        (found,) = choices(compose(Target(name="x", model="y"), settings=settings).quantize, 64)
         assert (found.feedback.pull, found.feedback.pull_form) == (pull, form)
-    (found,) = choices(compose(Target(name="x", model="y")).quantize)
+    (found,) = choices(compose(Target(name="x", model="y")).quantize, 64)
     assert found.feedback.pull == 0.0
 
 

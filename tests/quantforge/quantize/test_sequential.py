@@ -228,7 +228,7 @@ def test_choice_is_the_candidate_with_the_least_error_on_the_held_out_inputs(cou
     config = QuantizeConfig(method="qep", **grid)
     made = quantize_layer(weight, Stage(fitting, held_out), QuantSpec(3, 16), config, outputs)
     errors = {}
-    for choice in choices(config):
+    for choice in choices(config, 16):
         alone = config.model_copy(
             update={
                 "mismatch": (choice.feedback.target,),
