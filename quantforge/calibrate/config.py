@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from quantforge.config import Config
 
@@ -29,13 +29,18 @@ class CurvatureLimits(Config):
     Attributes:
         sequences: fitting sequences, one a pass.
         tokens: of each, from its beginning.
-        products: with the Hessian of all layers at once, at most ("hawq-v2").
-        layer_products: with the Hessian of one layer, for each of them, at most ("hawq").
+        trace: how "hawq-v2" finds traces: "joint" by Hutchinson's probes of all layers at once,
+            "hutch++" layer by layer.
+        eigenvalue: how "hawq" finds each layer's top eigenvalue.
+        products: with the Hessian of all layers at once, at most ("joint").
+        layer_products: with the Hessian of one layer, for each of them, at most (the others).
         tolerance: relative error at which products end earlier.
     """
 
     sequences: int = Field(default=2, ge=1)
     tokens: int = Field(default=128, ge=2)
+    trace: Literal["joint", "hutch++"] = "joint"
+    eigenvalue: Literal["lanczos", "power"] = "lanczos"
     products: int = Field(default=32, ge=2)
     layer_products: int = Field(default=6, ge=2)
     tolerance: float = Field(default=0.05, gt=0)
@@ -70,3 +75,22 @@ class CalibrateConfig(Config):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     damping: float = Field(default=0.01, ge=0)
     grid: Literal["minmax", "mse", "positive", "diagonal", "conditional"] = "diagonal"
+
+    @model_validator(mode="after")
+    def _used_or_refused(self) -> Self:
+        """A limit that the estimator would silently pass over is an error."""
+        unread = {
+            "hawq": {"trace", "products"},
+            "hawq-v2": {
+                "eigenvalue", "layer_products" if self.curvature.trace == "joint" else "products"
+            },
+        }.get(self.estimator, set(CurvatureLimits.model_fields))  # fmt: skip
+        for name in sorted(unread):
+            if getattr(self.curvature, name) != CurvatureLimits.model_fields[name].default:
+                raise ValueError(f"curvature.{name} does nothing with estimator {self.estimator}")
+        if (
+            self.estimator != "measured"
+            and self.probes != type(self).model_fields["probes"].default
+        ):
+            raise ValueError(f"probes does nothing with estimator {self.estimator}; use measured")
+        return self

@@ -200,19 +200,22 @@ def empirical_fisher(evidence: Evidence, network: Network) -> Scores:
 
 
 def hawq_v2(evidence: Evidence, network: Network) -> Scores:
-    """½ (tr H / n) ‖D‖² with the traces of all layers from the same probes."""
+    """½ (tr H / n) ‖D‖², the traces of all layers from the same probes or of each by Hutch++."""
     limits = network.config.curvature
+    joint = limits.trace == "joint"
     config = CurvatureConfig(
-        method="joint-trace", tolerance=limits.tolerance, max_products=limits.products
+        method="joint-trace" if joint else "trace",
+        tolerance=limits.tolerance,
+        max_products=limits.products if joint else limits.layer_products,
     )
     return _by_size(_curvature(network, config), evidence)
 
 
 def hawq(evidence: Evidence, network: Network) -> Scores:
-    """½ (λ / n) ‖D‖² with λ of each layer by Lanczos; the error is its residual."""
+    """½ (λ / n) ‖D‖², λ of each layer by Lanczos or power iteration; the error is its residual."""
     limits = network.config.curvature
     config = CurvatureConfig(
-        method="lanczos", tolerance=limits.tolerance, max_products=limits.layer_products
+        method=limits.eigenvalue, tolerance=limits.tolerance, max_products=limits.layer_products
     )
     return _by_size(_curvature(network, config), evidence)
 
@@ -291,6 +294,8 @@ def _backward_cost(extent: Extent) -> Cost:
 
 def _trace_cost(extent: Extent) -> Cost:
     limits = extent.config.curvature
+    if limits.trace != "joint":
+        return _layers_cost(extent)
     tokens = limits.sequences * min(limits.tokens, extent.length)
     return Cost(
         what=f"at most {limits.products} products with the Hessian over {tokens} tokens",
@@ -298,7 +303,7 @@ def _trace_cost(extent: Extent) -> Cost:
     )
 
 
-def _eigenvalue_cost(extent: Extent) -> Cost:
+def _layers_cost(extent: Extent) -> Cost:
     limits = extent.config.curvature
     tokens = limits.sequences * min(limits.tokens, extent.length)
     return Cost(
@@ -320,7 +325,7 @@ def _networks_cost(extent: Extent) -> Cost:
 ESTIMATORS.register("fisher")(Estimator(losses=fisher))
 ESTIMATORS.register("fisher-exact")(Estimator(losses=fisher_exact))
 ESTIMATORS.register("fisher-factored")(Estimator(losses=fisher_factored))
-ESTIMATORS.register("hawq")(Estimator(losses=hawq, cost=_eigenvalue_cost))
+ESTIMATORS.register("hawq")(Estimator(losses=hawq, cost=_layers_cost))
 ESTIMATORS.register("hawq-v2")(Estimator(losses=hawq_v2, cost=_trace_cost))
 ESTIMATORS.register("empirical-fisher")(Estimator(losses=empirical_fisher, cost=_backward_cost))
 ESTIMATORS.register("gram")(Estimator(losses=gram))

@@ -265,6 +265,24 @@ def test_one_coefficient_stands_for_a_list_of_one():
         compose(target, settings={"quantize.method": "gptq", "quantize.mismatch": 0.5})
 
 
+@pytest.mark.parametrize(
+    ("calibrate", "said"),
+    [
+        ({"curvature.tokens": 64}, "curvature.tokens does nothing with estimator fisher"),
+        ({"estimator": "hawq", "curvature.products": 9}, "products does nothing with estimator"),
+        ({"estimator": "hawq-v2", "curvature.eigenvalue": "power"}, "eigenvalue does nothing"),
+        ({"estimator": "hawq-v2", "curvature.layer_products": 9}, "layer_products does nothing"),
+        ({"probes": 9}, "probes does nothing with estimator fisher; use measured"),
+    ],
+)
+def test_limits_that_an_estimator_does_not_read_are_refused(calibrate, said):
+    settings = {f"calibrate.{key}": value for key, value in calibrate.items()}
+    with pytest.raises(UsageError, match=re.escape(said)):
+        compose(Target(name="x", model="y"), settings=settings)
+    traces = {"estimator": "hawq-v2", "curvature.trace": "hutch++", "curvature.layer_products": 9}
+    compose(Target(name="x", model="y"), settings={f"calibrate.{k}": v for k, v in traces.items()})
+
+
 def test_an_option_that_would_do_nothing_is_refused():
     for key, value in (
         ("method", "rtn"), ("grid", "mse"), ("damping", 0.1), ("rounding.steps", 9), ("awq", True),

@@ -1,5 +1,6 @@
 """Every estimator against closed forms, plain autograd, or the network it says it measures."""
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -23,11 +24,13 @@ from quantforge.testing import markov_tokens, tiny_llama, train
 from quantforge.types import QuantSpec
 
 SPECS = (QuantSpec(2, 32), QuantSpec(2), QuantSpec(3, 32), QuantSpec(3, 128), QuantSpec(4))
-CONFIG = CalibrateConfig(
-    precision="float32",
-    gradient_sequences=6,
-    gradient_batch=4,
-    curvature=CurvatureLimits(sequences=2, tokens=5, products=6, layer_products=3, tolerance=1e-9),
+# Limits of both curvature estimators at once, which a recipe for one of them could not hold.
+CONFIG = CalibrateConfig(precision="float32", gradient_sequences=6, gradient_batch=4).model_copy(
+    update={
+        "curvature": CurvatureLimits(
+            sequences=2, tokens=5, products=6, layer_products=3, tolerance=1e-9
+        )
+    }
 )
 
 
@@ -175,12 +178,20 @@ def test_the_empirical_fisher_takes_weights_alone_and_true_labels(evidence, netw
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "products"), [("hawq-v2", "joint-trace", 6), ("hawq", "lanczos", 3)]
+    ("name", "method", "products", "limits"),
+    [
+        ("hawq-v2", "joint-trace", 6, {}),
+        ("hawq-v2", "trace", 3, {"trace": "hutch++"}),
+        ("hawq", "lanczos", 3, {}),
+        ("hawq", "power", 3, {"eigenvalue": "power"}),
+    ],
 )
 def test_curvature_estimators_are_half_of_the_mean_times_the_squared_error(
-    evidence, network, tokens, name, method, products
+    evidence, network, tokens, name, method, products, limits
 ):
     known, _ = evidence
+    limits = {"curvature": CONFIG.curvature.model_copy(update=limits)}
+    network = with_config(network, config=CONFIG.model_copy(update=limits))
     before = network.model.module.config._attn_implementation
     curvature = measure_curvature(
         network.model,
@@ -249,5 +260,8 @@ def test_what_an_estimator_costs():
     assert costs["hawq-v2"].forward_tokens == 12 * 6 * 10
     assert costs["hawq"].forward_tokens == pytest.approx(14 * 1.4 * 3 * 10)
     assert "for each of 14 layers" in costs["hawq"].what
+    alone = CONFIG.curvature.model_copy(update={"trace": "hutch++"})
+    changed = replace(extent, config=CONFIG.model_copy(update={"curvature": alone}))
+    assert ESTIMATORS["hawq-v2"].cost(changed) == ESTIMATORS["hawq"].cost(changed)
     assert costs["measured"].forward_tokens == 56 * 100
     assert costs["empirical-fisher"].forward_tokens == 3 * 6 * 12
