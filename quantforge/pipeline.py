@@ -24,6 +24,7 @@ from quantforge.delivery import deliver, dry_run
 from quantforge.errors import UsageError
 from quantforge.evaluation import evaluate, generate, inspect, load
 from quantforge.frontier import frontier_report, write_frontier
+from quantforge.landscape import curvature
 from quantforge.opening import Source, configure, limit_of, open_job, target_of
 from quantforge.outcomes import ParetoReport, PlanReport, Report
 from quantforge.plan_file import GivenPlan
@@ -36,6 +37,7 @@ __all__ = [
     "bench",
     "check",
     "convert",
+    "curvature",
     "evaluate",
     "generate",
     "inspect",

@@ -83,6 +83,14 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         ("quantforge convert out --layout gptq -o out-gptq",),
     ),
     (
+        examining.curvature,
+        "curvature",
+        (
+            "quantforge curvature llama -o curvature.json",
+            "quantforge curvature ./my-model --layers '*.0.self_attn.*' --heads --labels expected",
+        ),
+    ),
+    (
         examining.check,
         "check",
         ("quantforge check out --server vllm --tp 2", "quantforge check out --json"),

@@ -63,7 +63,7 @@ def watched(*, visible: bool = True) -> Iterator[_Monitoring]:
         yield _Monitoring(progress=report, cancel=cancel)
 
 
-def _settings(pairs: list[str] | None, named: Mapping[str, Any]) -> dict[str, Any]:
+def recipe_keys(pairs: list[str] | None, named: Mapping[str, Any]) -> dict[str, Any]:
     """`--set` options, and over them the named options that are recipe keys, where given."""
     from quantforge.recipe import parse_settings
 
@@ -110,7 +110,7 @@ def plan(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(
+            settings=recipe_keys(
                 settings,
                 {
                     "model": override,
@@ -170,7 +170,7 @@ def pareto(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(
+            settings=recipe_keys(
                 settings,
                 {
                     "model": override,
@@ -233,7 +233,7 @@ def quantize(
             effort=effort.value,
             seed=seed,
             device=device,
-            settings=_settings(
+            settings=recipe_keys(
                 settings,
                 {
                     "model": override,
@@ -379,7 +379,7 @@ def profile(
     override: Override = None,
 ) -> None:
     """Time a model's shapes in every candidate on this machine, for budgets of latency."""
-    from quantforge.cli import render
+    from quantforge.cli import render_machine
 
     with watched() as monitoring:
         from quantforge import pipeline
@@ -392,12 +392,12 @@ def profile(
             backend=backend,
             repeats=repeats,
             device=device,
-            settings=_settings(settings, {"model": override}),
+            settings=recipe_keys(settings, {"model": override}),
             force=force,
             trust_remote_code=trust_remote_code,
             **monitoring,
         )
-    print_result("profile", report, json, partial(render.show_profile, report))
+    print_result("profile", report, json, partial(render_machine.show_profile, report))
 
 
 def bench(
@@ -417,7 +417,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure how fast a checkpoint runs on this CPU."""
-    from quantforge.cli import render
+    from quantforge.cli import render_machine
 
     with watched() as monitoring:
         from quantforge import pipeline
@@ -432,7 +432,7 @@ def bench(
             threads=threads,
             **monitoring,
         )
-    print_result("bench", report, json, partial(render.show_bench, report))
+    print_result("bench", report, json, partial(render_machine.show_bench, report))
 
 
 def fetch(

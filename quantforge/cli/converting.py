@@ -22,7 +22,7 @@ def convert(
     json: Json = False,
 ) -> None:
     """Write a checkpoint of one width, 4 or 8 bits, as GPTQ; codes and scales stay."""
-    from quantforge.cli import render
+    from quantforge.cli import render_machine
 
     with watched() as watch:
         from quantforge import pipeline
@@ -30,4 +30,4 @@ def convert(
         report = pipeline.convert(
             checkpoint, output=output, layout=layout.value, force=force, **watch
         )
-    print_result("convert", report, json, partial(render.show_convert, report))
+    print_result("convert", report, json, partial(render_machine.show_convert, report))

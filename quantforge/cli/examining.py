@@ -1,15 +1,88 @@
-"""The commands that look at what is there and change nothing: `check` and `doctor`."""
+"""The commands that look at what is there and change nothing."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quantforge.cli.commands import watched
-from quantforge.cli.options import Checkpoint, Json, Server
+from quantforge.cli.commands import recipe_keys, watched
+from quantforge.cli.options import (
+    Calibration,
+    Checkpoint,
+    Device,
+    Force,
+    Json,
+    Labels,
+    Model,
+    Override,
+    Seed,
+    Server,
+    Settings,
+    Trust,
+)
 from quantforge.cli.output import print_result
+
+
+def curvature(
+    model: Model,
+    *,
+    layers: Annotated[
+        str, typer.Option(metavar="PATTERN", help="Layers to look at, e.g. '*.5.mlp.*'.")
+    ] = "*",
+    labels: Annotated[
+        Labels,
+        typer.Option(
+            help="What the loss compares with: the text's next tokens, the network's distribution "
+            "(the Fisher information, never negative), or tokens drawn from it."
+        ),
+    ] = Labels.true,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of text.")] = 1,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Lanczos steps a start.")] = 6,
+    starts: Annotated[int, typer.Option(min=2, help="Random starts.")] = 2,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="Look at query projections head by head too.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The .json to write.")
+    ] = None,
+    seed: Seed = 0,
+    calibration: Calibration = None,
+    device: Device = "cpu",
+    settings: Settings = None,
+    json: Json = False,
+    force: Force = False,
+    trust_remote_code: Trust = False,
+    override: Override = None,
+) -> None:
+    """Measure the loss's curvature by layer: traces, top eigenvalues, distance from a minimum."""
+    from quantforge.cli import render_machine
+
+    with watched() as monitoring:
+        from quantforge import pipeline
+
+        report = pipeline.curvature(
+            model,
+            layers=layers,
+            labels=labels.value,
+            sequences=sequences,
+            tokens=tokens,
+            steps=steps,
+            starts=starts,
+            heads=heads,
+            calibration=calibration,
+            output=output,
+            seed=seed,
+            device=device,
+            settings=recipe_keys(settings, {"model": override}),
+            force=force,
+            trust_remote_code=trust_remote_code,
+            **monitoring,
+        )
+    print_result("curvature", report, json, partial(render_machine.show_curvature, report))
 
 
 def check(
@@ -25,14 +98,14 @@ def check(
 
     Exit code 3 where it does not.
     """
-    from quantforge.cli import render
+    from quantforge.cli import render_machine
     from quantforge.errors import InputError
 
     with watched():
         from quantforge import pipeline
 
         report = pipeline.check(checkpoint, server=server.value, tensor_parallel=tp)
-    print_result("check", report, json, partial(render.show_check, report))
+    print_result("check", report, json, partial(render_machine.show_check, report))
     if not report.loads:
         raise typer.Exit(InputError.exit_code)
 
@@ -42,13 +115,13 @@ def doctor(json: Json = False) -> None:
 
     Exit code 5 where quantforge cannot run.
     """
-    from quantforge.cli import render
+    from quantforge.cli import render_machine
     from quantforge.errors import ResourceError
 
     with watched():
         from quantforge.doctor import examine
 
         report = examine()
-    print_result("doctor", report, json, partial(render.show_doctor, report))
+    print_result("doctor", report, json, partial(render_machine.show_doctor, report))
     if not report.usable:
         raise typer.Exit(ResourceError.exit_code)

@@ -37,6 +37,14 @@ class Estimator(StrEnum):
     measured = "measured"
 
 
+class Labels(StrEnum):
+    """Values of `curvature --labels`; a test compares them with the function's."""
+
+    true = "true"
+    sampled = "sampled"
+    expected = "expected"
+
+
 class Server(StrEnum):
     """Programs whose loading rules are known; a test compares them with the rules."""
 

@@ -16,12 +16,12 @@ def print_result(
     command: str, result: Any, json: bool, show: Callable[[Console], None] | None = None
 ) -> None:
     """Write the whole result to stdout at once: a JSON document, or what `show` draws."""
-    from quantforge.cli import render
+    from quantforge.cli import drawing, render
 
     if json or show is None:
         write(render.json_document(command, result) + "\n")
         return
-    out = render.console()
+    out = drawing.console()
     with out.capture() as drawn:
         show(out)
     write("".join(f"{line.rstrip()}\n" for line in drawn.get().splitlines()))

@@ -9,24 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
+from quantforge.cli.drawing import add_row, pairs, print_table, table_of, warn
 from quantforge.cli.text import duration, estimate, number, one_line, size, with_error
 
 if TYPE_CHECKING:
-    from quantforge.latency import ProfileReport
+    from rich.console import Console
+
     from quantforge.outcomes import (
-        BenchReport,
-        CheckReport,
-        ConvertReport,
-        DoctorReport,
         EstimatorCost,
         EvaluationReport,
         FrontierPoint,
@@ -42,7 +38,6 @@ if TYPE_CHECKING:
     from quantforge.results import LayerReport, Quality, RefinementRound, SizeReport, TargetOutcome
 
 JSON_VERSION = 1
-_PIPE_WIDTH = 160
 
 
 def json_document(command: str, result: Any) -> str:
@@ -71,13 +66,6 @@ def to_plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def console(stream: TextIO | None = None) -> Console:
-    """Where results go: the terminal's width, or wide enough for module names in a pipe."""
-    stream = stream or sys.stdout
-    width = None if stream.isatty() else _PIPE_WIDTH
-    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
-
-
 def show_quantized(report: Report, out: Console) -> None:
     """What `quantize` made, how good it is, and how to use it."""
     rows = [
@@ -98,19 +86,19 @@ def show_quantized(report: Report, out: Console) -> None:
     if report.cheapest_uniform is not None:
         name, lowest = report.cheapest_uniform
         rows.append(("  cheapest uniform", f"KL {number(lowest)} nats ({name})"))
-    _pairs(rows, out)
+    pairs(rows, out)
     _specs([(layer.spec, None) for layer in report.layers], out)
     if report.curve:
-        table = _table("network", "stored bits", "held-out KL (nats)", "perplexity")
+        table = table_of("network", "stored bits", "held-out KL (nats)", "perplexity")
         for point in sorted(report.curve, key=lambda p: p.stored_bits):
             kl = with_error(point.quality.kl, point.quality.kl_stderr)
-            _row(
+            add_row(
                 table, point.name, f"{point.stored_bits:.3f}", kl, number(point.quality.perplexity)
             )
-        _print_table(table, out)
+        print_table(table, out)
     for generation in report.generations:
         out.line()
-        _pairs(
+        pairs(
             [
                 ("prompt", generation.prompt),
                 ("  float model", generation.reference),
@@ -118,7 +106,7 @@ def show_quantized(report: Report, out: Console) -> None:
             ],
             out,
         )
-    _warnings(report.warnings, out)
+    warn(report.warnings, out)
     if report.output:
         out.print(f"written to {one_line(report.output)}: see report.html there")
 
@@ -144,43 +132,45 @@ def show_plan(report: PlanReport, out: Console) -> None:
     if report.scratch_bytes:
         rows.append(("disk in the cache", size(report.scratch_bytes)))
     rows += [*_estimator_rows(report.sensitivity), *_work_rows(report.work)]
-    _pairs(rows, out)
+    pairs(rows, out)
     _specs([(layer.spec, layer.weights) for layer in report.layers], out)
     _layers(report.layers, out)
     if report.uniform:
-        table = _table("uniform plan", "stored bits", "predicted loss (nats)", "fits")
+        table = table_of("uniform plan", "stored bits", "predicted loss (nats)", "fits")
         for plan in report.uniform:
             fits = "yes" if plan.fits else "no"
-            _row(table, plan.name, f"{plan.stored_bits:.3f}", estimate(plan.predicted_loss), fits)
-        _print_table(table, out)
+            add_row(
+                table, plan.name, f"{plan.stored_bits:.3f}", estimate(plan.predicted_loss), fits
+            )
+        print_table(table, out)
     _servers(report.servers, out)
-    _warnings(report.warnings, out)
+    warn(report.warnings, out)
 
 
 def show_frontier(report: ParetoReport, out: Console) -> None:
     """The plans worth having, and the uniform networks beside them."""
-    _pairs([("model", report.source), ("calibration", report.calibration)], out)
+    pairs([("model", report.source), ("calibration", report.calibration)], out)
     measured = any(point.quality is not None for point in report.points)
     heads = ["checkpoint", "of 16 bits", "predicted KL (nats)"]
-    table = _table("stored bits", *heads, *(["measured KL (nats)"] if measured else []))
+    table = table_of("stored bits", *heads, *(["measured KL (nats)"] if measured else []))
     for point in report.points:
         share = point.checkpoint_bytes / max(report.reference_bytes, 1)
         loss = _predicted(point.plan.predicted_loss, point.predicted_error, unit="")
         cells = [size(point.checkpoint_bytes), f"{share:.1%}", loss]
-        _row(
+        add_row(
             table,
             f"{point.plan.stored_bits:.3f}",
             *cells,
             *([_measured(point)] if measured else []),
         )
-    _print_table(table, out)
+    print_table(table, out)
     if report.uniform:
-        table = _table("uniform network", "stored bits", "measured KL (nats)")
+        table = table_of("uniform network", "stored bits", "measured KL (nats)")
         for one in report.uniform:
             kl = with_error(one.quality.kl, one.quality.kl_stderr)
-            _row(table, one.name, f"{one.stored_bits:.3f}", kl)
-        _print_table(table, out)
-    _warnings(report.warnings, out)
+            add_row(table, one.name, f"{one.stored_bits:.3f}", kl)
+        print_table(table, out)
+    warn(report.warnings, out)
 
 
 def show_evaluation(report: EvaluationReport, out: Console) -> None:
@@ -203,8 +193,8 @@ def show_evaluation(report: EvaluationReport, out: Console) -> None:
         verdict = f"{side} within two standard errors" if side == "equal" else f"clearly {side}"
         rows.append(("KL difference", f"{with_error(gap.kl, gap.kl_stderr)} nats: {verdict}"))
         rows.append(("NLL difference", f"{with_error(gap.nll, gap.nll_stderr)} nats"))
-    _pairs(rows, out)
-    _warnings(report.warnings, out)
+    pairs(rows, out)
+    warn(report.warnings, out)
 
 
 def show_inspection(report: InspectReport, out: Console, *, layers: bool) -> None:
@@ -217,84 +207,11 @@ def show_inspection(report: InspectReport, out: Console, *, layers: bool) -> Non
     rows.append(("kept in 16 bits", f"{len(report.kept)} tensors"))
     versions = ", ".join(f"{name} {version}" for name, version in sorted(report.versions.items()))
     rows.append(("written with", versions or "unknown"))
-    _pairs(rows, out)
+    pairs(rows, out)
     _specs([(layer.spec, layer.weights) for layer in report.layers], out)
     if layers:
         _layers(report.layers, out)
-    _warnings(report.warnings, out)
-
-
-def show_bench(report: BenchReport, out: Console) -> None:
-    """Speeds, one row a way to run the checkpoint."""
-    rows = [
-        ("folder", report.model),
-        ("kernels", f"{report.instructions}, {report.threads} threads"),
-        ("memory reads", f"{size(report.read_bandwidth)}/s"),
-        ("tokens", f"{report.prompt_tokens} of prompt, {report.new_tokens} decoded"),
-    ]
-    _pairs(rows, out)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "prefill tok/s", "decode tok/s", "resident", "a token", "of the memory"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for row in report.rows:
-        share = row.share_of_bandwidth
-        table.add_row(
-            one_line(row.name),
-            f"{row.prefill_tokens_a_second:.1f}",
-            f"{row.decode_tokens_a_second:.1f}",
-            "" if row.resident_bytes is None else size(row.resident_bytes),
-            "" if row.bytes_a_token is None else size(row.bytes_a_token),
-            "" if share is None else f"{share:.0%}",
-        )
-    out.print(table)
-
-
-def show_check(report: CheckReport, out: Console) -> None:
-    """Whether a server loads a checkpoint."""
-    parts = "" if report.tensor_parallel == 1 else f", split among {report.tensor_parallel}"
-    _pairs(
-        [
-            ("folder", report.path),
-            ("matrices", f"{report.quantized} quantized, {report.kept} in 16 bits"),
-            ("server", f"{report.server}{parts}"),
-            ("loads", "yes" if report.loads else f"no, {len(report.problems)} problems"),
-        ],
-        out,
-    )
-    for problem in report.problems:
-        out.print(f"  {one_line(problem)}", soft_wrap=True)
-
-
-def show_convert(report: ConvertReport, out: Console) -> None:
-    """What was written in another layout."""
-    _pairs(
-        [
-            ("layout", report.layout),
-            ("layers", f"{report.layers}, all {report.spec}"),
-            ("folder", f"{report.output}, {size(report.size_bytes)}"),
-        ],
-        out,
-    )
-
-
-def show_doctor(report: DoctorReport, out: Console) -> None:
-    """What a machine offers."""
-    free = report.memory_free_bytes
-    rows = [(name, version) for name, version in report.versions.items()]
-    rows += [
-        ("devices", f"{', '.join(report.devices)}; {report.threads} threads"),
-        ("processor", report.instruction_set),
-        ("compiler", report.compiler),
-        *((f"kernel {name}", state) for name, state in report.kernels.items()),
-        ("cache", f"{report.cache}, {size(report.cache_bytes)}"),
-        ("free disk", size(report.disk_free_bytes)),
-        ("free memory", "unknown" if free is None else size(free)),
-        ("usable", "yes" if report.usable else "no"),
-    ]
-    _pairs(rows, out)
-    for kind, lines in (("problem", report.problems), ("note", report.notes)):
-        for line in lines:
-            out.print(f"{kind}: {one_line(line)}", soft_wrap=True)
+    warn(report.warnings, out)
 
 
 def _plan_rows(budget: str, stored: float, code: float) -> list[tuple[str, str]]:
@@ -390,26 +307,6 @@ def _latency_row(latency: LatencyReport) -> tuple[str, str]:
     )
 
 
-def show_profile(report: ProfileReport, out: Console) -> None:
-    """Times of this machine."""
-    rows = [
-        ("model", report.model),
-        ("machine", ", ".join(report.machine)),
-        ("kernels", f"{report.backend}, {report.dtype}, {report.threads} threads"),
-        ("batch", f"{report.batch}; medians of {report.repeats} rounds"),
-    ]
-    _pairs(rows, out)
-    table = _table("layer", "spec", "median (us)", "20 to 80 %", "of 16 bits")
-    kept = {(x.out_features, x.in_features): x.median for x in report.rows if x.spec == "kept"}
-    for row in report.rows:
-        shape = (row.out_features, row.in_features)
-        spread = f"{1e6 * row.p20:.1f} to {1e6 * row.p80:.1f}"
-        share = f"{row.median / kept[shape]:.0%}"
-        _row(table, "{} x {}".format(*shape), row.spec, f"{1e6 * row.median:.1f}", spread, share)
-    _print_table(table, out)
-    out.print(f"written to {one_line(report.output)}: give it to --latency-device")
-
-
 def _work_rows(work: WorkEstimate | None) -> list[tuple[str, str]]:
     if work is None:
         return []
@@ -428,8 +325,8 @@ def _servers(servers: Sequence[ServerSupport], out: Console) -> None:
     for head in ("loads in", "", "by its rules"):
         table.add_column(head, overflow="fold")
     for one in servers:
-        _row(table, one.name, "yes" if one.loads else "no", one.why)
-    _print_table(table, out)
+        add_row(table, one.name, "yes" if one.loads else "no", one.why)
+    print_table(table, out)
 
 
 def _specs(specs: Sequence[tuple[str, int | None]], out: Console) -> None:
@@ -441,11 +338,11 @@ def _specs(specs: Sequence[tuple[str, int | None]], out: Console) -> None:
     for spec, count in specs:
         weights[spec] += count or 0
     total = sum(weights.values())
-    table = _table("spec", "layers", *(["share of weights"] if total else []))
+    table = table_of("spec", "layers", *(["share of weights"] if total else []))
     for spec in sorted(layers, key=_spec_order):
         share = [f"{weights[spec] / total:.1%}"] if total else []
-        _row(table, spec, str(layers[spec]), *share)
-    _print_table(table, out)
+        add_row(table, spec, str(layers[spec]), *share)
+    print_table(table, out)
 
 
 def _spec_order(spec: str) -> tuple[int, str]:
@@ -457,43 +354,11 @@ def _layers(layers: Iterable[PlannedLayer], out: Console) -> None:
     rows = list(layers)
     estimated = any(layer.predicted_loss is not None for layer in rows)
     heads = ["spec", "weights", "stored bits", *(["predicted loss (nats)"] if estimated else [])]
-    table = _table("layer", *heads)
+    table = table_of("layer", *heads)
     for layer in rows:
         cells = [layer.spec, f"{layer.weights:,}", f"{layer.stored_bits:.3f}"]
         if estimated:
             loss = layer.predicted_loss
             cells.append("" if loss is None else number(loss))
-        _row(table, layer.name, *cells)
-    _print_table(table, out)
-
-
-def _pairs(rows: Iterable[tuple[str, str]], out: Console) -> None:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in rows:
-        grid.add_row(name, one_line(value))
-    out.print(grid)
-
-
-def _table(first: str, *numeric: str) -> Table:
-    """A plain table whose columns after the first are right-aligned."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(first, overflow="fold")
-    for name in numeric:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _row(table: Table, *cells: str) -> None:
-    table.add_row(*map(one_line, cells))
-
-
-def _print_table(table: Table, out: Console) -> None:
-    out.line()
-    out.print(table)
-
-
-def _warnings(warnings: Iterable[str], out: Console) -> None:
-    for warning in warnings:
-        out.print(f"warning: {one_line(warning)}", style="yellow")
+        add_row(table, layer.name, *cells)
+    print_table(table, out)

@@ -12,6 +12,7 @@ import pytest
 import quantforge
 from quantforge.cli.app import application
 from quantforge.cli.outcome import run
+from quantforge.landscape import CurvatureReport, LayerCurvature
 from quantforge.latency import ProfileReport, TimedLayer
 from quantforge.outcomes import (
     BenchReport,
@@ -239,6 +240,21 @@ def profile_report() -> ProfileReport:
     )
 
 
+def curvature_report() -> CurvatureReport:
+    def layer(name: str, trace: float, heads: tuple[float, ...] = ()) -> LayerCurvature:
+        return LayerCurvature(
+            name=name, weights=1000, trace=trace, trace_error=0.1 * trace, highest=0.25,
+            lowest=-0.125, extreme_ratio=0.5, negative_weight=0.375, negative_weight_error=0.01,
+            heads=heads, head_errors=tuple(0.01 for _ in heads),
+        )  # fmt: skip
+
+    return CurvatureReport(
+        model="llama", text="a text", sequences=1, length=128, labels="true", steps=6, starts=2,
+        products=24, layers=(layer("a.q_proj", 2.0, (0.25, 0.75)), layer("a.k_proj", 4.0)),
+        output="curvature.json",
+    )  # fmt: skip
+
+
 def bench_report() -> BenchReport:
     packed = SpeedRow(
         name="packed, exact",
@@ -273,7 +289,7 @@ def reports() -> types.SimpleNamespace:
     """The fixed reports, by name."""
     makers = (
         quantized_report, plan_report, pareto_report, evaluation_report, inspect_report,
-        profile_report, bench_report, check_report,
+        profile_report, bench_report, check_report, curvature_report,
     )  # fmt: skip
     return types.SimpleNamespace(**{maker.__name__: maker for maker in makers})
 
@@ -325,6 +341,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
         ("profile", profile_report),
         ("bench", bench_report),
         ("check", check_report),
+        ("curvature", curvature_report),
         ("convert", convert_report),
         ("generate", lambda: iter((" Paris", ".\n", "\x1b[2J"))),
     ):

@@ -7,7 +7,7 @@ import pytest
 
 COMMANDS = (
     "plan", "pareto", "quantize", "eval", "generate", "inspect", "profile", "bench", "convert",
-    "check", "doctor", "fetch",
+    "curvature", "check", "doctor", "fetch",
 )  # fmt: skip
 DEFAULTS = {
     "budget": "3bit",
@@ -112,6 +112,33 @@ def test_pareto_passes_its_own_options_and_no_budget(command, pipeline) -> None:
     assert passed(pipeline)[2]["settings"] == {"calibrate.estimator": "gram"}
     assert command("pareto", "llama", "--sensitivity", "guess").code == 2
     assert command("pareto", "llama", "--points", "1").code == 2
+
+
+def test_curvature_options_reach_the_pipeline(command, pipeline) -> None:
+    options = ("--labels", "expected", "--steps", "3", "--layers", "*.mlp.*", "--heads")
+    assert command("curvature", "llama", *options, "-o", "c.json", "--model", "m").code == 0
+    assert passed(pipeline) == (
+        "curvature",
+        ("llama",),
+        {
+            "layers": "*.mlp.*",
+            "labels": "expected",
+            "sequences": 1,
+            "tokens": 128,
+            "steps": 3,
+            "starts": 2,
+            "heads": True,
+            "calibration": None,
+            "output": Path("c.json"),
+            "seed": 0,
+            "device": "cpu",
+            "settings": {"model": "m"},
+            "force": False,
+            "trust_remote_code": False,
+        },
+    )
+    assert command("curvature", "llama", "--starts", "1").code == 2
+    assert command("curvature", "llama", "--labels", "other").code == 2
 
 
 def test_profile_options_reach_the_pipeline(command, pipeline) -> None:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from quantforge.cli import render, text
+from quantforge.cli import drawing, render, render_machine, text
 from quantforge.results import PairedDifference
 from quantforge.types import QuantSpec
 
 
 def drawn(show, *arguments, **options) -> list[str]:
     stream = io.StringIO()
-    show(*arguments, render.console(stream), **options)
+    show(*arguments, drawing.console(stream), **options)
     return [" ".join(line.split()) for line in stream.getvalue().splitlines()]
 
 
@@ -73,10 +73,19 @@ def test_plan_report_as_tables(reports) -> None:
 
 
 def test_profile_as_a_table(reports) -> None:
-    lines = drawn(render.show_profile, reports.profile_report())
+    lines = drawn(render_machine.show_profile, reports.profile_report())
     assert "64 x 32 3b-g32 10.0 5.0 to 20.0 25%" in lines
     assert "kernels auto, bfloat16, 2 threads" in lines
     assert lines[-1] == "written to here.json: give it to --latency-device"
+
+
+def test_curvature_as_tables_the_most_curved_layer_first(reports) -> None:
+    lines = drawn(render_machine.show_curvature, reports.curvature_report())
+    first = lines.index("a.k_proj 0.004 4.00 ± 0.40 0.25 -0.125 0.5 0.38")
+    assert lines[first + 1].startswith("a.q_proj 0.002 ")
+    assert "a.q_proj 75.0% 1 25.0% 0" in lines
+    assert "products 24: 2 starts of 6 steps a layer" in lines
+    assert lines[-1] == "written to curvature.json"
 
 
 def test_frontier_as_tables(reports) -> None:
@@ -213,7 +222,7 @@ def test_a_plan_that_was_not_searched_claims_no_loss(reports) -> None:
 
 
 def test_bench_shows_speeds_and_leaves_out_what_is_unknown(reports) -> None:
-    lines = drawn(render.show_bench, reports.bench_report())
+    lines = drawn(render_machine.show_bench, reports.bench_report())
     assert "kernels AVX2, 2 threads" in lines
     assert "memory reads 20.1 GB/s" in lines
     assert lines[-2:] == [

@@ -1,0 +1,267 @@
+"""The curvature of the loss, layer by layer, for people who want to see what plans rest on.
+
+Of every layer's diagonal block H of the Hessian, stochastic Lanczos quadrature gives a density of
+its eigenvalues with few products, and out of that one measurement come
+
+- the trace (HAWQ-V2, Dong et al. 2020) and its mean tr H / n, with a standard error over starts;
+- the largest eigenvalue (HAWQ, Dong et al. 2019): the largest Ritz value, a bound from below that
+  few steps reach because it stands far from the rest;
+- how far from a minimum the layer is: r_e = |λ_min / λ_max| and K_hn, the weight of negative
+  against positive curvature (Gabdullin's criteria, `methods.curvature.density`).
+
+Query projections can be looked at head by head (HeSS, `methods.curvature.heads`). The network is
+not quantized, so nothing here depends on candidates; `--sensitivity hawq` and `hawq-v2` turn the
+same numbers into predicted losses.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantforge.calibrate.curvature import Labels, LossHessian
+from quantforge.errors import UsageError
+from quantforge.files import write_json
+from quantforge.methods.curvature.density import SpectralDensity, spectral_density
+from quantforge.methods.curvature.heads import head_scores, head_traces
+from quantforge.methods.curvature.operator import Matvec
+from quantforge.models import Model
+from quantforge.opening import configure, open_job
+from quantforge.progress import Monitor, ProgressEvent
+from quantforge.types import LayerInfo
+
+DOCUMENT_VERSION = 1
+QUERIES = "q_proj"
+Progress = Callable[[ProgressEvent], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCurvature:
+    """One layer's diagonal block, in nats a token / weight².
+
+    Attributes:
+        name: module path.
+        weights: n.
+        trace: tr H.
+        trace_error: its standard error over starts.
+        highest: largest Ritz value.
+        lowest: smallest one; negative away from a minimum.
+        extreme_ratio: r_e; None where there is no positive curvature.
+        negative_weight: K_hn; None likewise.
+        negative_weight_error: its standard error over starts; None likewise.
+        heads: share of every query head in the layer's trace; empty where heads were not asked for,
+            or none of them has a positive trace.
+        head_errors: their standard errors.
+    """
+
+    name: str
+    weights: int
+    trace: float
+    trace_error: float
+    highest: float
+    lowest: float
+    extreme_ratio: float | None
+    negative_weight: float | None
+    negative_weight_error: float | None
+    heads: tuple[float, ...] = ()
+    head_errors: tuple[float, ...] = ()
+
+    @property
+    def mean_trace(self) -> float:
+        """Tr H / n, what HAWQ-V2 ranks layers by."""
+        return self.trace / self.weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurvatureReport:
+    """The outcome of `curvature`.
+
+    Attributes:
+        model: whose curvature.
+        text: where its tokens came from.
+        sequences: sequences that were read.
+        length: tokens of each.
+        labels: what the loss compares with.
+        steps: Lanczos steps a start.
+        starts: random starts.
+        products: products with the Hessian of a layer, of all layers together.
+        layers: in forward order.
+        output: the file that was written; None where none was.
+    """
+
+    model: str
+    text: str
+    sequences: int
+    length: int
+    labels: str
+    steps: int
+    starts: int
+    products: int
+    layers: tuple[LayerCurvature, ...]
+    output: str | None = None
+
+    def ranked(self) -> list[LayerCurvature]:
+        """Layers by decreasing mean trace: HAWQ-V2's order."""
+        return sorted(self.layers, key=lambda layer: -layer.mean_trace)
+
+
+def curvature(
+    model: str | Path,
+    *,
+    layers: str = "*",
+    labels: Labels = "true",
+    sequences: int = 1,
+    tokens: int = 128,
+    steps: int = 6,
+    starts: int = 2,
+    heads: bool = False,
+    calibration: str | Path | None = None,
+    output: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    settings: Mapping[str, Any] | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    cancel: threading.Event | None = None,
+) -> CurvatureReport:
+    """Measure spectra of layers' Hessians: traces, top eigenvalues, distance from a minimum.
+
+    Args:
+        model: recipe name, recipe file, folder, .gguf file or hub id.
+        layers: module paths to look at, as a shell pattern ("*.5.mlp.*").
+        labels: "true" for the text's next tokens, whose Hessian may be indefinite; "expected" for
+            the network's own distribution (the Fisher information, never negative), or "sampled".
+        sequences: fitting sequences; graphs of all of them are held at once.
+        tokens: of each, from its beginning.
+        steps: Lanczos steps a start.
+        starts: random starts, two at least.
+        heads: look at query projections head by head too, with as many products again.
+        calibration: text to read; None takes the recipe's.
+        output: .json file to write.
+        seed: of starts, probes and sampled labels.
+        device: where to compute.
+        settings: recipe keys.
+        force: replace the file.
+        trust_remote_code: let a hub model bring its own code.
+        progress: called after every layer.
+        cancel: once set, stops with `CancelledError`.
+
+    Raises:
+        InputError: the model or the text is missing or broken.
+        UsageError: a number is out of range, no layer has such a path, or the file is there.
+    """
+    path = None if output is None else Path(output)
+    _check(path, force, {"sequences": (sequences, 1), "tokens": (tokens, 2), "steps": (steps, 1),
+                         "starts": (starts, 2)})  # fmt: skip
+    recipe = configure(model, calibration=calibration, settings=settings)
+    monitor = Monitor(progress=progress, cancel=cancel)
+    job = open_job(
+        model, recipe, seed=seed, device=device, trust_remote_code=trust_remote_code,
+        monitor=monitor,
+    )  # fmt: skip
+    text = job.calibration.fitting[:sequences, :tokens]
+    chosen = [one for one in job.model.layers if fnmatchcase(one.name, layers)]
+    if not chosen:
+        raise UsageError(f"no layer matches {layers!r}; one is {job.model.layers[0].name}")
+    found, products = measure_layers(
+        job.model, text, chosen, labels=labels, steps=steps, starts=starts, heads=heads,
+        generator=torch.Generator(job.model.device).manual_seed(seed), monitor=monitor,
+    )  # fmt: skip
+    report = CurvatureReport(
+        model=job.model.source.name, text=job.calibration.description, sequences=len(text),
+        length=text.shape[1], labels=labels, steps=steps, starts=starts, products=products,
+        layers=found, output=None if path is None else str(path),
+    )  # fmt: skip
+    if path is not None:
+        write_json(path, {"format_version": DOCUMENT_VERSION, **asdict(report)})
+    return report
+
+
+def measure_layers(
+    model: Model,
+    tokens: torch.Tensor,
+    layers: Sequence[LayerInfo],
+    *,
+    labels: Labels,
+    steps: int,
+    starts: int,
+    heads: bool,
+    generator: torch.Generator,
+    monitor: Monitor,
+) -> tuple[tuple[LayerCurvature, ...], int]:
+    """The curvature of some layers, and the products it took; arguments as for `curvature`."""
+    hessian = LossHessian.of(
+        model, tokens, layers=layers, labels=labels, generator=generator, monitor=monitor
+    )
+    found, products = [], 0
+    with hessian.layer_blocks() as blocks:
+        for index, (layer, product) in enumerate(zip(layers, blocks, strict=True)):
+            density = spectral_density(
+                product, layer.numel, generator=generator, steps=steps, starts=starts
+            )
+            shares: tuple[list[float], list[float]] = ([], [])
+            if heads and layer.name.rpartition(".")[2] == QUERIES:
+                shares, spent = _heads(model, layer, product, steps * starts, generator)
+                products += spent
+            products += density.products
+            found.append(_summary(layer, density, *shares))
+            monitor.step("curvature", index + 1, len(layers), layer.name)
+    return tuple(found), products
+
+
+def _heads(
+    model: Model, layer: LayerInfo, product: Matvec, probes: int, generator: torch.Generator
+) -> tuple[tuple[list[float], list[float]], int]:
+    """Shares of the query heads with their errors, and the products it took."""
+    config: Any = model.module.config
+    traces = head_traces(
+        product, int(config.num_attention_heads), layer.out_features, layer.in_features,
+        generator=generator, max_probes=max(probes, 2),
+    )  # fmt: skip
+    if not (traces.values > 0).any():
+        return ([], []), traces.products
+    scores = head_scores(traces)
+    return (scores.values.tolist(), scores.standard_errors.tolist()), traces.products
+
+
+def _summary(
+    layer: LayerInfo, density: SpectralDensity, heads: list[float], errors: list[float]
+) -> LayerCurvature:
+    """What one density says."""
+    trace, criteria = density.trace(), density.criteria()
+    return LayerCurvature(
+        name=layer.name,
+        weights=layer.numel,
+        trace=trace.value,
+        trace_error=trace.standard_error,
+        highest=criteria.highest,
+        lowest=criteria.lowest,
+        extreme_ratio=_finite(criteria.extreme_ratio),
+        negative_weight=_finite(criteria.negative_weight),
+        negative_weight_error=_finite(criteria.negative_weight_error),
+        heads=tuple(heads),
+        head_errors=tuple(errors),
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _check(path: Path | None, force: bool, numbers: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a file that is no .json or there already, and numbers below their least."""
+    if path is not None and path.suffix != ".json":
+        raise UsageError(f"{path} is no .json file; give e.g. -o curvature.json")
+    if path is not None and path.exists() and not force:
+        raise UsageError(f"{path} exists; give another file, or --force to replace it")
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise UsageError(f"{name} must be {least} or more, got {value}")

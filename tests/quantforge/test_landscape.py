@@ -1,0 +1,123 @@
+"""`quantforge curvature`: against dense Hessians of single layers, and as a caller uses it."""
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+
+import quantforge
+from quantforge.calibrate import curvature as hessians
+from quantforge.calibrate.curvature import LossHessian
+from quantforge.cli.options import Labels
+from quantforge.errors import UsageError
+from quantforge.landscape import measure_layers
+from quantforge.load.huggingface import from_module
+from quantforge.progress import Monitor
+from quantforge.testing import markov_tokens, save_tiny_checkpoint, tiny_llama, train
+
+SETTINGS = {"calibration.sequences": 8, "calibration.sequence_length": 48}
+TEXT = "the quick brown fox jumps over the lazy dog " * 60
+
+
+@pytest.fixture(scope="module")
+def model():
+    shape = {"hidden": 16, "intermediate": 16, "blocks": 1, "heads": 2, "kv_heads": 1}
+    return from_module(train(tiny_llama(**shape), steps=20))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("landscape")
+    (folder / "text.txt").write_text(TEXT)
+    return save_tiny_checkpoint(folder / "model", blocks=2)
+
+
+def dense(model, layer, tokens, labels):
+    """[n, n] float64 the layer's diagonal block, a column a product."""
+    hessian = LossHessian.of(model, tokens, layers=[layer], labels=labels)
+    return torch.stack([hessian.product(unit) for unit in torch.eye(layer.numel)]).double()
+
+
+def measure(model, layers, tokens, **options):
+    settings = {"labels": "true", "steps": 24, "starts": 8, "heads": False} | options
+    return measure_layers(
+        model, tokens, layers, **settings, generator=torch.Generator().manual_seed(2),
+        monitor=Monitor(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", ["true", "expected"])
+def test_ends_trace_and_criteria_are_those_of_the_dense_hessian(model, labels):
+    tokens = markov_tokens(2, 12, seed=3)
+    layers = [one for one in model.layers if one.name.endswith(("k_proj", "down_proj"))]
+    found, products = measure(model, layers, tokens, labels=labels)
+    assert products == 2 * 24 * 8
+    for layer, one in zip(layers, found, strict=True):
+        exact = torch.linalg.eigvalsh(dense(model, layer, tokens, labels))
+        assert one.highest == pytest.approx(float(exact[-1]), rel=1e-3)
+        assert abs(one.trace - float(exact.sum())) < 4 * one.trace_error
+        assert one.trace_error < 0.3 * abs(one.trace)
+        assert one.weights == layer.numel
+        assert one.mean_trace == one.trace / layer.numel
+        if labels == "expected":
+            assert one.lowest > -1e-5 * one.highest
+            assert one.negative_weight < 0.05
+        else:
+            assert one.lowest == pytest.approx(float(exact[0]), rel=1e-2)
+            assert one.extreme_ratio == pytest.approx(abs(float(exact[0] / exact[-1])), rel=1e-2)
+            assert one.negative_weight > 0.05
+
+
+def test_head_shares_are_those_of_the_dense_hessian(model):
+    tokens = markov_tokens(2, 12, seed=3)
+    query = [one for one in model.layers if one.name.endswith("q_proj")]
+    (found,), products = measure(model, query, tokens, labels="expected", heads=True, steps=12)
+    diagonal = dense(model, query[0], tokens, "expected").diagonal()
+    exact = diagonal.view(2, -1).sum(1) / diagonal.sum()
+    assert sum(found.heads) == pytest.approx(1.0)
+    for share, error, expected in zip(found.heads, found.head_errors, exact, strict=True):
+        assert abs(share - float(expected)) < 4 * error + 0.01
+    assert products > 12 * 8
+
+
+def test_the_report_is_written_and_layers_are_ranked_by_mean_trace(source, tmp_path):
+    path = tmp_path / "curvature.json"
+    report = quantforge.curvature(
+        str(source), calibration=source.parent / "text.txt", layers="*.self_attn.*", output=path,
+        tokens=24, steps=3, heads=True, labels="expected", settings=SETTINGS,
+    )  # fmt: skip
+    assert [one.name.split(".")[2] for one in report.layers] == ["0"] * 4 + ["1"] * 4
+    assert (report.sequences, report.length) == (1, 24)
+    means = [one.mean_trace for one in report.ranked()]
+    assert means == sorted(means, reverse=True)
+    document = json.loads(path.read_text())
+    assert document["format_version"] == 1
+    assert [one["name"] for one in document["layers"]] == [one.name for one in report.layers]
+    assert len(document["layers"][0]["heads"]) == 4
+    again = quantforge.curvature(
+        str(source), calibration=source.parent / "text.txt", layers="*.self_attn.*", tokens=24,
+        steps=3, heads=True, labels="expected", settings=SETTINGS,
+    )  # fmt: skip
+    assert again.layers == report.layers  # the same seed
+
+
+def test_wrong_arguments_are_named_before_anything_is_loaded(source, tmp_path):
+    (tmp_path / "there.json").write_text("{}")
+    for options, said in (
+        ({"output": tmp_path / "there.json"}, "exists; give another file"),
+        ({"output": tmp_path / "x.txt"}, r"is no \.json file"),
+        ({"starts": 1}, "starts must be 2 or more, got 1"),
+        ({"tokens": 1}, "tokens must be 2 or more"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            quantforge.curvature("llama", **options)
+    with pytest.raises(UsageError, match=r"no layer matches 'x\*'; one is model.layers.0"):
+        quantforge.curvature(
+            str(source), calibration=source.parent / "text.txt", layers="x*",
+            settings=SETTINGS,
+        )  # fmt: skip
+
+
+def test_the_option_s_labels_are_the_function_s():
+    assert sorted(one.value for one in Labels) == sorted(get_args(hessians.Labels))
