@@ -41,14 +41,14 @@ _SUFFIXES = (".yaml", ".yml")
 EFFORTS: tuple[str, ...] = ("fast", "balanced", "best")
 
 
-# What an effort changes, below the recipe. "balanced" is the defaults themselves.
+# What an effort changes, below the recipe.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {
         "calibration": {"sequences": 48},
         "calibrate": {"gradient_sequences": 16},
         "quantize": {"sequential": False, "tuning": {"steps": 8}},
     },
-    "balanced": {},
+    "balanced": {"quantize": {"rounding": {"steps": 50}}},
     "best": {
         "search": {"refine": 3},
         "quantize": {"rounding": {"steps": 50}, "tuning": {"steps": 60}},

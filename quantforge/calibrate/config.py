@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from quantforge.config import Config
 
@@ -24,7 +24,8 @@ class CurvatureLimits(Config):
     """What the estimators that differentiate twice may take.
 
     Products with the Hessian take several forward passes over the text each, in float32, and hold
-    graphs of both derivatives: of one sequence at a time for "hawq-v2", of all for "hawq".
+    graphs of both derivatives: of one sequence at a time for "joint", of all for the others. A
+    recipe may hold limits of estimators that it does not name, for `--sensitivity`.
 
     Attributes:
         sequences: fitting sequences, one a pass.
@@ -75,22 +76,3 @@ class CalibrateConfig(Config):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     damping: float = Field(default=0.01, ge=0)
     grid: Literal["minmax", "mse", "positive", "diagonal", "conditional"] = "diagonal"
-
-    @model_validator(mode="after")
-    def _used_or_refused(self) -> Self:
-        """A limit that the estimator would silently pass over is an error."""
-        unread = {
-            "hawq": {"trace", "products"},
-            "hawq-v2": {
-                "eigenvalue", "layer_products" if self.curvature.trace == "joint" else "products"
-            },
-        }.get(self.estimator, set(CurvatureLimits.model_fields))  # fmt: skip
-        for name in sorted(unread):
-            if getattr(self.curvature, name) != CurvatureLimits.model_fields[name].default:
-                raise ValueError(f"curvature.{name} does nothing with estimator {self.estimator}")
-        if (
-            self.estimator != "measured"
-            and self.probes != type(self).model_fields["probes"].default
-        ):
-            raise ValueError(f"probes does nothing with estimator {self.estimator}; use measured")
-        return self

@@ -67,7 +67,7 @@ def configuration(task: Task) -> Recipe:
     """The recipe of the method."""
     from quantforge.recipe import compose, resolve_target
 
-    alone = {"quantize.output_feedback": False}  # as published
+    alone = {"quantize.output_feedback": False, "quantize.rounding.steps": 0}  # as published
     settings = {"quantize.batch_size": task.batch, **alone, **METHODS[task.method], **task.settings}
     return compose(resolve_target(task.model), settings=settings)
 

@@ -9,6 +9,7 @@ import torch
 from quantforge import recipe as recipes
 from quantforge import strict_yaml
 from quantforge.errors import InputError, UsageError
+from quantforge.quantize.config import QuantizeConfig, RoundingConfig
 from quantforge.recipe import Recipe, Target, compose, load_recipe, parse_settings, resolve_target
 
 
@@ -142,8 +143,9 @@ def test_a_path_in_the_home_folder_is_found(
         resolve_target("~/other")
 
 
-def test_balanced_is_the_defaults() -> None:
-    assert compose(Target(name="x")) == Recipe()
+def test_balanced_is_the_defaults_and_learned_rounding() -> None:
+    learned = QuantizeConfig(rounding=RoundingConfig(steps=50))
+    assert compose(Target(name="x")) == Recipe(quantize=learned)
     assert set(recipes.PRESETS) == set(recipes.EFFORTS)
     for effort in recipes.EFFORTS:
         compose(Target(name="x"), effort=effort)
@@ -265,24 +267,6 @@ def test_one_coefficient_stands_for_a_list_of_one():
         compose(target, settings={"quantize.method": "gptq", "quantize.mismatch": 0.5})
 
 
-@pytest.mark.parametrize(
-    ("calibrate", "said"),
-    [
-        ({"curvature.tokens": 64}, "curvature.tokens does nothing with estimator fisher"),
-        ({"estimator": "hawq", "curvature.products": 9}, "products does nothing with estimator"),
-        ({"estimator": "hawq-v2", "curvature.eigenvalue": "power"}, "eigenvalue does nothing"),
-        ({"estimator": "hawq-v2", "curvature.layer_products": 9}, "layer_products does nothing"),
-        ({"probes": 9}, "probes does nothing with estimator fisher; use measured"),
-    ],
-)
-def test_limits_that_an_estimator_does_not_read_are_refused(calibrate, said):
-    settings = {f"calibrate.{key}": value for key, value in calibrate.items()}
-    with pytest.raises(UsageError, match=re.escape(said)):
-        compose(Target(name="x", model="y"), settings=settings)
-    traces = {"estimator": "hawq-v2", "curvature.trace": "hutch++", "curvature.layer_products": 9}
-    compose(Target(name="x", model="y"), settings={f"calibrate.{k}": v for k, v in traces.items()})
-
-
 def test_an_option_that_would_do_nothing_is_refused():
     for key, value in (
         ("method", "rtn"), ("grid", "mse"), ("damping", 0.1), ("rounding.steps", 9), ("awq", True),
@@ -303,8 +287,14 @@ def test_an_option_that_would_do_nothing_is_refused():
         ({"pull_form": "B"}, "pull_form does nothing without a pull"),
         ({"method": "foem", "pull": 0.0, "pull_form": "A"}, "pull_form does nothing"),
         ({"method": "foem", "pull": 0.01, "pull_form": "A"}, "pull 0.01 in form A diverges"),
-        ({"rounding.latent_step": 0.1}, "rounding.latent_step does nothing with rounding.steps=0"),
-        ({"rounding.share": 0.5}, "rounding.share does nothing with rounding.steps=0"),
+        (
+            {"rounding.steps": 0, "rounding.latent_step": 0.1},
+            "rounding.latent_step does nothing with rounding.steps=0",
+        ),
+        (
+            {"rounding.steps": 0, "rounding.share": 0.5},
+            "rounding.share does nothing with rounding.steps=0",
+        ),
         ({"clip": True}, "clip does nothing with grid diagonal, which is searched; use minmax"),
         ({"method": "rtn", "order": "groups"}, "order does nothing with rtn; use gptq"),
         ({"tuning.steps": 0, "tuning.batch": 2}, "tuning.batch does nothing with tuning.steps=0"),
@@ -395,6 +385,8 @@ def test_the_best_effort_refines_where_there_is_something_to_refine(tmp_path: Pa
     assert compose(target, effort="best", settings=asked).search.refine == 1
     one_pass = compose(target, effort="best", settings={"quantize.sequential": False})
     assert one_pass.quantize.rounding.steps == 0
+    one_pass = compose(target, settings={"quantize.sequential": False})
+    assert (one_pass.quantize.rounding.steps, compose(target).quantize.rounding.steps) == (0, 50)
     recipe = resolve_target(write(tmp_path / "r.yaml", "search:\n  solver: uniform\n"))
     assert compose(recipe, effort="best").search.refine == 0
 

@@ -24,13 +24,11 @@ from quantforge.testing import markov_tokens, tiny_llama, train
 from quantforge.types import QuantSpec
 
 SPECS = (QuantSpec(2, 32), QuantSpec(2), QuantSpec(3, 32), QuantSpec(3, 128), QuantSpec(4))
-# Limits of both curvature estimators at once, which a recipe for one of them could not hold.
-CONFIG = CalibrateConfig(precision="float32", gradient_sequences=6, gradient_batch=4).model_copy(
-    update={
-        "curvature": CurvatureLimits(
-            sequences=2, tokens=5, products=6, layer_products=3, tolerance=1e-9
-        )
-    }
+CONFIG = CalibrateConfig(
+    precision="float32",
+    gradient_sequences=6,
+    gradient_batch=4,
+    curvature=CurvatureLimits(sequences=2, tokens=5, products=6, layer_products=3, tolerance=1e-9),
 )
 
 
