@@ -84,7 +84,9 @@ def test_dead_and_duplicate_inputs_are_reported(module, sequential):
             block.mlp.up_proj.weight[5] = 0.0  # down_proj never sees input 5
             for part in (block.mlp.up_proj, block.mlp.gate_proj):
                 part.weight[64:128] = part.weight[:64]  # and the rest twice
-    report = compiled(module, changes={"quantize.sequential": sequential})
+    # Learned rounding may give a row of zeros a use, and then these inputs are dead no more.
+    changes = {"quantize.sequential": sequential, "quantize.rounding.steps": 0}
+    report = compiled(module, changes=changes)
     warning = "2 layers have inputs that were always zero, first model.layers.0.mlp.down_proj"
     assert warning in report.warnings
     dead = {layer.name: layer.dead_columns for layer in report.layers if layer.dead_columns}

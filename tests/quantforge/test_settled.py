@@ -22,7 +22,11 @@ UNIFORM = {
     "evaluate.curve_windows": 2,
     "evaluate.tokens": 2,
 }
-PLAIN = UNIFORM | {"quantize.output_feedback": False, "quantize.tuning.steps": 0}
+PLAIN = UNIFORM | {
+    "quantize.output_feedback": False,
+    "quantize.rounding.steps": 0,
+    "quantize.tuning.steps": 0,
+}
 SMALL = {"calibration.sequences": 16, "calibration.sequence_length": 32}
 MEASURES = {"candidates", "measure uniform networks", "measure the plan"}
 

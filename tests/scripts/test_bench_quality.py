@@ -112,7 +112,10 @@ def test_rows_are_the_networks_of_a_compilation(bench):
     name, settings = "gptq+outputs+tuned:3b-g32", {"quantize.tuning.scale_step": 0.004}
     ((_, kl),) = bench(name, settings=settings)
     model, text = bench.folder / "model", bench.folder / "text.txt"
-    one = {"search.solver": "uniform", "quantize.method": "gptq", "quantize.output_feedback": True}
+    one = {
+        "search.solver": "uniform", "quantize.method": "gptq", "quantize.output_feedback": True,
+        "quantize.rounding.steps": 0,
+    }  # fmt: skip
     quantforge.quantize(
         model, calibration=text, settings=SMALL | settings | one, output=bench.folder / "out"
     )
