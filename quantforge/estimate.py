@@ -10,7 +10,7 @@ T fitting tokens, `quantize` makes
 - in³ a stage to factor the gram, out·in² a layer to feed errors along rows, and out²·in from row to
   row where that is on;
 - 4·(N + H) a tuned token: forward, again for the activations that were not kept, and backward twice
-  as much; the same 4·N a step of learned rounding;
+  as much; the same 4·N a step of learned rounding, N a held-out token that it is measured on;
 - N + 2·H a token that is measured.
 
 The search over scales, serial loops of compensation and the disk are not counted, so the time is a
@@ -18,8 +18,8 @@ lower bound: 22 s were estimated where a network of 6 blocks (10 M planned weigh
 tokens, two cores) took 36 s, and 0.76 GB where it took 0.84 GB.
 
 Memory is what the process holds now and what the largest stage adds: hidden states of the streams
-and of the float network, integers of all layers, and the larger of one block's grams and factors
-or of tuning's copy of the head, logits of a chunk and kept activations.
+and of the float network, integers of all layers, and the larger of one block's grams, factors and
+latents or of tuning's copy of the head, logits of a chunk and kept activations.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ from quantforge.capture import compute_in
 from quantforge.memory import peak_bytes, resident_bytes
 from quantforge.models import Model
 from quantforge.outcomes import WorkEstimate
+from quantforge.quantize.config import CROSS_METHODS
 from quantforge.quantize.tune import HEAD_CHUNK
 from quantforge.recipe import Recipe
 from quantforge.types import CalibrationSet, LayerInfo
 
 _MEASURED_WINDOWS = 3  # the plan, and before and after tuning, on `curve_windows` each
+_LEARNED = 12  # bytes a weight: latents, mean gradients, the weight and its gradient in 16 bits
 _SQUARES = 4  # of one stage: gram, cross moment, factor and work
 
 
@@ -107,13 +109,17 @@ def multiply_adds(shape: Shape, recipe: Recipe) -> int:
         for members in shape.stages:
             columns = members[0].in_features
             rows = sum(layer.out_features for layer in members)
-            total += shape.fitting * columns**2 * (1 + floats) + columns**3
+            moments = 1 + int(options.method in CROSS_METHODS)
+            total += shape.fitting * columns**2 * moments + columns**3
             if options.method != "rtn":
                 total += rows * columns**2
             if options.needs_output_grams:
                 total += sum(layer.out_features**2 for layer in members) * columns
-    rounding = options.rounding
-    rounded = int(rounding.share * rounding.steps * rounding.batch * shape.length)
+    rounding, rounded = options.rounding, 0
+    if rounding.steps:  # the start is measured too
+        checks = 1 + -(-rounding.steps // rounding.check_every)
+        trained = rounding.steps * rounding.batch * shape.length
+        rounded = int(rounding.share * (trained + checks * shape.held_out / 4))
     tuned = options.tuning.steps * options.tuning.batch * shape.length
     total += 4 * (rounded * shape.weights + tuned * (shape.weights + shape.head))
     scored = _MEASURED_WINDOWS * shape.curve + 2 * shape.held_out
@@ -144,11 +150,14 @@ def added_bytes(shape: Shape, recipe: Recipe) -> int:
     options = recipe.quantize
     streams = block = 0
     if options.sequential:
-        streams = 4 * shape.fitting * shape.hidden * (1 + int(options.needs_float_stream))
+        walking = shape.fitting + (shape.held_out if options.needs_held_out else 0)
+        streams = 4 * walking * shape.hidden * (1 + int(options.needs_float_stream))
         squares = max(layer.in_features**2 for layer in shape.layers)
         if options.needs_output_grams:
             squares += max(layer.out_features**2 for layer in shape.layers)
         block = 4 * _SQUARES * squares
+        if options.rounding.steps:
+            block += _LEARNED * sum(x.numel for x in shape.layers if x.block == 0)
     taught = 2 * shape.fitting * shape.hidden if options.tuning.steps else 0
     tuning = 0
     if options.tuning.steps:

@@ -10,8 +10,8 @@ its eigenvalues with few products, and out of that one measurement come
   against positive curvature (Gabdullin's criteria, `methods.curvature.density`).
 
 Query projections can be looked at head by head (HeSS, `methods.curvature.heads`). The network is
-not quantized, so nothing here depends on candidates; `--sensitivity hawq` and `hawq-v2` turn the
-same numbers into predicted losses.
+not quantized, so nothing here depends on candidates; `--sensitivity hawq` and `hawq-v2` predict
+losses from eigenvalues and traces that they measure themselves, within their own limits.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from quantforge.calibrate.curvature import Labels, LossHessian
 from quantforge.errors import UsageError
 from quantforge.files import write_json
+from quantforge.load.text import calibration_set
+from quantforge.loading import load_source
 from quantforge.methods.curvature.density import SpectralDensity, spectral_density
 from quantforge.methods.curvature.heads import head_scores, head_traces
 from quantforge.methods.curvature.operator import Matvec
 from quantforge.models import Model
-from quantforge.opening import configure, open_job
+from quantforge.opening import configure
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.types import LayerInfo
 
@@ -43,7 +45,7 @@ Progress = Callable[[ProgressEvent], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerCurvature:
+class LayerSpectrum:
     """One layer's diagonal block, in nats a token / weight².
 
     Attributes:
@@ -53,7 +55,8 @@ class LayerCurvature:
         trace_error: its standard error over starts.
         highest: largest Ritz value.
         lowest: smallest one; negative away from a minimum.
-        extreme_ratio: r_e; None where there is no positive curvature.
+        extreme_ratio: r_e; 0 where no curvature is negative (the smallest Ritz value is then no
+            estimate of λ_min), None where none is positive.
         negative_weight: K_hn; None likewise.
         negative_weight_error: its standard error over starts; None likewise.
         heads: share of every query head in the layer's trace; empty where heads were not asked for,
@@ -104,10 +107,10 @@ class CurvatureReport:
     steps: int
     starts: int
     products: int
-    layers: tuple[LayerCurvature, ...]
+    layers: tuple[LayerSpectrum, ...]
     output: str | None = None
 
-    def ranked(self) -> list[LayerCurvature]:
+    def ranked(self) -> list[LayerSpectrum]:
         """Layers by decreasing mean trace: HAWQ-V2's order."""
         return sorted(self.layers, key=lambda layer: -layer.mean_trace)
 
@@ -139,12 +142,13 @@ def curvature(
         layers: module paths to look at, as a shell pattern ("*.5.mlp.*").
         labels: "true" for the text's next tokens, whose Hessian may be indefinite; "expected" for
             the network's own distribution (the Fisher information, never negative), or "sampled".
-        sequences: fitting sequences; graphs of all of them are held at once.
-        tokens: of each, from its beginning.
-        steps: Lanczos steps a start.
+        sequences: of text; graphs of all of them are held at once.
+        tokens: of each.
+        steps: Lanczos steps a start, two at least.
         starts: random starts, two at least.
-        heads: look at query projections head by head too, with as many products again.
-        calibration: text to read; None takes the recipe's.
+        heads: look at query projections head by head too, with as many products again; not with
+            "true" labels, whose traces have no sign to share out.
+        calibration: text to read, from its beginning; None takes the recipe's.
         output: .json file to write.
         seed: of starts, probes and sampled labels.
         device: where to compute.
@@ -159,30 +163,52 @@ def curvature(
         UsageError: a number is out of range, no layer has such a path, or the file is there.
     """
     path = None if output is None else Path(output)
-    _check(path, force, {"sequences": (sequences, 1), "tokens": (tokens, 2), "steps": (steps, 1),
-                         "starts": (starts, 2)})  # fmt: skip
-    recipe = configure(model, calibration=calibration, settings=settings)
+    path = None if output is None else Path(output)
+    _check(path, force, labels, heads, {"sequences": (sequences, 1), "tokens": (tokens, 2),
+                                        "steps": (steps, 2), "starts": (starts, 2)})  # fmt: skip
+    # No more text than is read: one may have to be sampled. An eighth of it is held out.
+    enough = {"calibration.sequences": sequences + -(-sequences // 7)}
+    enough["calibration.sequence_length"] = tokens
+    recipe = configure(model, calibration=calibration, settings={**(settings or {}), **enough})
     monitor = Monitor(progress=progress, cancel=cancel)
-    job = open_job(
-        model, recipe, seed=seed, device=device, trust_remote_code=trust_remote_code,
-        monitor=monitor,
-    )  # fmt: skip
-    text = job.calibration.fitting[:sequences, :tokens]
-    chosen = [one for one in job.model.layers if fnmatchcase(one.name, layers)]
-    if not chosen:
-        raise UsageError(f"no layer matches {layers!r}; one is {job.model.layers[0].name}")
+    loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
+    chosen = _chosen(loaded, layers, heads)
+    data = calibration_set(recipe.calibration, loaded, seed=seed, monitor=monitor)
+    text = data.fitting[:sequences]
     found, products = measure_layers(
-        job.model, text, chosen, labels=labels, steps=steps, starts=starts, heads=heads,
-        generator=torch.Generator(job.model.device).manual_seed(seed), monitor=monitor,
+        loaded, text, chosen, labels=labels, steps=steps, starts=starts, heads=heads,
+        generator=torch.Generator(loaded.device).manual_seed(seed), monitor=monitor,
     )  # fmt: skip
     report = CurvatureReport(
-        model=job.model.source.name, text=job.calibration.description, sequences=len(text),
+        model=loaded.source.name, text=data.description, sequences=len(text),
         length=text.shape[1], labels=labels, steps=steps, starts=starts, products=products,
         layers=found, output=None if path is None else str(path),
     )  # fmt: skip
     if path is not None:
-        write_json(path, {"format_version": DOCUMENT_VERSION, **asdict(report)})
+        rows = [{**asdict(layer), "mean_trace": layer.mean_trace} for layer in found]
+        write_json(path, {"format_version": DOCUMENT_VERSION, **asdict(report), "layers": rows})
     return report
+
+
+def _chosen(model: Model, pattern: str, heads: bool) -> list[LayerInfo]:
+    """Layers that a pattern names.
+
+    Raises:
+        UsageError: there is none, or heads are asked for and none of them is a query projection
+            that splits into heads.
+    """
+    chosen = [one for one in model.layers if fnmatchcase(one.name, pattern)]
+    if not chosen:
+        raise UsageError(f"no layer matches {pattern!r}; one is {model.layers[0].name}")
+    config: Any = model.module.config
+    queries = [one for one in chosen if _is_query(one)]
+    if heads and (not queries or queries[0].out_features % int(config.num_attention_heads)):
+        raise UsageError(f"no layer of {pattern!r} is a query projection, {QUERIES}, with heads")
+    return chosen
+
+
+def _is_query(layer: LayerInfo) -> bool:
+    return layer.name.rpartition(".")[2] == QUERIES
 
 
 def measure_layers(
@@ -196,7 +222,7 @@ def measure_layers(
     heads: bool,
     generator: torch.Generator,
     monitor: Monitor,
-) -> tuple[tuple[LayerCurvature, ...], int]:
+) -> tuple[tuple[LayerSpectrum, ...], int]:
     """The curvature of some layers, and the products it took; arguments as for `curvature`."""
     hessian = LossHessian.of(
         model, tokens, layers=layers, labels=labels, generator=generator, monitor=monitor
@@ -208,7 +234,7 @@ def measure_layers(
                 product, layer.numel, generator=generator, steps=steps, starts=starts
             )
             shares: tuple[list[float], list[float]] = ([], [])
-            if heads and layer.name.rpartition(".")[2] == QUERIES:
+            if heads and _is_query(layer):
                 shares, spent = _heads(model, layer, product, steps * starts, generator)
                 products += spent
             products += density.products
@@ -234,17 +260,17 @@ def _heads(
 
 def _summary(
     layer: LayerInfo, density: SpectralDensity, heads: list[float], errors: list[float]
-) -> LayerCurvature:
+) -> LayerSpectrum:
     """What one density says."""
     trace, criteria = density.trace(), density.criteria()
-    return LayerCurvature(
+    return LayerSpectrum(
         name=layer.name,
         weights=layer.numel,
         trace=trace.value,
         trace_error=trace.standard_error,
         highest=criteria.highest,
         lowest=criteria.lowest,
-        extreme_ratio=_finite(criteria.extreme_ratio),
+        extreme_ratio=_extreme_ratio(criteria.lowest, criteria.highest),
         negative_weight=_finite(criteria.negative_weight),
         negative_weight_error=_finite(criteria.negative_weight_error),
         heads=tuple(heads),
@@ -252,12 +278,30 @@ def _summary(
     )
 
 
+def _extreme_ratio(lowest: float, highest: float) -> float | None:
+    return max(-lowest, 0.0) / highest if highest > 0 else None
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _check(path: Path | None, force: bool, numbers: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse a file that is no .json or there already, and numbers below their least."""
+def _check(
+    path: Path | None,
+    force: bool,
+    labels: str,
+    heads: bool,
+    numbers: Mapping[str, tuple[int, int]],
+) -> None:
+    """Refuse an unusable output file, unknown labels, and numbers below their least."""
+    if labels not in get_args(Labels):
+        raise UsageError(f"unknown labels {labels!r}; known: {', '.join(get_args(Labels))}")
+    if heads and labels == "true":
+        raise UsageError(
+            "heads share a trace that is not negative: give --labels expected or sampled with them"
+        )
+    if path is not None and path.is_dir():
+        raise UsageError(f"{path} is a folder; give a file")
     if path is not None and path.suffix != ".json":
         raise UsageError(f"{path} is no .json file; give e.g. -o curvature.json")
     if path is not None and path.exists() and not force:

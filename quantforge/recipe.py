@@ -18,9 +18,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from quantforge import strict_yaml
 from quantforge.calibrate.config import CalibrateConfig
@@ -90,6 +90,16 @@ class Recipe(Config):
     quantize: QuantizeConfig = QuantizeConfig()
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _predicted_or_refused(self) -> Self:
+        """What goes by predicted losses needs a search."""
+        if self.quantize.rounding.share < 1.0 and self.search.settled is not None:
+            raise ValueError(
+                "quantize.rounding.share needs a plan that was searched: it goes by predicted "
+                "losses; leave it at 1"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +230,8 @@ def compose(
         raise UsageError(f"unknown effort {effort!r}; known: {', '.join(PRESETS)}{close}")
     written = strict_yaml.read_mapping(target.recipe) if target.recipe else {}
     if target.recipe:
-        _validate(written, str(target.recipe))  # a fault of the file is reported with its name
+        # a fault of the file is reported with its name
+        _validate(_merge(_preset(effort, written), written), str(target.recipe))
     changes = _nested(settings or {})
     if target.model is not None:
         if changes.get("model") not in (None, target.model):

@@ -284,8 +284,8 @@ def settled(recipe: Recipe, name: str) -> Recipe:
             update["order"] = extra
         else:
             update |= {extra: True} if extra in ("awq", "clip", "refit") else {"grid": extra}
-    update["rounding"] = base.rounding.model_dump() | rounding
-    update["tuning"] = base.tuning.model_dump() | tuning
+    for key, part in (("rounding", rounding), ("tuning", tuning)):  # nothing of what is off
+        update[key] = (getattr(base, key).model_dump() if part["steps"] else {}) | part
     one = {
         "solver": "uniform",
         "bits": (spec.bits,),

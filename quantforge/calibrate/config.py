@@ -31,7 +31,7 @@ class CurvatureLimits(Config):
         sequences: fitting sequences, one a pass.
         tokens: of each, from its beginning.
         trace: how "hawq-v2" finds traces: "joint" by Hutchinson's probes of all layers at once,
-            "hutch++" layer by layer.
+            "hutch++" layer by layer, which wants some 24 products of each.
         eigenvalue: how "hawq" finds each layer's top eigenvalue.
         products: with the Hessian of all layers at once, at most ("joint").
         layer_products: with the Hessian of one layer, for each of them, at most (the others).

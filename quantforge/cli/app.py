@@ -87,7 +87,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         "curvature",
         (
             "quantforge curvature llama -o curvature.json",
-            "quantforge curvature ./my-model --layers '*.0.self_attn.*' --heads --labels expected",
+            "quantforge curvature ./my-model --layers '*.0.self_attn.*' --labels expected --heads",
         ),
     ),
     (

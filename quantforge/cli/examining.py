@@ -41,10 +41,13 @@ def curvature(
     ] = Labels.true,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences of text.")] = 1,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
-    steps: Annotated[int, typer.Option(min=1, help="Lanczos steps a start.")] = 6,
+    steps: Annotated[int, typer.Option(min=2, help="Lanczos steps a start.")] = 6,
     starts: Annotated[int, typer.Option(min=2, help="Random starts.")] = 2,
     heads: Annotated[
-        bool, typer.Option("--heads", help="Look at query projections head by head too.")
+        bool,
+        typer.Option(
+            "--heads", help="Query projections head by head too; not with the text's labels."
+        ),
     ] = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="The .json to write.")

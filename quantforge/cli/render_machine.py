@@ -123,9 +123,11 @@ def show_curvature(report: CurvatureReport, out: Console) -> None:
     for layer in report.ranked():
         trace = with_error(layer.trace, layer.trace_error)
         ends = (f"{layer.highest:.3g}", f"{layer.lowest:.3g}")
-        shares = [
-            "" if x is None else f"{x:.2g}" for x in (layer.extreme_ratio, layer.negative_weight)
-        ]
+        shares = ["", ""]
+        if layer.extreme_ratio is not None:
+            shares[0] = f"{layer.extreme_ratio:.2g}"
+        if layer.negative_weight is not None and layer.negative_weight_error is not None:
+            shares[1] = with_error(layer.negative_weight, layer.negative_weight_error)
         add_row(table, layer.name, f"{layer.mean_trace:.3g}", trace, *ends, *shares)
     print_table(table, out)
     headed = [layer for layer in report.layers if layer.heads]
@@ -133,10 +135,10 @@ def show_curvature(report: CurvatureReport, out: Console) -> None:
         heads = table_of("share of heads in the trace", "largest", "head", "smallest", "head")
         for layer in headed:
             most, least = max(layer.heads), min(layer.heads)
-            places = (layer.heads.index(most), layer.heads.index(least))
-            add_row(
-                heads, layer.name, f"{most:.1%}", str(places[0]), f"{least:.1%}", str(places[1])
-            )
+            cells = []
+            for place in (layer.heads.index(most), layer.heads.index(least)):
+                cells += [with_error(layer.heads[place], layer.head_errors[place]), str(place)]
+            add_row(heads, layer.name, *cells)
         print_table(heads, out)
     if report.output:
         out.print(f"written to {one_line(report.output)}")

@@ -106,7 +106,8 @@ class QuantizeConfig(Config):
         awq: before a block is quantized, divide input channels of its layers where that folds into
             the norm or linear before them, by the scale with the least error of plain rounding.
         clip: before a min-max grid is fitted, clip every group at the share of its range that costs
-            least (AWQ's second step); the other grids are searched over their range anyway.
+            least (AWQ's second step); the other grids are searched over their range anyway. Not
+            where targets or other rows move what is rounded away from the weight.
         magr: MagR's strength, in units of the weights: before the grid is fitted a layer's weight
             moves to where the range of its groups is smaller and its output almost the same. The
             paper takes 1e-3 per channel and 1e-4 for groups; 0 switches it off.
@@ -172,6 +173,11 @@ class QuantizeConfig(Config):
             raise ValueError(f"mismatch does nothing with {self.method}; use gptaq or qep")
         if self.method == "rtn" and self.pull:
             raise ValueError("pull does nothing with rtn; use foem")
+        if self.clip and (self.needs_output_grams or self.method in ("qep", "qronos")):
+            raise ValueError(
+                "clip needs a grid that is fitted to the clipped weight: use rtn, gptq, foem or "
+                "gptaq, with output_feedback=false"
+            )
         if self.clip and self.grid != "minmax":
             raise ValueError(
                 f"clip does nothing with grid {self.grid}, which is searched; use minmax"
@@ -214,6 +220,12 @@ class QuantizeConfig(Config):
             changed = [k for k, v in part.model_dump().items() if v != defaults[k] and k != "steps"]
             if part.steps == 0 and changed:
                 raise ValueError(f"{name}.{changed[0]} does nothing with {name}.steps=0")
+        checks = -(-self.rounding.steps // self.rounding.check_every)
+        if 0 < checks <= self.rounding.patience:
+            raise ValueError(
+                f"rounding.patience={self.rounding.patience} does nothing: {self.rounding.steps} "
+                f"steps are measured {checks} times; lower it, or rounding.check_every"
+            )
         if self.rounding.steps and self.rounding.batch > self.batch_size:
             raise ValueError(
                 f"rounding.batch={self.rounding.batch} is more than batch_size={self.batch_size}"

@@ -102,7 +102,7 @@ def _search(
     config: QuantizeConfig,
 ) -> ChosenScale:
     """The scale with the least rounding error, summed over the layers that read the channels."""
-    factor = factorize(gram, damping=config.damping[0])
+    factor = factorize(gram, damping=config.damping[0], act_order=config.order != "natural")
 
     def loss(scale: Tensor) -> float:
         return sum(

@@ -269,11 +269,12 @@ def _learned_blocks(
         loss = predicted[layer.name]
         if loss is None and config.steps and config.share < 1.0:
             raise UsageError(
-                "rounding.share needs a plan that was searched: it goes by predicted losses"
+                f"quantize.rounding.share goes by predicted losses, and there is none for "
+                f"{layer.name} in this plan: leave it at 1"
             )
         losses[layer.block] = losses.get(layer.block, 0.0) + (loss or 0.0)
     ranked = sorted(losses, key=lambda block: (-losses[block], block))
-    return set(ranked[: ceil(config.share * len(ranked))]) if config.steps else set()
+    return set(ranked[: ceil(config.share * len(ranked) - 1e-9)]) if config.steps else set()
 
 
 def _put_back(model: Model, index: int, done: FinishedBlock, streams: Streams | None) -> None:

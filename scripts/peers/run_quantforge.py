@@ -50,7 +50,7 @@ def main() -> None:
             model,
             plan,
             calibration,
-            dict.fromkeys(plan.assignment, 0.0),
+            dict.fromkeys(plan.assignment),
             recipe.quantize,
             channel_weights=weights,
             generator=torch.Generator().manual_seed(SEED),

@@ -64,6 +64,15 @@ def recipe(**quantize):
             {"true_sequential": True},
             6 * PASSES + 2 * GRAMS + FACTORS + ROWS + FEEDBACK,
         ),
+        (
+            {"method": "gptq", "rounding": {"steps": 6, "share": 0.5, "check_every": 4}},
+            3 * PASSES
+            + GRAMS
+            + FACTORS
+            + ROWS
+            + FEEDBACK
+            + (4 * 6 * LENGTH + 3 * HELD_OUT) // 2 * WEIGHTS,
+        ),
         ({"sequential": False, "steps": 5}, 4 * 5 * 2 * LENGTH * (WEIGHTS + HEAD)),
     ],
 )
@@ -81,6 +90,9 @@ def test_memory_in_closed_form(model, calibration):
     plain = recipe(method="gptq", output_feedback=False)
     assert added_bytes(shape, plain) == WEIGHTS + streams + 16 * 128**2
     assert added_bytes(shape, recipe()) == WEIGHTS + 2 * streams + 16 * 2 * 128**2
+    learned = recipe(rounding={"steps": 1})
+    walking = 2 * 4 * (FITTING + HELD_OUT) * 64
+    assert added_bytes(shape, learned) == 13 * WEIGHTS + walking + 16 * 2 * 128**2
     taught = 2 * FITTING * 64
     kept = 4 * LENGTH * (64 + 3 * 64 + 64 + 2 * 64 + 128 + 128 + 64 + 256 + 64)
     tuning = 2 * HEAD + 12 * 128 * 96 + kept

@@ -16,7 +16,6 @@ from quantforge.load.huggingface import from_module
 from quantforge.progress import Monitor
 from quantforge.testing import markov_tokens, save_tiny_checkpoint, tiny_llama, train
 
-SETTINGS = {"calibration.sequences": 8, "calibration.sequence_length": 48}
 TEXT = "the quick brown fox jumps over the lazy dog " * 60
 
 
@@ -62,6 +61,7 @@ def test_ends_trace_and_criteria_are_those_of_the_dense_hessian(model, labels):
         assert one.mean_trace == one.trace / layer.numel
         if labels == "expected":
             assert one.lowest > -1e-5 * one.highest
+            assert one.extreme_ratio < 1e-5
             assert one.negative_weight < 0.05
         else:
             assert one.lowest == pytest.approx(float(exact[0]), rel=1e-2)
@@ -85,7 +85,7 @@ def test_the_report_is_written_and_layers_are_ranked_by_mean_trace(source, tmp_p
     path = tmp_path / "curvature.json"
     report = quantforge.curvature(
         str(source), calibration=source.parent / "text.txt", layers="*.self_attn.*", output=path,
-        tokens=24, steps=3, heads=True, labels="expected", settings=SETTINGS,
+        tokens=24, steps=3, heads=True, labels="expected",
     )  # fmt: skip
     assert [one.name.split(".")[2] for one in report.layers] == ["0"] * 4 + ["1"] * 4
     assert (report.sequences, report.length) == (1, 24)
@@ -97,7 +97,7 @@ def test_the_report_is_written_and_layers_are_ranked_by_mean_trace(source, tmp_p
     assert len(document["layers"][0]["heads"]) == 4
     again = quantforge.curvature(
         str(source), calibration=source.parent / "text.txt", layers="*.self_attn.*", tokens=24,
-        steps=3, heads=True, labels="expected", settings=SETTINGS,
+        steps=3, heads=True, labels="expected",
     )  # fmt: skip
     assert again.layers == report.layers  # the same seed
 
@@ -109,14 +109,23 @@ def test_wrong_arguments_are_named_before_anything_is_loaded(source, tmp_path):
         ({"output": tmp_path / "x.txt"}, r"is no \.json file"),
         ({"starts": 1}, "starts must be 2 or more, got 1"),
         ({"tokens": 1}, "tokens must be 2 or more"),
+        ({"steps": 1}, "steps must be 2 or more"),
+        ({"output": tmp_path}, "is a folder; give a file"),
+        ({"labels": "fisher"}, "unknown labels 'fisher'; known: true, sampled, expected"),
+        ({"heads": True}, "give --labels expected or sampled"),
     ):
         with pytest.raises(UsageError, match=said):
             quantforge.curvature("llama", **options)
+
+
+def test_wrong_layers_are_named_before_a_text_is_read(source, tmp_path):
+    nowhere = tmp_path / "missing.txt"
     with pytest.raises(UsageError, match=r"no layer matches 'x\*'; one is model.layers.0"):
+        quantforge.curvature(str(source), calibration=nowhere, layers="x*")
+    with pytest.raises(UsageError, match=r"no layer of '\*\.mlp\.\*' is a query projection"):
         quantforge.curvature(
-            str(source), calibration=source.parent / "text.txt", layers="x*",
-            settings=SETTINGS,
-        )  # fmt: skip
+            str(source), calibration=nowhere, layers="*.mlp.*", heads=True, labels="sampled"
+        )
 
 
 def test_the_option_s_labels_are_the_function_s():

@@ -295,7 +295,15 @@ def test_an_option_that_would_do_nothing_is_refused():
             {"rounding.steps": 0, "rounding.share": 0.5},
             "rounding.share does nothing with rounding.steps=0",
         ),
-        ({"clip": True}, "clip does nothing with grid diagonal, which is searched; use minmax"),
+        (
+            {"clip": True, "grid": "minmax"},
+            "clip needs a grid that is fitted to the clipped weight",
+        ),
+        (
+            {"clip": True, "method": "rtn"},
+            "clip does nothing with grid diagonal, which is searched; use minmax",
+        ),
+        ({"rounding.patience": 3}, "patience=3 does nothing: 50 steps are measured 3 times"),
         ({"method": "rtn", "order": "groups"}, "order does nothing with rtn; use gptq"),
         ({"tuning.steps": 0, "tuning.batch": 2}, "tuning.batch does nothing with tuning.steps=0"),
         ({"rounding.steps": 5, "rounding.batch": 8}, "rounding.batch=8 is more than batch_size=4"),
@@ -311,6 +319,20 @@ def test_options_that_do_not_go_together_are_refused(
     settings = {f"quantize.{key}": value for key, value in quantize.items()}
     with pytest.raises(UsageError, match=re.escape(said)):
         compose(Target(name="x", model="y"), settings=settings)
+
+
+def test_a_recipe_file_may_refine_what_the_effort_switches_on(tmp_path: Path) -> None:
+    written = write(tmp_path / "r.yaml", "quantize: {rounding: {patience: 2}}\n")
+    assert compose(resolve_target(written)).quantize.rounding.patience == 2
+    with pytest.raises(UsageError, match=r"r\.yaml: quantize: rounding\.patience does nothing"):
+        compose(resolve_target(written), effort="fast")
+
+
+def test_a_share_of_the_blocks_needs_a_search() -> None:
+    settings = {"quantize.rounding.share": 0.5}
+    assert compose(Target(name="x", model="y"), settings=settings).quantize.rounding.share == 0.5
+    with pytest.raises(UsageError, match=r"rounding\.share needs a plan that was searched"):
+        compose(resolve_target("uniform-w3g64"), settings=settings | {"model": "./m"})
 
 
 def test_a_published_pull_is_that_of_its_form() -> None:
@@ -351,7 +373,7 @@ def test_a_paper_s_recipe_is_that_paper_s_setting_at_any_effort(name: str, effor
     assert not quantize.needs_output_grams
     assert quantize.tuning.steps == quantize.rounding.steps == 0
     assert (quantize.grid, quantize.damping) == ("minmax", (0.01,))
-    assert quantize.awq == name.startswith("awq")
+    assert quantize.awq == quantize.clip == name.startswith("awq")
     assert quantize.magr == (1e-3 if name.startswith("magr") else 0.0)
     rows = torch.arange(calibration.sequences).unsqueeze(1)
     fitting, _ = split_rows(rows, calibration.held_out_share)

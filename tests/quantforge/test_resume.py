@@ -30,6 +30,10 @@ THOROUGH = {
     "quantize.awq": True,
     "quantize.true_sequential": True,
     "quantize.rounding.steps": 3,
+    "quantize.rounding.check_every": 1,
+    "quantize.rounding.patience": 1,
+    "quantize.rounding.share": 0.5,
+    "quantize.order": "groups",
     "search.asymmetric": True,
 }
 

@@ -12,7 +12,7 @@ import pytest
 import quantforge
 from quantforge.cli.app import application
 from quantforge.cli.outcome import run
-from quantforge.landscape import CurvatureReport, LayerCurvature
+from quantforge.landscape import CurvatureReport, LayerSpectrum
 from quantforge.latency import ProfileReport, TimedLayer
 from quantforge.outcomes import (
     BenchReport,
@@ -241,8 +241,8 @@ def profile_report() -> ProfileReport:
 
 
 def curvature_report() -> CurvatureReport:
-    def layer(name: str, trace: float, heads: tuple[float, ...] = ()) -> LayerCurvature:
-        return LayerCurvature(
+    def layer(name: str, trace: float, heads: tuple[float, ...] = ()) -> LayerSpectrum:
+        return LayerSpectrum(
             name=name, weights=1000, trace=trace, trace_error=0.1 * trace, highest=0.25,
             lowest=-0.125, extreme_ratio=0.5, negative_weight=0.375, negative_weight_error=0.01,
             heads=heads, head_errors=tuple(0.01 for _ in heads),

@@ -94,7 +94,7 @@ class CountedTask(BlockTask):
 
 
 @pytest.mark.parametrize(
-    ("patience", "falls", "asked"), [(0, 0, 9), (2, 0, 3), (2, 3, 6), (9, 0, 9), (1, 8, 9)]
+    ("patience", "falls", "asked"), [(0, 0, 9), (2, 0, 3), (2, 3, 6), (1, 8, 9)]
 )
 def test_training_ends_when_the_error_stops_falling(patience, falls, asked):
     """Asked once at the start and once a step of eight, as long as patience lasts."""
@@ -148,6 +148,6 @@ def test_a_share_of_the_blocks_is_learned_those_that_lose_most(trained, most):
 
 
 def test_a_share_of_blocks_without_predictions_is_refused(trained):
-    with pytest.raises(UsageError, match=r"rounding\.share needs a plan that was searched"):
+    with pytest.raises(UsageError, match=r"rounding\.share goes by .* none for model\.layers\.0\."):
         quantize(trained, [None, None], RoundingConfig(steps=20, share=0.5))
     assert quantize(trained, [None, None], RoundingConfig(steps=20))
