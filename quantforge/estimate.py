@@ -14,8 +14,9 @@ T fitting tokens, `quantize` makes
 - N + 2·H a token that is measured.
 
 The search over scales, serial loops of compensation and the disk are not counted, so the time is a
-lower bound: 22 s were estimated where a network of 6 blocks (10 M planned weights, 8,000 fitting
-tokens, two cores) took 36 s, and 0.76 GB where it took 0.84 GB.
+lower bound, unless `rounding.patience` ends blocks early: 22 s were estimated where a network of 6
+blocks (10 M planned weights, 8,000 fitting tokens, two cores, no learned rounding) took 36 s, and
+0.76 GB where it took 0.84 GB.
 
 Memory is what the process holds now and what the largest stage adds: hidden states of the streams
 and of the float network, integers of all layers, and the larger of one block's grams, factors and

@@ -1,4 +1,4 @@
-"""Options of the quantize stage that are off by default: orders, clip, what is learned."""
+"""Options of the quantize stage: orders of columns, clip, which rounding is learned how long."""
 
 import copy
 
