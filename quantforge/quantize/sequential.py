@@ -20,6 +20,7 @@ from torch import Tensor
 from quantforge.errors import InputError, UsageError
 from quantforge.format.store import CandidateStore
 from quantforge.journal import NO_JOURNAL, Journal
+from quantforge.memory import release_freed
 from quantforge.methods.awq import ChosenScale
 from quantforge.models import Model
 from quantforge.numerics import output_error, relative
@@ -240,6 +241,7 @@ def quantize_sequentially(
             final = {prefix + name: weight for name, weight in refined.items()}
             for name, weight in final.items():
                 put_weight(model, name, weight.dequantize())
+            release_freed()  # latents and activations of the block, before the next one's
         done = FinishedBlock(
             weights=final,
             reports={
