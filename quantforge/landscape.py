@@ -38,6 +38,7 @@ from quantforge.models import Model
 from quantforge.opening import configure
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.types import LayerInfo
+from quantforge.workspace import check_json_file
 
 DOCUMENT_VERSION = 1
 QUERIES = "q_proj"
@@ -300,12 +301,8 @@ def _check(
         raise UsageError(
             "heads share a trace that is not negative: give --labels expected or sampled with them"
         )
-    if path is not None and path.is_dir():
-        raise UsageError(f"{path} is a folder; give a file")
-    if path is not None and path.suffix != ".json":
-        raise UsageError(f"{path} is no .json file; give e.g. -o curvature.json")
-    if path is not None and path.exists() and not force:
-        raise UsageError(f"{path} exists; give another file, or --force to replace it")
+    if path is not None:
+        check_json_file(path, force=force)
     for name, (value, least) in numbers.items():
         if value < least:
             raise UsageError(f"{name} must be {least} or more, got {value}")

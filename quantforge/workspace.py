@@ -42,6 +42,18 @@ def check_output(output: Path, *, force: bool, mark: str = "plan.json") -> None:
         raise UsageError(f"{output} was not written by quantforge; --force does not replace it")
 
 
+def check_json_file(path: Path, *, force: bool) -> None:
+    """Refuse a result's file that is no .json or is there already, before any work is done.
+
+    Raises:
+        UsageError: it is.
+    """
+    if path.suffix != ".json" or path.is_dir():
+        raise UsageError(f"{path} is no .json file; give e.g. -o result.json")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; give another file, or --force to replace it")
+
+
 @contextmanager
 def reserved(output: Path) -> Iterator[None]:
     """Keep other runs from writing `output` while the body runs.

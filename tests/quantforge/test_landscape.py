@@ -110,7 +110,7 @@ def test_wrong_arguments_are_named_before_anything_is_loaded(source, tmp_path):
         ({"starts": 1}, "starts must be 2 or more, got 1"),
         ({"tokens": 1}, "tokens must be 2 or more"),
         ({"steps": 1}, "steps must be 2 or more"),
-        ({"output": tmp_path}, "is a folder; give a file"),
+        ({"output": tmp_path}, r"is no \.json file"),
         ({"labels": "fisher"}, "unknown labels 'fisher'; known: true, sampled, expected"),
         ({"heads": True}, "give --labels expected or sampled"),
     ):
