@@ -275,15 +275,23 @@ class Job:
 
     @cached_property
     def reference(self) -> ReferenceOutputs:
-        """The float network on the held-out tokens; first used before anything changes it."""
+        """The float network on the held-out tokens; first used before anything changes it.
+
+        Its head is the network's own tensor as long as nothing changes that (`keep_float_head`).
+        """
         return ReferenceOutputs.collect(
             self.model.module,
             self.model.architecture,
             self.calibration.held_out,
             precision=self.recipe.evaluate.precision,
-            keep_head_copy=True,
+            keep_head_copy=bool(self.vocabulary),
             monitor=self.monitor,
         )
+
+    def keep_float_head(self) -> None:
+        """Let the reference have its own head from here on: the network's is about to change."""
+        if not self.vocabulary:  # else it has one already
+            self.reference = self.reference.with_own_head()
 
     @cached_property
     def float_continuations(self) -> tuple[str, ...]:

@@ -152,6 +152,7 @@ def write_checkpoint(
 def round_kept_tensors(job: Job, plan: BitPlan) -> None:
     """Give tensors that the plan does not quantize the values of the checkpoint, in place."""
     quantized = {f"{name}.weight" for name, spec in plan.assignment.items() if spec is not None}
+    job.keep_float_head()
     with torch.no_grad():
         for name, parameter in job.model.module.named_parameters():
             if name not in quantized:

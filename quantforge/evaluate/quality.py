@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class ReferenceOutputs:
             the storage dtype.
         scores: of the scored positions, flattened to [windows * (length - 1), ...].
         head: [vocabulary, hidden] weight of the reference's head; the model's own tensor unless
-            it was collected with `keep_head_copy`.
+            there is a copy (`with_own_head`).
         head_version: in-place changes the head had seen, by torch's count.
         bias: [vocabulary] of the head, or None.
         batch: windows the decoder ran at one time; `measure` uses the same, so that the reference
@@ -115,17 +115,25 @@ class ReferenceOutputs:
             if monitor is not None:
                 monitor.step("reference", min(start + batch, count), count)
         weight = head.weight.detach()
-        bias = None if head.bias is None else head.bias.detach()
-        if keep_head_copy:
-            weight, bias = weight.clone(), None if bias is None else bias.clone()
-        return cls(
+        made = cls(
             windows=tokens,
             hidden=hidden,
             scores=ReferenceScores.joined(parts),
             head=weight,
             head_version=weight._version,
-            bias=bias,
+            bias=None if head.bias is None else head.bias.detach(),
             batch=batch,
+        )
+        return made.with_own_head() if keep_head_copy else made
+
+    def with_own_head(self) -> ReferenceOutputs:
+        """The same with a copy of the head, for a network whose own will be changed in place."""
+        weight, bias = self.head.clone(), self.bias
+        return replace(
+            self,
+            head=weight,
+            head_version=weight._version,
+            bias=None if bias is None else bias.clone(),
         )
 
     @property
