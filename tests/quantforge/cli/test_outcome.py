@@ -131,8 +131,8 @@ from quantforge.progress import Monitor
 
 def quantize(model, *, output, progress, cancel, **options):
     staging = Path("staging.partial")
-    staging.mkdir()
     try:
+        staging.mkdir()  # inside: whoever waits for it may interrupt at once
         for step in range(200):
             Monitor(progress=progress, cancel=cancel).step("quantize", step, 200)
             time.sleep(0.05)
