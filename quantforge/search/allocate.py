@@ -16,7 +16,7 @@ from quantforge.search.choice import Choice, Costs, Limits, Losses
 from quantforge.search.config import SearchConfig
 from quantforge.search.interactions import pair_loss, pairwise_objective
 from quantforge.search.latency import LatencyModel, Times
-from quantforge.search.pairwise import local_search
+from quantforge.search.pairwise import least
 from quantforge.search.solvers import SOLVERS
 from quantforge.types import KEPT_BITS, BitPlan, LayerInfo, QuantSpec, Sensitivity
 
@@ -222,7 +222,7 @@ def _solve(
     """
     if sensitivity.interactions is not None:
         objective = pairwise_objective(loss, sensitivity.interactions, items)
-        return "pairwise", local_search(objective, costs, limits)
+        return "pairwise", least(objective, costs, limits)
     solver = config.solver
     if solver == "dynamic-program" and len(limits) > 1:
         solver = "integer-program"

@@ -94,7 +94,7 @@ def test_the_plan_is_the_best_of_all_with_interactions(bits, fused):
         if Fraction(cost, weights) <= budget.bits:
             best = min(best, quadratic(sensitivity, picks))
     assert plan.predicted_loss == pytest.approx(best)
-    assert plan.predicted_loss - plan.gap <= best + 1e-12
+    assert plan.gap == pytest.approx(0.0, abs=1e-12)  # few layers: branched over, with proof
     assert plan.stored_bits <= float(budget.bits)
 
 

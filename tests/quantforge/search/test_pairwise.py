@@ -5,7 +5,7 @@ import pytest
 
 from quantforge.search.knapsack import solve
 from quantforge.search.objective import GramObjective, PairwiseObjective
-from quantforge.search.pairwise import branch_and_bound, local_search
+from quantforge.search.pairwise import EXACT_ITEMS, branch_and_bound, least, local_search
 
 
 def pairwise(seed, items, candidates):
@@ -77,6 +77,23 @@ def test_local_search_ends_where_no_two_exchanges_help(kind, brute_force_objecti
         starts += objective.value(np.array(start.picks)) <= best + 1e-9
     assert found >= 10
     assert found > starts  # exchanges do find what the additive optimum misses
+
+
+def test_few_items_are_solved_exactly_and_many_by_exchanges(brute_force_objective):
+    beaten = 0
+    for seed in range(15):
+        objective = pairwise(seed, 6, 4)
+        costs = np.random.default_rng(seed).integers(0, 15, (1, 6, 4))
+        limits = [int(costs.mean(axis=2).sum() * 0.8)]
+        best = brute_force_objective(objective, costs, limits)
+        choice = least(objective, costs, limits)
+        assert choice.exact
+        assert choice.loss == pytest.approx(best)
+        beaten += choice.loss < local_search(objective, costs, limits).loss - 1e-9
+    assert beaten > 0
+    many = pairwise(0, EXACT_ITEMS + 1, 3)
+    costs = np.random.default_rng(0).integers(1, 9, (1, EXACT_ITEMS + 1, 3))
+    assert least(many, costs, [80]) == local_search(many, costs, [80])
 
 
 def test_two_exchanges_pay_for_each_other():
