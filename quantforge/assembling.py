@@ -127,6 +127,7 @@ def derivatives(
             head_gradient=toward(target),
             monitor=monitor,
             errors=errors,
+            scratch=store.folder,
         )
     if found.products is None:
         raise ValueError("there is no layer in any block")

@@ -24,11 +24,13 @@ from quantforge.calibrate.artefact import (
     load_evidence,
     load_output_gram,
     load_sensitivity,
+    load_token_squares,
     load_traces,
     save_curve,
     save_evidence,
     save_output_gram,
     save_sensitivity,
+    save_token_squares,
     save_traces,
 )
 from quantforge.calibrate.candidates import final_hidden, quantize_candidates, weight_errors
@@ -57,10 +59,11 @@ from quantforge.search.interactions import shrunk_interactions
 from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantSpec, Sensitivity
 
 # Raised with every change of what calibration computes: older measurements are then not used.
-MEASUREMENT_VERSION = 8
+MEASUREMENT_VERSION = 9
 CANDIDATES = "candidates"
 TRACES = "traces.safetensors"
 OUTPUT_GRAMS = "output_grams"
+TOKEN_SQUARES = "tokens.safetensors"
 UNIFORM = "uniform.json"
 EVIDENCE = "evidence.safetensors"
 JOURNAL = "journal"
@@ -74,12 +77,14 @@ class Needs:
 
     Attributes:
         output_grams: for feedback between rows.
+        token_squares: for grams that count tokens by what the loss feels of them.
         channel_weights: for the loss of learned rounding.
         final_hidden: for tuning, whose target is the float network's distribution, and for
             the head.
     """
 
     output_grams: bool
+    token_squares: bool
     channel_weights: bool
     final_hidden: bool
 
@@ -88,6 +93,7 @@ class Needs:
         """What this configuration reads; `vocabulary`: embedding or head are quantized."""
         return cls(
             output_grams=config.needs_output_grams,
+            token_squares=config.weighs_tokens,
             channel_weights=config.rounding.steps > 0 and config.rounding.weighted,
             final_hidden=config.tuning.steps > 0 or vocabulary,
         )
@@ -95,7 +101,12 @@ class Needs:
     @property
     def anything(self) -> bool:
         """Whether a network has to be run at all."""
-        return self.output_grams or self.channel_weights or self.final_hidden
+        return self.gradients or self.final_hidden
+
+    @property
+    def gradients(self) -> bool:
+        """Whether it has to be run backwards."""
+        return self.output_grams or self.token_squares or self.channel_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +143,7 @@ class Calibrator:
             [str(spec) for spec in specs],
             self.recipe.evaluate.model_dump(mode="json", exclude={"prompts", "tokens"}),
             self.recipe.quantize.needs_output_grams,
+            self.recipe.quantize.weighs_tokens,
         )
         name = self._sensitivity_name()
         make = partial(self._estimate, specs, fingerprint(key, name), name)
@@ -207,6 +219,8 @@ class Calibrator:
             errors=network.errors,
             rows={one.layer.name: one.rows for one in errors},
         )
+        if self.recipe.quantize.weighs_tokens:
+            self._keep_token_squares(folder, found.tokens)
         save_traces(found.channels, final, folder / TRACES)
         evidence = Evidence.of(errors, found, specs, self.calibration.fitting.shape[1])
         release_freed()
@@ -249,8 +263,10 @@ class Calibrator:
         """Fill a folder for `settled`."""
         weights: tuple[Tensor, ...] = ()
         with StageTimer(self.timings, "calibrate"):
-            if needs.output_grams or needs.channel_weights:
+            if needs.gradients:
                 found = self.gradients(folder, coupled=needs.output_grams)
+                if needs.token_squares:
+                    self._keep_token_squares(folder, found.tokens)
                 release_freed()
                 weights = found.channels if needs.channel_weights else ()
             final = torch.empty(0)
@@ -283,6 +299,7 @@ class Calibrator:
             final_hidden=final,
             uniform=tuple(point for point in uniform if point.name in names),
             output_grams=partial(load_output_gram, folder / OUTPUT_GRAMS),
+            token_squares=partial(load_token_squares, folder / TOKEN_SQUARES),
             evidence=partial(load_evidence, folder / EVIDENCE),
             factors=factors,
         )
@@ -296,13 +313,16 @@ class Calibrator:
             channels, final = load_traces(folder / TRACES)
         if not needs.channel_weights:
             channels = (torch.ones(self._hidden_features()),) * len(self._block_names())
-        grams = None
+        grams = squares = None
         if folder is not None and needs.output_grams:
             grams = partial(load_output_gram, folder / OUTPUT_GRAMS)
+        if folder is not None and needs.token_squares:
+            squares = partial(load_token_squares, folder / TOKEN_SQUARES)
         return Measurement(
             channel_weights=tuple(weight.to(device) for weight in channels),
             final_hidden=final if needs.final_hidden else None,
             output_grams=grams,
+            token_squares=squares,
         )
 
     def _measure_uniform(
@@ -325,32 +345,49 @@ class Calibrator:
         self,
         folder: Path,
         *,
-        coupled: bool,
+        coupled: bool = False,
+        first: int = 0,
         errors: Callable[[LayerInfo], Tensor] | None = None,
         rows: Mapping[str, Tensor] | None = None,
     ) -> GradientStatistics:
-        """One backward pass; see `gradient_statistics`.
+        """One backward pass over `gradient_sequences`; see `gradient_statistics`.
 
         Args:
             folder: of the measurement; receives output grams, and hidden states meanwhile.
             coupled: whether output grams are wanted.
+            first: fitting sequence to begin with.
             errors: gives D of a layer's candidates.
             rows: output errors of a layer's candidates, row by row.
         """
         options = self.recipe.calibrate
+        generator = torch.Generator(self.model.device).manual_seed(self.seed + first)
         return gradient_statistics(
             self.model,
-            self.calibration.fitting[: options.gradient_sequences],
+            self.calibration.fitting[first : first + options.gradient_sequences],
             batch_size=options.gradient_batch,
             precision=options.precision,
-            head_gradient=sampled_labels(torch.Generator(self.model.device).manual_seed(self.seed)),
+            head_gradient=sampled_labels(generator),
             monitor=self.monitor,
             keep_gram=partial(save_output_gram, folder / OUTPUT_GRAMS) if coupled else None,
             errors=errors,
             rows=rows,
             scratch=folder,
-            journal=Journal(folder / JOURNAL),
+            journal=Journal(folder / JOURNAL / str(first)),
+            stage="token gradients" if first else "gradients",
         )
+
+    def _keep_token_squares(self, folder: Path, known: Mapping[str, Tensor]) -> None:
+        """Write what the loss feels of every fitting token.
+
+        Args:
+            folder: of the measurement.
+            known: of the first pass's sequences; the others are run here, as many at a time.
+        """
+        count = self.recipe.calibrate.gradient_sequences
+        others = range(count, len(self.calibration.fitting), count)
+        parts = [known, *(self.gradients(folder, first=first).tokens for first in others)]
+        squares = {name: torch.cat([part[name] for part in parts]) for name in known}
+        save_token_squares(squares, folder / TOKEN_SQUARES)
 
     def _hidden_features(self) -> int:
         embedding: Any = self.model.module.get_submodule(self.model.architecture.embedding)

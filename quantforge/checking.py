@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from quantforge.errors import UsageError
-from quantforge.export.servers import EMBEDDINGS, SERVERS, fused_group, violations
+from quantforge.export.servers import (
+    EMBEDDINGS,
+    SERVERS,
+    fused_group,
+    head_problems,
+    violations,
+)
 from quantforge.format.checkpoint import TensorReader, open_checkpoint
 from quantforge.outcomes import CheckReport
 from quantforge.types import LayerInfo, QuantSpec
@@ -47,7 +53,7 @@ def check(checkpoint: str | Path, *, server: str = "vllm", tensor_parallel: int 
             assignment[layer] = None
             layers.append(_layer(layer, *entry.shape, tied=tied))
     problems = violations(rule, layers, assignment, tensor_parallel)
-    problems += _heads(opened.config, tensor_parallel)
+    problems += head_problems(opened.config, tensor_parallel)
     return CheckReport(
         path=str(checkpoint),
         server=rule.name,
@@ -74,15 +80,3 @@ def _layer(name: str, outputs: int, inputs: int, *, tied: bool) -> LayerInfo:
         stage=0,
         fused_group=fused_group(name),
     )
-
-
-def _heads(config: Any, parts: int) -> list[str]:
-    """Heads are never cut: each device has whole ones, or a copy of one of keys and values."""
-    heads = config.get("num_attention_heads")
-    shared = config.get("num_key_value_heads", heads)
-    found = []
-    if isinstance(heads, int) and heads % parts:
-        found.append(f"{heads} attention heads do not split into {parts}")
-    if isinstance(shared, int) and shared % parts and parts % shared:
-        found.append(f"{shared} heads of keys and values do not split into {parts}")
-    return found

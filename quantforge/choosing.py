@@ -314,8 +314,8 @@ class PlanChooser:
         inside = make_plan(blocks, specs, budget=plan.budget, solver=plan.solver)
         recipe = self.recipe
         key = fingerprint(
-            plan_to_dict(plan), budget.text, limit, recipe.calibrate.model_dump(),
-            recipe.search.model_dump(), recipe.evaluate.model_dump(),
+            plan_to_dict(plan), budget.text, limit, repr(self.latency), recipe.export.shard_bytes,
+            recipe.calibrate.model_dump(), recipe.search.model_dump(), recipe.evaluate.model_dump(),
         )  # fmt: skip
 
         def look() -> Refined:

@@ -195,6 +195,7 @@ class Job:
                 generator=torch.Generator().manual_seed(self.seed),
                 monitor=self.monitor,
                 output_grams=measured.output_grams,
+                token_squares=measured.token_squares,
                 enter=enter,
                 journal=journal,
             )

@@ -30,6 +30,8 @@ class Measurement:
         final_hidden: [sequences, length, hidden] bfloat16, the float network's head input on the
             fitting tokens; on the CPU until it is used. None where nothing is tuned.
         output_grams: gives a layer's output gram, in blocks; None where rows are taken alone.
+        token_squares: gives what the loss feels of every fitting token at a layer's output,
+            [sequences, length] with mean 1; None where tokens count alike.
         sensitivity: predicted loss of every candidate, corrected by the uniform networks; None
             where nothing is searched.
         store: integers of every candidate, read to the network's device; None likewise.
@@ -44,6 +46,7 @@ class Measurement:
     channel_weights: tuple[Tensor, ...]
     final_hidden: Tensor | None
     output_grams: Callable[[str], Sequence[Tensor]] | None
+    token_squares: Callable[[str], Tensor] | None = None
     sensitivity: Sensitivity | None = None
     store: CandidateStore | None = None
     uniform: tuple[CurvePoint, ...] = ()

@@ -19,6 +19,7 @@ import torch
 from quantforge import strict_yaml
 from quantforge.calibrate.artefact import save_sensitivity
 from quantforge.calibrate.estimators import ESTIMATORS, Extent
+from quantforge.calibration import Needs
 from quantforge.compilation import Job
 from quantforge.decision import Chosen, Decided, Measurement
 from quantforge.estimate import Shape, estimate, states_bytes
@@ -215,11 +216,12 @@ def dry_run(
             save_sensitivity(sensitivity, output / "sensitivity.json")
     layers, assignment = job.layers, plan.assignment
     losses: dict[str, float | None] = dict.fromkeys(assignment)
-    scratch = 0
+    scratch, shape = 0, Shape.of(job.model, job.calibration, job.recipe)
     if sensitivity is not None:
         losses = known_losses(sensitivity, assignment)
-        shape = Shape.of(job.model, job.calibration, job.recipe)
-        scratch = candidate_bytes(sensitivity) + states_bytes(shape, job.recipe)
+        scratch = candidate_bytes(sensitivity)
+    if sensitivity is not None or Needs.of(job.recipe.quantize).anything:
+        scratch += states_bytes(shape, job.recipe)
     memory = [x for x in (() if budget is None else budget.sizes) if x.kind == "vram"]
     searched = sensitivity is not None and job.given is None
     work = estimate(job.model, job.calibration, job.recipe)

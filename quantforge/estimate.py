@@ -130,8 +130,8 @@ def multiply_adds(shape: Shape, recipe: Recipe) -> int:
 def states_bytes(shape: Shape, recipe: Recipe) -> int:
     """Disk that calibration takes at its peak beside the candidates' integers.
 
-    That is what enters every block on the way to the gradients, the output grams that these leave,
-    and what enters the head.
+    That is what enters every block on the way to the gradients, the output grams and the tokens'
+    squares that these leave, and what enters the head.
     """
     options = recipe.calibrate
     size = 2 if options.precision == "bfloat16" else 4
@@ -143,6 +143,8 @@ def states_bytes(shape: Shape, recipe: Recipe) -> int:
             layer.out_features * min(layer.out_features, LARGEST_OUTPUT_BLOCK)
             for layer in shape.layers
         )
+    if recipe.quantize.weighs_tokens:
+        grams += 2 * len(shape.layers) * shape.fitting
     return entrances + grams + 2 * shape.fitting * shape.hidden
 
 

@@ -6,7 +6,7 @@ Hessian has another name here, `curvature`). A gram is factored once and serves 
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from quantforge.errors import InputError
 
 MAX_DAMPING_STEPS = 8
+# Of a token in a gram, before powers, relative to the mean: none is left out altogether.
+LEAST_WEIGHT = 1e-4
 # Smallest diagonal entry of a live input, relative to the mean: below it only rounding errors of
 # the sums are left, and with little damping a factor would blow them up.
 DIAGONAL_FLOOR = 1e-6
@@ -35,9 +37,17 @@ class GramAccumulator:
         self.total = torch.zeros(features, features, device=device)
         self.tokens = 0
 
-    def add(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        """Add inputs [..., in] of any float dtype, rounded to `dtype`; sums are float32."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
+    def add(
+        self, inputs: Tensor, dtype: torch.dtype = torch.float32, weights: Tensor | None = None
+    ) -> None:
+        """Add inputs [..., in] of any float dtype, rounded to `dtype`; sums are float32.
+
+        Args:
+            inputs: the inputs.
+            dtype: of the products.
+            weights: [...] how much each of them counts; alike if None.
+        """
+        rows = _weighted(inputs, weights).reshape(-1, inputs.shape[-1]).to(dtype)
         add_gram(self.total, rows)
         self.tokens += rows.shape[0]
 
@@ -67,11 +77,24 @@ class CrossAccumulator:
         self.total = torch.zeros(features, features, device=device)
         self.tokens = 0
 
-    def add(self, native: Tensor, quantized: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        """Add pairs [..., in] of any float dtype, rounded to `dtype`; sums are float32."""
-        rows = quantized.reshape(-1, quantized.shape[-1])
-        difference = native.reshape(rows.shape).float() - rows.float()
-        add_cross(self.total, difference.to(dtype), rows.to(dtype))
+    def add(
+        self,
+        native: Tensor,
+        quantized: Tensor,
+        dtype: torch.dtype = torch.float32,
+        weights: Tensor | None = None,
+    ) -> None:
+        """Add pairs [..., in] of any float dtype, rounded to `dtype`; sums are float32.
+
+        Args:
+            native: x.
+            quantized: x̃.
+            dtype: of the products.
+            weights: [...] how much each pair counts; alike if None.
+        """
+        difference = _weighted(native.float() - quantized.float(), weights)
+        rows = _weighted(quantized, weights).reshape(-1, quantized.shape[-1])
+        add_cross(self.total, difference.reshape(rows.shape).to(dtype), rows.to(dtype))
         self.tokens += rows.shape[0]
 
     def mean(self) -> Tensor:
@@ -79,44 +102,28 @@ class CrossAccumulator:
         return self.total / max(self.tokens, 1)
 
 
-class WeightedGramAccumulator:
-    """Accumulates one gram for each group of output channels, weighted by what the loss feels.
+def _weighted(inputs: Tensor, weights: Tensor | None) -> Tensor:
+    """Inputs [..., in] times the roots of their weights [...]."""
+    if weights is None:
+        return inputs
+    return inputs * weights.to(inputs.device).sqrt().unsqueeze(-1)
 
-    The gram of group k is the mean over tokens of g_k x xᵀ, with g_k the mean over the group's
-    channels of the squared gradient of the loss with respect to the layer's output (GuidedQuant,
-    arXiv 2505.07004): the block diagonal of the Fisher matrix, averaged over the rows of a group.
-    All-equal gradients of 1 give the plain gram. Where few tokens have most of the gradient the
-    mean rests on those few, (Σ g)² / Σ g² of them, and needs more tokens than a plain gram does.
 
-    Attributes:
-        grams: an accumulator for each group.
+def token_weights(squares: Sequence[Tensor], power: float) -> Tensor:
+    """[sequences, length] how much each token counts in the gram that some layers share; mean 1.
+
+    To second order the loss increases by Σ_t (g_tᵀ D x_t)², so an input matters as much as the
+    loss feels the output at its token (GuidedQuant, arXiv 2505.07004; YAQA, arXiv 2505.22988, whose
+    input side weights tokens so). Gradients are heavy-tailed: with power 1 a gram may rest on one
+    token in a hundred, and would be fitted to those. A power between leaves most tokens in.
+
+    Args:
+        squares: of every layer [sequences, length] ‖g_t‖² over its mean.
+        power: of the weights: 1 is the loss's own, 0 counts all alike.
     """
-
-    def __init__(self, features: int, groups: int, device: torch.device | str = "cpu") -> None:
-        self.grams = [GramAccumulator(features, device) for _ in range(groups)]
-
-    def add(self, inputs: Tensor, gradients: Tensor) -> None:
-        """Add inputs [..., in] and the gradients [..., out] of the loss at their outputs.
-
-        Costs as much as a plain gram for each group.
-        """
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        squares = gradients.reshape(-1, gradients.shape[-1]).float().square()
-        for gram, part in zip(self.grams, self.parts(squares.shape[1]), strict=True):
-            gram.add(rows * squares[:, part].mean(1, keepdim=True).sqrt())
-
-    def parts(self, out_features: int) -> list[slice]:
-        """Rows of the weight that belong to each group: contiguous, equal to within one row."""
-        edges = [out_features * k // len(self.grams) for k in range(len(self.grams) + 1)]
-        return [slice(*pair) for pair in itertools.pairwise(edges)]
-
-    def mean(self) -> Tensor:
-        """[groups, in, in] float32 weighted means of x xᵀ.
-
-        Raises:
-            InputError: nothing was accumulated.
-        """
-        return torch.stack([gram.mean() for gram in self.grams])
+    mean = torch.stack(list(squares)).float().mean(0)
+    weights = mean.clamp_min(LEAST_WEIGHT).pow(power)
+    return weights / weights.mean()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from quantforge.load.huggingface import from_module
 from quantforge.load.text import calibration_set, from_batches
 from quantforge.loading import load_source
 from quantforge.plan_file import GivenPlan, read_assignment, read_fixed
-from quantforge.planning import loadable_vocabulary, require_reachable
+from quantforge.planning import loadable_vocabulary, require_reachable, require_split
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe, Target, compose, resolve_target
 from quantforge.search.budget import Budget
@@ -120,7 +120,8 @@ def open_job(
     Raises:
         BudgetError: not even the smallest plan is within the limits.
         InputError: a model or text that is missing, broken or empty, or a plan that does not fit.
-        UsageError: the budget limits latency and no device is named, or an unknown one is.
+        UsageError: the budget limits latency and no device is named, or an unknown one is; or the
+            server does not load the network in so many parts.
     """
     monitor = monitor or Monitor()
     latency = latency_model(recipe.device, limit)
@@ -128,6 +129,8 @@ def open_job(
         loaded = from_module(model, tokenizer=tokenizer)
     else:
         loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
+    configuration: Any = loaded.module.config
+    require_split(configuration.to_dict(), recipe.search)
     given = None  # before the text, which may have to be sampled
     matrices = loaded.architecture.vocabulary(loaded.module)
     if plan is None:

@@ -14,11 +14,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 
 from quantforge.errors import BudgetError, InputError, UsageError
-from quantforge.export.servers import SERVERS, refusal, violations
+from quantforge.export.servers import SERVERS, head_problems, refusal, violations
 from quantforge.format.footprint import Footprint
 from quantforge.search.allocate import (
     average_bits,
@@ -181,6 +182,23 @@ def require_loadable(
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise UsageError(f"{config.server} would not load this plan: {found[0]}{more}")
+
+
+def require_split(described: Mapping[str, Any], config: SearchConfig) -> None:
+    """Refuse to plan for more devices than the network's heads split into.
+
+    Args:
+        described: the network's configuration, as in its config.json.
+        config: names the server and the devices.
+
+    Raises:
+        UsageError: they do not split; names the first reason.
+    """
+    if config.server != "any" and (found := head_problems(described, config.tensor_parallel)):
+        raise UsageError(
+            f"{config.server} would not load any plan on {config.tensor_parallel} devices: "
+            f"{found[0]}; choose another --tp"
+        )
 
 
 def _smallest(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> BitPlan:

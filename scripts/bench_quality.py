@@ -15,7 +15,8 @@ Linears only: embeddings, norms and the head stay float on both sides. A text is
                               (groups, natural), stagewise (a layer sees the quantized layers
                               before it in its block), choose (coefficients chosen for each layer on
                               held-out tokens), outputs (rows answer for each other through output
-                              grams), learned (rounding learned for 50 steps a block) or tuned
+                              grams), weighted (tokens count in the grams by what the loss feels of
+                              them), learned (rounding learned for 50 steps a block) or tuned
                               (scales and norms tuned for as many steps as the recipe has)
     tuned:SPEC, plan:BUDGET   all that the recipe does; an asymmetric SPEC ("3b-g64-asym") adds
                               asymmetric candidates to all rows that choose among them; BUDGET may
@@ -27,9 +28,9 @@ Linears only: embeddings, norms and the head stay float on both sides. A text is
 A row's columns: stored bits; CPU seconds to make it; peak memory meanwhile in GB; per text KL with
 its standard error over windows, perplexity and agreement in the first token; per text the paired
 difference in KL to the first row; after the table, that of every `--pair`. The gradients that
-outputs and learned read, and the float network's hidden states that tuned reads, are shared by all
-rows of a seed: their CPU seconds are printed apart from the rows'. CPU seconds are process time of
-all threads.
+outputs, weighted and learned read, and the float network's hidden states that tuned reads, are
+shared by all rows of a seed: their CPU seconds are printed apart from the rows'. CPU seconds are
+process time of all threads.
 
 With several `--seeds` every row is made once a seed, on 7/8 of the fitting sequences in an order of
 that seed, which also draws the gradients' labels and the batches of what is trained. The table at
@@ -85,6 +86,14 @@ CHOICES: dict[str, object] = {"mismatch": (0.0, 0.25, 0.5, 0.75, 1.0), "pull": (
 # What MagR's paper takes.
 MAGR_PER_CHANNEL, MAGR_GROUPS = 1e-3, 1e-4
 LEARNED_STEPS = 50
+# Options of a row that set one key.
+SWITCHES: dict[str, tuple[str, object]] = {
+    "stagewise": ("true_sequential", True),
+    "outputs": ("output_feedback", True),
+    "groups": ("order", "groups"),
+    "natural": ("order", "natural"),
+    **{name: (name, True) for name in ("awq", "clip", "refit")},
+}
 # Of the fitting sequences, what a seed's rows are made on where there are several seeds.
 SUBSET = 7 / 8
 
@@ -261,29 +270,29 @@ def settled(recipe: Recipe, name: str) -> Recipe:
     method, *extras = name.partition(":")[0].split("+")
     spec = QuantSpec.parse(name.partition(":")[2])
     base = recipe.quantize
-    update: dict[str, Any] = {"method": method, "sequential": True, "output_feedback": False}
+    update: dict[str, Any] = {
+        "method": method, "sequential": True, "output_feedback": False, "token_weighting": 0.0,
+    }  # fmt: skip
     rounding, tuning = {"steps": 0}, {"steps": 0}
     if method == "rtn":
         update["grid"] = "minmax"
     for extra in extras:
-        if extra == "choose":
+        if extra in ("outputs", "weighted") and method == "rtn":
+            raise ValueError(f"{extra} does nothing with rtn")
+        if extra in SWITCHES:
+            update |= [SWITCHES[extra]]
+        elif extra == "choose":
             update |= CHOICES if method in CROSS_METHODS else {"pull": CHOICES["pull"]}
-        elif extra == "stagewise":
-            update["true_sequential"] = True
         elif extra == "magr":
             update["magr"] = MAGR_PER_CHANNEL if spec.group_size == PER_CHANNEL else MAGR_GROUPS
-        elif extra == "outputs":
-            if method == "rtn":
-                raise ValueError("outputs does nothing with rtn")
-            update["output_feedback"] = True
+        elif extra == "weighted":
+            update["token_weighting"] = base.token_weighting
         elif extra == "learned":
             rounding["steps"] = base.rounding.steps or LEARNED_STEPS
         elif extra == "tuned":
             tuning["steps"] = base.tuning.steps
-        elif extra in ("groups", "natural"):
-            update["order"] = extra
         else:
-            update |= {extra: True} if extra in ("awq", "clip", "refit") else {"grid": extra}
+            update["grid"] = extra
     for key, part in (("rounding", rounding), ("tuning", tuning)):  # nothing of what is off
         update[key] = (getattr(base, key).model_dump() if part["steps"] else {}) | part
     one = {
@@ -308,6 +317,7 @@ def together(recipes: Sequence[Recipe]) -> Recipe:
         update={
             "method": "gptq",
             "output_feedback": any(need.output_grams for need in needs),
+            "token_weighting": float(any(need.token_squares for need in needs)),
             "rounding": base.rounding.model_copy(
                 update={"steps": int(any(need.channel_weights for need in needs))}
             ),

@@ -124,6 +124,30 @@ def _gram_path(folder: Path, layer: str) -> Path:
     return folder / f"{layer}.safetensors"
 
 
+def save_token_squares(squares: Mapping[str, Tensor], path: Path) -> None:
+    """Write layer name → [sequences, length] ‖g_t‖² of every token, atomically.
+
+    In bfloat16, over the layer's mean: weights are made of it, and powers of weights.
+    """
+    tensors = {n: (one / one.mean().clamp_min(1e-30)).bfloat16() for n, one in squares.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_token_squares(path: Path, layer: str) -> Tensor:
+    """[sequences, length] float32 of one layer, mean 1 but where all are 0.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            squares: Tensor = opened.get_tensor(layer).float()
+            return squares
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
 def save_evidence(evidence: Evidence, path: Path) -> None:
     """Write the tables of all candidates, atomically."""
     tables = {name: getattr(evidence, name).contiguous() for name in _TABLES}

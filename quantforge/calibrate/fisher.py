@@ -54,7 +54,7 @@ class GradientStatistics:
         moments: layer name → [out] float32 E[g²] in (nats / output unit)² a token, on the network's
             device.
         channels: per block [hidden] float32, the same at the block's output.
-        squares: [sequences, layers] float64 Σ_t ‖g_t‖², of all outputs of a layer.
+        tokens: layer name → [sequences, length] float32 ‖g_t‖², of all outputs of the layer.
         products: [sequences, layers, candidates] float64 Σ_t g_tᵀ D x_t in nats; None where no
             candidates were given.
         energies: [sequences, layers, candidates] float64 Σ_t Σ_o g_to² d_o gram d_oᵀ in nats²; None
@@ -63,9 +63,14 @@ class GradientStatistics:
 
     moments: dict[str, Tensor]
     channels: tuple[Tensor, ...]
-    squares: Tensor
+    tokens: Mapping[str, Tensor]
     products: Tensor | None = None
     energies: Tensor | None = None
+
+    @property
+    def squares(self) -> Tensor:
+        """[sequences, layers] float64 Σ_t ‖g_t‖²."""
+        return torch.stack([one.double().sum(1) for one in self.tokens.values()], 1)
 
 
 class _Squares:
@@ -125,6 +130,7 @@ def gradient_statistics(
     rows: Mapping[str, Tensor] | None = None,
     scratch: Path | None = None,
     journal: Journal = NO_JOURNAL,
+    stage: str = "gradients",
 ) -> GradientStatistics:
     """Moments of the gradients at the layers' outputs.
 
@@ -143,6 +149,7 @@ def gradient_statistics(
         scratch: folder for hidden states on the way; None keeps them in memory.
         journal: gets what is found so far, and the gradients, after every block; where it has that,
             the pass goes on from there.
+        stage: name of the pass, for the monitor.
     """
     collector = _Collector(model, keep_gram, errors, rows, len(tokens), product_dtype(precision))
     blocks = len(model.architecture.block_list(model.module))
@@ -151,7 +158,7 @@ def gradient_statistics(
     if start is not None:
         finished = blocks - start[0]
         done = len(tokens) * finished
-        monitor.step("gradients", done, total, resumed("block", finished, blocks))
+        monitor.step(stage, done, total, resumed("block", finished, blocks))
     with frozen(model.module):
         for found in backward_blocks(
             model, tokens, batch_size=batch_size, precision=precision,
@@ -160,7 +167,7 @@ def gradient_statistics(
         ):  # fmt: skip
             collector.add(found)
             done += found.rows.stop - found.rows.start
-            monitor.step("gradients", done, total)
+            monitor.step(stage, done, total)
     return collector.result()
 
 
@@ -184,7 +191,7 @@ class _Collector:
         self._device = model.device
         self._keep_gram, self._errors, self._rows = keep_gram, errors, rows
         self._index = {layer.name: index for index, layer in enumerate(model.layers)}
-        self._squares = torch.zeros(sequences, len(model.layers), dtype=torch.float64)
+        self._tokens: dict[str, Tensor] = {}
         self._block = -1
         self._sums: dict[str, _Squares | OutputGram] = {}
         self._channel = _Squares(0, torch.device("cpu"))
@@ -201,10 +208,10 @@ class _Collector:
         self._channel.add(found.output, self._product)
         for name, gradient in found.gradients.items():
             self._sums[name].add(gradient, self._product)
-            index = self._index[name]
-            each = gradient.float().square().sum(1)
-            self._squares[found.rows, index] = each.sum(1).double().cpu()
+            squares = gradient.float().square()
+            self._add_tokens(name, found.rows, squares.sum(2))
             if self._rows is not None:
+                index, each = self._index[name], squares.sum(1)
                 weights = self._rows[name].to(each.device)
                 spent = each @ torch.where(weights.isfinite(), weights, 0.0).T
                 self._energies = self._table(self._energies, spent)
@@ -213,6 +220,12 @@ class _Collector:
             inner = inner_products(found, self._layers[index], errors)
             self._products = self._table(self._products, inner)
             self._products[found.rows, index] = inner.double().cpu()
+
+    def _add_tokens(self, name: str, rows: slice, squares: Tensor) -> None:
+        """Put [batch, length] of one layer where its sequences are."""
+        if name not in self._tokens:
+            self._tokens[name] = torch.zeros(self._sequences, squares.shape[1])
+        self._tokens[name][rows] = squares.cpu()
 
     def _table(self, known: Tensor | None, part: Tensor) -> Tensor:
         """[sequences, layers, candidates], made with the first `part` [.., candidates] of it."""
@@ -249,7 +262,8 @@ class _Collector:
         tensors = {f"state.{index:06d}": state for index, state in enumerate(states)}
         tensors |= {f"channel.{index:05d}": one for index, one in enumerate(self._channels)}
         tensors |= {f"moment.{name}": one for name, one in self._moments.items()}
-        tables = {"squares": self._squares, "products": self._products, "energies": self._energies}
+        tensors |= {f"token.{name}": one for name, one in self._tokens.items()}
+        tables = {"products": self._products, "energies": self._energies}
         tensors |= {name: table for name, table in tables.items() if table is not None}
         journal.write(ENTRY, tensors, {"block": block})
 
@@ -264,13 +278,13 @@ class _Collector:
             found = sorted(name for name in entry.tensors if name.startswith(f"{kind}."))
             return [entry.tensors[name].to(device) for name in found]
 
+        def named(kind: str) -> dict[str, Tensor]:
+            found = {n.partition(".")[::2]: one for n, one in entry.tensors.items()}
+            return {name: one for (first, name), one in found.items() if first == kind}
+
         self._channels = listed("channel")
-        self._moments = {
-            name.removeprefix("moment."): one.to(device)
-            for name, one in entry.tensors.items()
-            if name.startswith("moment.")
-        }
-        self._squares = entry.tensors["squares"]
+        self._moments = {name: one.to(device) for name, one in named("moment").items()}
+        self._tokens = named("token")
         self._products = entry.tensors.get("products")
         self._energies = entry.tensors.get("energies")
         return int(entry.facts["block"]), listed("state")
@@ -280,7 +294,7 @@ class _Collector:
         return GradientStatistics(
             moments={layer.name: self._moments[layer.name] for layer in self._layers},
             channels=tuple(reversed(self._channels)),
-            squares=self._squares,
+            tokens={layer.name: self._tokens[layer.name] for layer in self._layers},
             products=self._products,
             energies=self._energies,
         )

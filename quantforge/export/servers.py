@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from quantforge.outcomes import ServerSupport
 from quantforge.types import PER_CHANNEL, SUPPORTED_BITS, LayerInfo, QuantSpec
@@ -161,6 +162,25 @@ def _unknown_outside(rule: ServerRule, layer: LayerInfo, spec: QuantSpec) -> str
         known = _listed(rule.embedding_bits) or "16"
         return f"it loads embeddings of {known} bits, not {spec.bits}"
     return ""
+
+
+def head_problems(config: Mapping[str, Any], parts: int) -> list[str]:
+    """Why attention does not split into so many parts, one line each.
+
+    Heads are never cut: each device has whole ones, or a copy of one of keys and values.
+
+    Args:
+        config: the network's, as in its config.json.
+        parts: devices.
+    """
+    heads = config.get("num_attention_heads")
+    shared = config.get("num_key_value_heads", heads)
+    found = []
+    if isinstance(heads, int) and heads % parts:
+        found.append(f"{heads} attention heads do not split into {parts}")
+    if isinstance(shared, int) and shared % parts and parts % shared:
+        found.append(f"{shared} heads of keys and values do not split into {parts}")
+    return found
 
 
 def violations(

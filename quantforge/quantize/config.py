@@ -97,6 +97,11 @@ class QuantizeConfig(Config):
             before, and it wants the mismatch coefficient that fits: held-out KL of SmolLM2-135M at
             3 bits in groups of 64, untuned, with a coefficient of 0.15, 0.25 and 0.5: 0.199, 0.190,
             0.203; with "weight" 0.189 and 0.191 at the last two (paired errors 0.002 to 0.003).
+        token_weighting: tokens count in the grams by the squared gradient of the loss at the
+            outputs of their layers, to this power: 1 is the loss's own weight, 0 counts all alike.
+            Takes gradients of all fitting tokens. Held-out KL of SmolLM2-135M at 3 bits in groups
+            of 64, untuned, with 0, 0.5 and 1: 0.186, 0.170, 0.178 (paired standard errors 0.003).
+            Not with "rtn" and not without `sequential`.
         output_damping: of the output grams, relative to the mean of their diagonals.
         grid: what the scales minimise.
         order: in which a row's columns are quantized: "activation" by decreasing mean square of
@@ -129,6 +134,7 @@ class QuantizeConfig(Config):
     true_sequential: bool = False
     output_feedback: bool = True
     row_aim: Literal["weight", "target"] = "weight"
+    token_weighting: float = Field(default=0.5, ge=0, le=1)
     output_damping: float = Field(default=1.0, gt=0)
     grid: Literal["minmax", "mse", "positive", "diagonal", "conditional"] = "diagonal"
     order: Literal["activation", "groups", "natural"] = "activation"
@@ -153,6 +159,11 @@ class QuantizeConfig(Config):
     def needs_output_grams(self) -> bool:
         """Whether rows answer for each other."""
         return self.output_feedback and self.sequential and self.method != "rtn"
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether grams count tokens by what the loss feels of them."""
+        return self.token_weighting > 0 and self.sequential and self.method != "rtn"
 
     @property
     def needs_held_out(self) -> bool:
@@ -229,6 +240,12 @@ class QuantizeConfig(Config):
         if self.rounding.steps and self.rounding.batch > self.batch_size:
             raise ValueError(
                 f"rounding.batch={self.rounding.batch} is more than batch_size={self.batch_size}"
+            )
+        usual = QuantizeConfig.model_fields["token_weighting"].default
+        if self.token_weighting not in (0.0, usual) and not self.weighs_tokens:
+            raise ValueError(
+                f"token_weighting={self.token_weighting:g} does nothing with rtn or "
+                "sequential=false"
             )
         for name in ("row_aim", "output_damping"):
             changed = getattr(self, name) != QuantizeConfig.model_fields[name].default

@@ -23,7 +23,7 @@ from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.memory import release_freed
 from quantforge.methods.awq import ChosenScale
 from quantforge.models import Model
-from quantforge.numerics import output_error, relative
+from quantforge.numerics import output_error, relative, token_weights
 from quantforge.progress import Monitor, resumed
 from quantforge.quantize.config import QuantizeConfig, RoundingConfig
 from quantforge.quantize.layer import Compensated, Outputs, Stage, quantize_layer
@@ -41,6 +41,8 @@ _ONE_PASS = {
 }
 # Layer name → diagonal blocks of its output gram, which cover its rows in order.
 OutputGrams = Callable[[str], Sequence[Tensor]]
+# Layer name → [fitting sequences, length] how much the loss feels its outputs, mean 1.
+TokenSquares = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +129,7 @@ def _compensate_block(
     streams: Streams,
     config: QuantizeConfig,
     output_grams: OutputGrams | None,
+    token_squares: TokenSquares | None,
     scaled: Mapping[str, ChosenScale],
 ) -> list[_Pending]:
     """Quantize a block's layers stage by stage and put the results into the network.
@@ -148,7 +151,8 @@ def _compensate_block(
         ]
         if not layers:
             continue
-        fitting, held_out = streams.moments(block, step, floats)
+        weights = [_stage_weights(model, index, stage, config, token_squares) for stage in step]
+        fitting, held_out = streams.moments(block, step, floats, weights)
         stages = {s: Stage(*pair) for s, *pair in zip_longest(step, fitting, held_out)}
         for layer, spec in layers:
             parameter: Any = model.module.get_submodule(layer.name).weight
@@ -172,6 +176,16 @@ def _compensate_block(
     return done
 
 
+def _stage_weights(
+    model: Model, block: int, stage: int, config: QuantizeConfig, squares: TokenSquares | None
+) -> Tensor | None:
+    """[fitting sequences, length] how much tokens count for the layers that read one input."""
+    if squares is None or not config.weighs_tokens:
+        return None
+    names = [one.name for one in model.layers if (one.block, one.stage) == (block, stage)]
+    return token_weights([squares(name) for name in names], config.token_weighting)
+
+
 def quantize_sequentially(
     model: Model,
     plan: BitPlan,
@@ -183,6 +197,7 @@ def quantize_sequentially(
     generator: torch.Generator,
     monitor: Monitor,
     output_grams: OutputGrams | None = None,
+    token_squares: TokenSquares | None = None,
     enter: Callable[[], None] | None = None,
     journal: Journal = NO_JOURNAL,
 ) -> Iterator[QuantizedLayer]:
@@ -198,6 +213,8 @@ def quantize_sequentially(
         generator: for the order of batches in learned rounding.
         monitor: progress and cancellation.
         output_grams: gives a layer's output gram, for `output_feedback`; None goes without.
+        token_squares: gives how much the loss feels a layer's outputs token by token, for
+            `token_weighting`; None goes without.
         enter: quantizes the embedding, before the first block is looked at; called by every run,
             resumed or not.
         journal: gets every block as it is finished; blocks it has already are taken from it, and
@@ -224,7 +241,9 @@ def quantize_sequentially(
     for index in range(finished_blocks, len(blocks)):
         block = blocks[index]
         scaled = scale_block(model, index, plan, streams, config) if config.awq else {}
-        pending = _compensate_block(model, index, plan, streams, config, output_grams, scaled)
+        pending = _compensate_block(
+            model, index, plan, streams, config, output_grams, token_squares, scaled
+        )
         final = {one.layer.name: one.made.quantized for one in pending}
         if index in learned and pending:
             prefix = f"{model.architecture.blocks}.{index}."

@@ -9,6 +9,9 @@ sequential" in GPTQ's terms), a stage is looked at when those before it are quan
 fitted to their errors too.
 
 The held-out sequences walk behind the fitting ones where something is chosen on them.
+
+Tokens count in the moments as much as the loss feels them (`numerics.token_weights`), where that is
+known; it is of fitting tokens, so on held-out ones all count alike.
 """
 
 from __future__ import annotations
@@ -93,7 +96,11 @@ class Streams:
         self._moved: set[int] = set()  # batches of the float stream that stand at the exit already
 
     def moments(
-        self, block: nn.Module, stages: Sequence[int], floats: Mapping[str, Tensor]
+        self,
+        block: nn.Module,
+        stages: Sequence[int],
+        floats: Mapping[str, Tensor],
+        weights: Sequence[Tensor | None],
     ) -> tuple[list[StageMoments], list[StageMoments]]:
         """Moments of some stages over the fitting and over the held-out batches.
 
@@ -102,6 +109,8 @@ class Streams:
                 stream sees that.
             stages: indices of the stages to look at.
             floats: parameter path inside the block → float weight of what is quantized already.
+            weights: in the order of `stages`, [fitting sequences, length] how much each token
+                counts; alike where None.
 
         Returns:
             In the order of `stages`; the second list is empty where layers have no choice.
@@ -109,10 +118,11 @@ class Streams:
         sizes = list(stage_readers(block, self._architecture).items())
         readers = dict(sizes[index] for index in stages)
         split, count = self.fitting_batches, len(self.quantized.hidden)
-        fitting = self._part(block, readers, range(split), floats)
+        counted = dict(zip(readers, weights, strict=True))
+        fitting = self._part(block, readers, range(split), floats, counted)
         if not self._chooses:
             return fitting, []
-        return fitting, self._part(block, readers, range(split, count), floats)
+        return fitting, self._part(block, readers, range(split, count), floats, {})
 
     def statistics(self, block: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Of every stage's input x̃ over the fitting batches: [in, in] mean x̃ x̃ᵀ, [in] mean |x̃|.
@@ -136,6 +146,7 @@ class Streams:
         readers: Mapping[str, int],
         batches: range,
         floats: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor | None],
     ) -> list[StageMoments]:
         """Moments of what `readers` (path → features) read in some batches.
 
@@ -150,8 +161,10 @@ class Streams:
         names = list(readers)
         for index in batches:
             read = self.quantized.inputs(block, index, names)
+            rows = self._rows(index)
+            counts = {n: None if (one := weights.get(n)) is None else one[rows] for n in names}
             for name, inputs in read.items():
-                grams[name].add(inputs, product)
+                grams[name].add(inputs, product, counts[name])
             if self.native is not None and self._compares:
                 if len(names) == len(self._architecture.stages):  # nothing else looks at this block
                     meant, output = self.native.inputs_and_output(block, index, names, floats)
@@ -160,7 +173,7 @@ class Streams:
                 else:
                     meant = self.native.inputs(block, index, names, floats)
                 for name, inputs in read.items():
-                    crosses[name].add(meant[name], inputs, product)
+                    crosses[name].add(meant[name], inputs, product, counts[name])
         return [
             StageMoments(
                 gram=grams[name].mean(),
@@ -168,6 +181,11 @@ class Streams:
             )
             for name in names
         ]
+
+    def _rows(self, batch: int) -> slice:
+        """The sequences of a batch, among all."""
+        before = sum(len(hidden) for hidden in self.quantized.hidden[:batch])
+        return slice(before, before + len(self.quantized.hidden[batch]))
 
     def advance_native(self, block: nn.Module, floats: Mapping[str, Tensor]) -> None:
         """Move the float stream, if there is one, to the exit of `block`.

@@ -28,9 +28,9 @@ from quantforge.search.choice import (
     totals,
 )
 from quantforge.search.frontier import sweep
-from quantforge.search.integer_program import integer_program
 from quantforge.search.knapsack import solve
 from quantforge.search.objective import Objective, PairwiseObjective, State
+from quantforge.search.solvers import mixed_integer_program
 
 MAX_PASSES = 50
 MAX_NODES = 200_000
@@ -107,7 +107,7 @@ def _additive_start(objective: Objective, costs: Costs, limits: Limits) -> Picks
     if len(limits) == 1:
         found = solve(objective.alone, costs[0], limits[0])
     else:
-        found = integer_program(objective.alone, costs, limits).choice
+        found = mixed_integer_program(objective.alone, costs, limits)
     return None if found is None else np.array(found.picks, dtype=np.intp)
 
 

@@ -9,7 +9,8 @@ from quantforge.cli.options import Server
 from quantforge.errors import InputError, UsageError
 from quantforge.export.servers import SERVERS, fused_group, violations
 from quantforge.load.huggingface import from_module
-from quantforge.planning import loadable, require_loadable
+from quantforge.opening import configure, open_job
+from quantforge.planning import loadable, require_loadable, require_split
 from quantforge.search.config import SearchConfig
 from quantforge.testing import write_quantized
 from quantforge.types import LayerInfo, QuantSpec, Sensitivity
@@ -85,6 +86,18 @@ def test_the_planner_has_the_same_rules(network, plan, server, parts, problem):
         require_loadable(layers, plan, config)
     if "fused" not in problem:
         assert problem in str(caught.value)
+
+
+def test_heads_that_do_not_split_are_refused_before_any_work(network):
+    settings = {"search.server": "vllm", "search.tensor_parallel": 3}
+    recipe = configure(network, settings=settings)
+    with pytest.raises(UsageError, match=r"on 3 devices: 4 attention heads do not split into 3"):
+        open_job(network, recipe, calibration=[[1, 2, 3]])
+    described = {"num_attention_heads": 8, "num_key_value_heads": 3}
+    require_split(described, SearchConfig(server="vllm"))
+    require_split(described, SearchConfig(tensor_parallel=1))
+    with pytest.raises(UsageError, match="3 heads of keys and values do not split into 2"):
+        require_split(described, SearchConfig(server="vllm", tensor_parallel=2))
 
 
 def test_an_embedding_of_three_bits_and_experts_that_differ(network, tmp_path):

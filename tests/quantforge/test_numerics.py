@@ -5,11 +5,12 @@ import torch
 
 from quantforge.errors import InputError
 from quantforge.numerics import (
+    CrossAccumulator,
     GramAccumulator,
-    WeightedGramAccumulator,
     draw_categorical,
     factorize,
     output_error,
+    token_weights,
 )
 
 
@@ -115,47 +116,42 @@ def test_output_error_is_the_mean_squared_output():
     assert torch.allclose(output_error(difference, inputs @ inputs.T / 40), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3, 4])
-def test_weighted_grams_are_weighted_by_mean_squared_gradients(groups):
+def test_weighted_moments_are_means_of_weighted_products():
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(3, 5, 7, generator=generator)
-    gradients = 1e-4 * torch.randn(3, 5, 10, generator=generator)
-    accumulator = WeightedGramAccumulator(7, groups)
-    accumulator.add(inputs[:1], gradients[:1])
-    accumulator.add(inputs[1:].double(), gradients[1:].double())
-    found, parts = accumulator.mean(), accumulator.parts(10)
-    assert [i for part in parts for i in range(10)[part]] == list(range(10))
-    assert max(len(range(10)[part]) for part in parts) <= -(-10 // groups)
-    for gram, part in zip(found, parts, strict=True):
-        expected = torch.zeros(7, 7)
-        for x, g in zip(inputs.reshape(-1, 7), gradients.reshape(-1, 10), strict=True):
-            expected += g[part].square().mean() * torch.outer(x, x) / 15
-        assert torch.allclose(gram, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+    behind, native = (torch.randn(3, 5, 7, generator=generator) for _ in range(2))
+    weights = torch.rand(3, 5, generator=generator)
+    gram, cross = GramAccumulator(7), CrossAccumulator(7)
+    for part in (slice(0, 1), slice(1, 3)):
+        gram.add(behind[part], weights=weights[part])
+        cross.add(native[part], behind[part], weights=weights[part])
+    pairs = zip(weights.flatten(), behind.reshape(-1, 7), native.reshape(-1, 7), strict=True)
+    expected = [
+        torch.stack([w * torch.outer(b, b), w * torch.outer(n - b, b)]) for w, b, n in pairs
+    ]
+    mean = torch.stack(expected).mean(0)
+    assert torch.allclose(gram.mean(), mean[0], atol=1e-6)
+    assert torch.allclose(cross.mean(), mean[1], atol=1e-6)
 
 
-def test_gradients_of_one_give_the_plain_gram():
-    inputs = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
-    weighted, plain = WeightedGramAccumulator(6, 2), GramAccumulator(6)
-    weighted.add(inputs, -torch.ones(20, 4))
-    plain.add(inputs)
-    assert torch.allclose(weighted.mean(), plain.mean().expand(2, 6, 6), rtol=1e-6)
+def test_tokens_count_by_a_power_of_what_the_loss_feels():
+    squares = torch.tensor([[1.0, 4.0], [0.0, 9.0]]), torch.tensor([[3.0, 0.0], [0.0, 11.0]])
+    mean = torch.tensor([[2.0, 2.0], [1e-4, 10.0]])  # nothing counts nothing
+    for power in (0.0, 0.5, 1.0):
+        found = token_weights(squares, power)
+        torch.testing.assert_close(found, mean**power / (mean**power).mean())
 
 
-def test_weighted_error_of_one_row_is_the_first_order_loss_squared():
-    """With a group for each row, d H dᵀ is the mean of (∂L/∂y · change of y)²."""
+def test_the_weighted_error_of_one_output_is_the_first_order_loss_squared():
+    """Of a layer with one row, d H dᵀ is the mean of (∂L/∂y · change of y)², with power 1."""
     generator = torch.Generator().manual_seed(1)
-    inputs, gradients = (torch.randn(50, n, generator=generator) for n in (8, 4))
-    difference = torch.randn(4, 8, generator=generator)
-    accumulator = WeightedGramAccumulator(8, 4)
-    accumulator.add(inputs, gradients)
-    found = torch.einsum("ri,rij,rj->r", difference, accumulator.mean(), difference)
-    expected = (gradients * (inputs @ difference.T)).square().mean(0)
-    assert torch.allclose(found, expected, rtol=1e-4)
-
-
-def test_weighted_gram_of_nothing_is_refused():
-    with pytest.raises(InputError, match="no calibration tokens"):
-        WeightedGramAccumulator(3, 2).mean()
+    inputs, gradients = (torch.randn(1, 50, n, generator=generator) for n in (8, 1))
+    difference = torch.randn(8, generator=generator)
+    squares = gradients.square().sum(2)
+    accumulator = GramAccumulator(8)
+    accumulator.add(inputs, weights=token_weights([squares / squares.mean()], 1.0))
+    found = difference @ accumulator.mean() @ difference * squares.mean()
+    expected = (gradients[..., 0] * (inputs @ difference)).square().mean()
+    assert torch.allclose(found, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("act_order", [True, False])

@@ -24,6 +24,7 @@ UNIFORM = {
 }
 PLAIN = UNIFORM | {
     "quantize.output_feedback": False,
+    "quantize.token_weighting": 0.0,
     "quantize.rounding.steps": 0,
     "quantize.tuning.steps": 0,
 }
@@ -73,6 +74,11 @@ def job_of(module, settings, seed=0):
         ({}, set()),
         ({"quantize.method": "rtn", "quantize.output_feedback": True}, set()),
         ({"quantize.output_feedback": True}, {"gradients"}),
+        ({"quantize.token_weighting": 0.5}, {"gradients"}),
+        (
+            {"quantize.token_weighting": 0.5, "calibrate.gradient_sequences": 4},
+            {"gradients", "token gradients"},
+        ),
         ({"quantize.rounding.steps": 2}, {"gradients"}),
         ({"quantize.rounding.steps": 2, "quantize.rounding.weighted": False}, set()),
         ({"quantize.tuning.steps": 2}, {"float network", "tune scales"}),
@@ -102,7 +108,9 @@ def test_what_is_made_is_what_a_search_would_have_made(trained):
         assert needed.final_hidden.abs().mean() > 0.1
         pairs = zip(needed.channel_weights, all_of_it.channel_weights, strict=True)
         assert all(torch.equal(*pair) and pair[0].std() > 0 for pair in pairs)
+        assert needed.token_squares(names[0]).mean() == pytest.approx(1.0, rel=1e-2)
         for name in names:
+            assert torch.equal(needed.token_squares(name), all_of_it.token_squares(name))
             grams = zip(needed.output_grams(name), all_of_it.output_grams(name), strict=True)
             assert all(torch.equal(*pair) for pair in grams)
         assert (needed.sensitivity, needed.store, needed.uniform) == (None, None, ())

@@ -108,8 +108,8 @@ def test_what_is_not_asked_for_is_off_and_each_option_is_one_thing(measure, benc
 
 
 def test_rows_are_the_networks_of_a_compilation(bench):
-    """`gptq+outputs+tuned` is what `quantize` makes of the same settings."""
-    name, settings = "gptq+outputs+tuned:3b-g32", {"quantize.tuning.scale_step": 0.004}
+    """`gptq+outputs+weighted+tuned` is what `quantize` makes of the same settings."""
+    name, settings = "gptq+outputs+weighted+tuned:3b-g32", {"quantize.tuning.scale_step": 0.004}
     ((_, kl),) = bench(name, settings=settings)
     model, text = bench.folder / "model", bench.folder / "text.txt"
     one = {

@@ -30,7 +30,7 @@ def trained():
     return train(tiny_llama(blocks=2))
 
 
-def run(module, spec_of, config=CONFIG, channels=None, output_grams=None):
+def run(module, spec_of, config=CONFIG, channels=None, output_grams=None, squares=None):
     model = from_module(copy.deepcopy(module))
     assignment = {layer.name: spec_of(layer) for layer in model.layers}
     plan = BitPlan(
@@ -48,6 +48,7 @@ def run(module, spec_of, config=CONFIG, channels=None, output_grams=None):
             generator=torch.Generator().manual_seed(0),
             monitor=Monitor(),
             output_grams=output_grams,
+            token_squares=squares,
         )
     )  # fmt: skip
     return model, done
@@ -74,6 +75,30 @@ def test_every_block_reads_what_the_quantized_blocks_before_it_give(trained):
             expected = gptq(float_weight, factorize(grams[one.layer.stage]), QuantSpec(3, 32))
             assert torch.equal(one.weight.codes, expected.codes)
             assert torch.equal(one.weight.scale, expected.scale)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_tokens_count_as_the_loss_feels_them(trained, power):
+    """The first block by hand: its layers read what the float network gives."""
+    generator = torch.Generator().manual_seed(9)
+    names = [layer.name for layer in from_module(trained).layers]
+    squares = {n: torch.rand(16, 32, generator=generator).pow(4) for n in names}
+    squares = {n: one / one.mean() for n, one in squares.items()}
+    config = QuantizeConfig(precision="float32", method="gptaq", token_weighting=power)
+    _, done = run(trained, lambda _: QuantSpec(3, 32), config, squares=squares.__getitem__)
+    first = [one for one in done if one.layer.block == 0]
+    for stage in sorted({one.layer.stage for one in first}):
+        members = [one for one in first if one.layer.stage == stage]
+        inputs = stage_input(trained, members[0].layer.name, markov_tokens(16, 32, seed=4))
+        mean = sum(squares[one.layer.name] for one in members) / len(members)
+        weights = mean.clamp_min(1e-4).pow(power).flatten()
+        rows = inputs * (weights / weights.mean()).sqrt()[:, None]
+        factor = factorize(rows.T @ rows / len(rows))
+        for one in members:
+            weight = trained.get_submodule(one.layer.name).weight.detach()
+            expected = gptq(weight, factor, QuantSpec(3, 32))
+            same = (one.weight.codes == expected.codes).float().mean()
+            assert same > 0.995, (one.layer.name, float(same))
 
 
 def stage_input(module, name, tokens):
