@@ -82,6 +82,11 @@ class LayerSpectrum:
         """Tr H / n, what HAWQ-V2 ranks layers by."""
         return self.trace / self.weights
 
+    @property
+    def eigenvalue_density(self) -> float:
+        """λ_max / n, what HAWQ ranks layers by."""
+        return self.highest / self.weights
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurvatureReport:

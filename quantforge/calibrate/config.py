@@ -31,10 +31,11 @@ class CurvatureLimits(Config):
         sequences: fitting sequences, one a pass.
         tokens: of each, from its beginning.
         trace: how "hawq-v2" finds traces: "joint" by Hutchinson's probes of all layers at once,
-            "hutch++" layer by layer, which wants some 24 products of each.
+            "hutch++" layer by layer.
         eigenvalue: how "hawq" finds each layer's top eigenvalue.
         products: with the Hessian of all layers at once, at most ("joint").
-        layer_products: with the Hessian of one layer, for each of them, at most (the others).
+        layer_products: with the Hessian of one layer, for each of them, at most (the others); 6
+            for eigenvalues and 24 for traces where nothing is given.
         tolerance: relative error at which products end earlier.
     """
 
@@ -43,7 +44,7 @@ class CurvatureLimits(Config):
     trace: Literal["joint", "hutch++"] = "joint"
     eigenvalue: Literal["lanczos", "power"] = "lanczos"
     products: int = Field(default=32, ge=2)
-    layer_products: int = Field(default=6, ge=2)
+    layer_products: int | None = Field(default=None, ge=2)
     tolerance: float = Field(default=0.05, gt=0)
 
 

@@ -20,6 +20,7 @@ loss of any real error, but a factor that all layers share is corrected by measu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,10 @@ PRODUCT_PASSES = 12.0
 LAYER_PRODUCT_PASSES = 1.4
 # A forward and a backward pass likewise.
 BACKWARD_PASSES = 3.0
+# Products with one layer's Hessian where `curvature.layer_products` says nothing: Lanczos finds a
+# top eigenvalue in few, Hutch++ wants a sketch and probes that show their spread.
+EIGENVALUE_PRODUCTS, TRACE_PRODUCTS = 6, 24
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +211,7 @@ def hawq_v2(evidence: Evidence, network: Network) -> Scores:
     config = CurvatureConfig(
         method="joint-trace" if joint else "trace",
         tolerance=limits.tolerance,
-        max_products=limits.products if joint else limits.layer_products,
+        max_products=limits.products if joint else limits.layer_products or TRACE_PRODUCTS,
     )
     return _by_size(_curvature(network, config), evidence)
 
@@ -215,7 +220,9 @@ def hawq(evidence: Evidence, network: Network) -> Scores:
     """½ (λ / n) ‖D‖², λ of each layer by Lanczos or power iteration; the error is its residual."""
     limits = network.config.curvature
     config = CurvatureConfig(
-        method=limits.eigenvalue, tolerance=limits.tolerance, max_products=limits.layer_products
+        method=limits.eigenvalue,
+        tolerance=limits.tolerance,
+        max_products=limits.layer_products or EIGENVALUE_PRODUCTS,
     )
     return _by_size(_curvature(network, config), evidence)
 
@@ -268,13 +275,21 @@ def probed(evidence: Evidence, most: int) -> list[tuple[int, int]]:
 def _curvature(network: Network, config: CurvatureConfig) -> LayerCurvature:
     """Of all layers, over the little text that the limits allow."""
     limits, device = network.config.curvature, network.model.device
-    return measure_curvature(
+    found = measure_curvature(
         network.model,
         network.fitting[: limits.sequences, : limits.tokens],
         config,
         generator=torch.Generator(device).manual_seed(network.seed),
         monitor=network.monitor,
     )
+    if not found.converged:
+        logger.warning(
+            "the curvature of some layers is not known to within %g after %d products: its errors "
+            "are in sensitivity.json; calibrate.curvature gives it more products or text",
+            limits.tolerance,
+            config.max_products,
+        )
+    return found
 
 
 def _by_size(curvature: LayerCurvature, evidence: Evidence) -> Scores:
@@ -295,7 +310,7 @@ def _backward_cost(extent: Extent) -> Cost:
 def _trace_cost(extent: Extent) -> Cost:
     limits = extent.config.curvature
     if limits.trace != "joint":
-        return _layers_cost(extent)
+        return _layers_cost(limits.layer_products or TRACE_PRODUCTS, extent)
     tokens = limits.sequences * min(limits.tokens, extent.length)
     return Cost(
         what=f"at most {limits.products} products with the Hessian over {tokens} tokens",
@@ -303,13 +318,17 @@ def _trace_cost(extent: Extent) -> Cost:
     )
 
 
-def _layers_cost(extent: Extent) -> Cost:
+def _eigenvalue_cost(extent: Extent) -> Cost:
+    return _layers_cost(extent.config.curvature.layer_products or EIGENVALUE_PRODUCTS, extent)
+
+
+def _layers_cost(products: int, extent: Extent) -> Cost:
     limits = extent.config.curvature
     tokens = limits.sequences * min(limits.tokens, extent.length)
     return Cost(
-        what=f"at most {limits.layer_products} products with the Hessian over {tokens} tokens for "
+        what=f"at most {products} products with the Hessian over {tokens} tokens for "
         f"each of {extent.layers} layers",
-        forward_tokens=LAYER_PRODUCT_PASSES * limits.layer_products * extent.layers * tokens,
+        forward_tokens=LAYER_PRODUCT_PASSES * products * extent.layers * tokens,
     )
 
 
@@ -325,7 +344,7 @@ def _networks_cost(extent: Extent) -> Cost:
 ESTIMATORS.register("fisher")(Estimator(losses=fisher))
 ESTIMATORS.register("fisher-exact")(Estimator(losses=fisher_exact))
 ESTIMATORS.register("fisher-factored")(Estimator(losses=fisher_factored))
-ESTIMATORS.register("hawq")(Estimator(losses=hawq, cost=_layers_cost))
+ESTIMATORS.register("hawq")(Estimator(losses=hawq, cost=_eigenvalue_cost))
 ESTIMATORS.register("hawq-v2")(Estimator(losses=hawq_v2, cost=_trace_cost))
 ESTIMATORS.register("empirical-fisher")(Estimator(losses=empirical_fisher, cost=_backward_cost))
 ESTIMATORS.register("gram")(Estimator(losses=gram))

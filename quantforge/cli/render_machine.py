@@ -119,10 +119,13 @@ def show_curvature(report: CurvatureReport, out: Console) -> None:
         ("products", f"{report.products}: {report.starts} starts of {report.steps} steps a layer"),
     ]
     pairs(rows, out)
-    table = table_of("layer", "trace / n", "trace", "highest", "lowest", "r_e", "K_hn")
+    table = table_of(
+        "layer", "trace / n", "trace", "highest / n", "highest", "lowest", "r_e", "K_hn"
+    )
     for layer in report.ranked():
         trace = with_error(layer.trace, layer.trace_error)
-        ends = (f"{layer.highest:.3g}", f"{layer.lowest:.3g}")
+        density = f"{layer.eigenvalue_density:.3g}"
+        ends = (density, f"{layer.highest:.3g}", f"{layer.lowest:.3g}")
         shares = ["", ""]
         if layer.extreme_ratio is not None:
             shares[0] = f"{layer.extreme_ratio:.2g}"
