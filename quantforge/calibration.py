@@ -39,7 +39,9 @@ from quantforge.calibrate.evidence import Evidence
 from quantforge.calibrate.fisher import GradientStatistics, gradient_statistics
 from quantforge.calibrate.token_loss import sampled_labels
 from quantforge.capture import product_dtype
+from quantforge.claims import require_room
 from quantforge.decision import Measurement
+from quantforge.estimate import Shape, states_bytes
 from quantforge.files import fingerprint
 from quantforge.format.manifest import tool_versions
 from quantforge.format.store import CandidateStore
@@ -53,7 +55,7 @@ from quantforge.progress import Monitor
 from quantforge.quantize.config import QuantizeConfig
 from quantforge.recipe import Recipe
 from quantforge.results import CurvePoint, Quality
-from quantforge.search.allocate import uniform_plans
+from quantforge.search.allocate import block_candidate_bytes, uniform_plans
 from quantforge.search.correction import corrected, correction_factors
 from quantforge.search.interactions import shrunk_interactions
 from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantSpec, Sensitivity
@@ -201,6 +203,9 @@ class Calibrator:
         self, specs: Sequence[QuantSpec], store: CandidateStore, folder: Path
     ) -> None:
         """Everything that does not depend on the estimator."""
+        shape = Shape.of(self.model, self.calibration, self.recipe)
+        integers = block_candidate_bytes(self.model.layers, specs)
+        require_room(states_bytes(shape, self.recipe) + integers, folder)
         journal = Journal(folder / JOURNAL)
         errors, final = quantize_candidates(
             self.model,

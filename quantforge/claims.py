@@ -26,6 +26,26 @@ POLL_S = 0.5
 _CLAIM = ".claim"
 
 
+def require_room(size: int, folder: Path) -> None:
+    """Refuse work that the cache's disk has no room for, before hours are spent on it.
+
+    Args:
+        size: bytes that the work leaves in `folder` at its peak.
+        folder: in the cache; what an interrupted run left in it counts as written.
+
+    Raises:
+        ResourceError: there is too little room.
+    """
+    left = size - sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if left > free:
+        raise ResourceError(
+            f"calibration writes {left / 1e9:.2f} GB to the cache {cache_root()}, whose disk has "
+            f"{free / 1e9:.2f} GB left: free the disk, set {CACHE_VARIABLE} to another folder, or "
+            "take fewer candidates (search.bits, search.group_sizes)"
+        )
+
+
 @contextmanager
 def written(*, everything: bool) -> Iterator[None]:
     """Say of an error that comes from writing the cache which folder that is and how to move it.

@@ -28,6 +28,17 @@ def stored_cost(layer: LayerInfo, spec: QuantSpec | None) -> int:
     return spec.stored_bits(layer.out_features, layer.in_features)
 
 
+def block_candidate_bytes(layers: Sequence[LayerInfo], specs: Sequence[QuantSpec]) -> int:
+    """Disk that the integers of all candidates take where each layer has those that divide it."""
+    bits = sum(
+        stored_cost(layer, spec)
+        for layer in layers
+        for spec in specs
+        if spec.divides(layer.in_features)
+    )
+    return math.ceil(bits / 8)
+
+
 def candidate_bytes(sensitivity: Sensitivity) -> int:
     """Disk that the integers of all candidates of all layers take."""
     fits = sensitivity.loss.isfinite()

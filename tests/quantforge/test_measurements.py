@@ -15,11 +15,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantforge import measurements
+import quantforge
+from quantforge import claims, measurements
+from quantforge.claims import require_room
 from quantforge.cli.outcome import explain
 from quantforge.errors import CancelledError, ResourceError
 from quantforge.measurements import measurement
 from quantforge.progress import Monitor
+from quantforge.testing import markov_tokens, tiny_llama
 
 DONE = "done"
 KEY = "k" * 64
@@ -221,3 +224,26 @@ def test_a_full_disk_is_a_lack_of_resources(cache):
     with pytest.raises(ResourceError, match="File too large") as caught, claim(fill):
         pass
     assert str(cache) in explain(caught.value)[1]
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_work(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=900_000_000)
+    monkeypatch.setattr(claims.shutil, "disk_usage", lambda _: usage)
+    require_room(900_000_000, tmp_path)
+    with pytest.raises(ResourceError, match=r"writes 0\.95 GB to the cache .* has 0\.90 GB left"):
+        require_room(950_000_000, tmp_path)
+    (tmp_path / "part").write_bytes(bytes(50_000_000))  # of an interrupted run
+    require_room(950_000_000, tmp_path)
+
+
+def test_calibration_asks_for_room_first(monkeypatch):
+    network = tiny_llama(blocks=1)
+    usage = shutil.disk_usage("/")._replace(free=10_000)
+    monkeypatch.setattr(claims.shutil, "disk_usage", lambda _: usage)
+    seen = []
+    with pytest.raises(ResourceError, match="QUANTFORGE_CACHE"):
+        quantforge.quantize(
+            network, budget="3bit", calibration=list(markov_tokens(16, 16)),
+            settings={"evaluate.prompts": []}, progress=lambda event: seen.append(event.stage),
+        )  # fmt: skip
+    assert "candidates" not in seen

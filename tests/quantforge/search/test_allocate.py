@@ -9,6 +9,7 @@ import torch
 
 from quantforge.errors import BudgetError, UsageError
 from quantforge.search.allocate import (
+    block_candidate_bytes,
     candidate_bytes,
     make_plan,
     reachable_bits,
@@ -153,6 +154,7 @@ def test_disk_of_all_candidates_is_the_sum_over_those_that_fit():
     sensitivity = table()
     total = sum(cost(layer, spec) for layer in sensitivity.layers for spec in SPECS)
     assert candidate_bytes(sensitivity) == total / 8
+    assert block_candidate_bytes(sensitivity.layers, SPECS) == total / 8
     sensitivity.loss[0, 1] = torch.inf
     assert candidate_bytes(sensitivity) == (total - cost(sensitivity.layers[0], SPECS[1])) / 8
 
