@@ -205,7 +205,7 @@ class Calibrator:
         """Everything that does not depend on the estimator."""
         shape = Shape.of(self.model, self.calibration, self.recipe)
         integers = block_candidate_bytes(self.model.layers, specs)
-        require_room(states_bytes(shape, self.recipe) + integers, folder)
+        require_room(states_bytes(shape, self.recipe) + integers, folder, folder / CANDIDATES)
         journal = Journal(folder / JOURNAL)
         errors, final = quantize_candidates(
             self.model,
@@ -267,6 +267,11 @@ class Calibrator:
     def _measure_needed(self, needs: Needs, folder: Path) -> None:
         """Fill a folder for `settled`."""
         weights: tuple[Tensor, ...] = ()
+        shape = Shape.of(self.model, self.calibration, self.recipe)
+        states = states_bytes(
+            shape, self.recipe, gradients=needs.gradients, hidden=needs.final_hidden
+        )
+        require_room(states, folder)
         with StageTimer(self.timings, "calibrate"):
             if needs.gradients:
                 found = self.gradients(folder, coupled=needs.output_grams)
@@ -366,19 +371,23 @@ class Calibrator:
         """
         options = self.recipe.calibrate
         generator = torch.Generator(self.model.device).manual_seed(self.seed + first)
+        monitor, count = self.monitor, options.gradient_sequences
+        if first:
+            blocks, sequences = len(self._block_names()), len(self.calibration.fitting)
+            before, total = (first - count) * blocks, (sequences - count) * blocks
+            monitor = monitor.part("token gradients", before, total)
         return gradient_statistics(
             self.model,
-            self.calibration.fitting[first : first + options.gradient_sequences],
+            self.calibration.fitting[first : first + count],
             batch_size=options.gradient_batch,
             precision=options.precision,
             head_gradient=sampled_labels(generator),
-            monitor=self.monitor,
+            monitor=monitor,
             keep_gram=partial(save_output_gram, folder / OUTPUT_GRAMS) if coupled else None,
             errors=errors,
             rows=rows,
             scratch=folder,
             journal=Journal(folder / JOURNAL / str(first)),
-            stage="token gradients" if first else "gradients",
         )
 
     def _keep_token_squares(self, folder: Path, known: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from quantforge.assembling import derivatives
+from quantforge.claims import written
 from quantforge.decision import Chosen, Decided, Measurement, choose
 from quantforge.errors import InputError
 from quantforge.files import fingerprint
@@ -295,11 +296,12 @@ class PlanChooser:
             return make_plan(sensitivity, specs, budget=one.budget, solver=one.solver)
 
         def derive(one: BitPlan) -> Tensor:
-            return derivatives(
-                self.model, whole(one), evidence.specs, store,
-                self.fitting[:count], target,
-                options=self.recipe.calibrate, monitor=self.monitor,
-            ).mean(0)  # fmt: skip
+            with written(everything=False):  # hidden states on the way
+                return derivatives(
+                    self.model, whole(one), evidence.specs, store,
+                    self.fitting[:count], target,
+                    options=self.recipe.calibrate, monitor=self.monitor,
+                ).mean(0)  # fmt: skip
 
         surroundings = Surroundings(
             derive=derive,

@@ -26,23 +26,25 @@ POLL_S = 0.5
 _CLAIM = ".claim"
 
 
-def require_room(size: int, folder: Path) -> None:
+def require_room(size: int, folder: Path, *kept: Path) -> None:
     """Refuse work that the cache's disk has no room for, before hours are spent on it.
 
     Args:
-        size: bytes that the work leaves in `folder` at its peak.
-        folder: in the cache; what an interrupted run left in it counts as written.
+        size: bytes that the work writes at its peak.
+        folder: in the cache, of this run alone; scratch that a killed run left there is removed.
+        kept: folders whose files are not written again.
 
     Raises:
         ResourceError: there is too little room.
     """
-    left = size - sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
+    for stale in folder.glob("tmp*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    files = [path for one in kept for path in one.rglob("*") if path.is_file()]
+    left, free = size - sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free
     if left > free:
         raise ResourceError(
             f"calibration writes {left / 1e9:.2f} GB to the cache {cache_root()}, whose disk has "
-            f"{free / 1e9:.2f} GB left: free the disk, set {CACHE_VARIABLE} to another folder, or "
-            "take fewer candidates (search.bits, search.group_sizes)"
+            f"{free / 1e9:.2f} GB left: free the disk or set {CACHE_VARIABLE} to another folder"
         )
 
 

@@ -216,15 +216,20 @@ def dry_run(
             save_sensitivity(sensitivity, output / "sensitivity.json")
     layers, assignment = job.layers, plan.assignment
     losses: dict[str, float | None] = dict.fromkeys(assignment)
-    scratch, shape = 0, Shape.of(job.model, job.calibration, job.recipe)
+    shape = Shape.of(job.model, job.calibration, job.recipe)
+    needs = Needs.of(job.recipe.quantize, vocabulary=bool(job.vocabulary))
     if sensitivity is not None:
         losses = known_losses(sensitivity, assignment)
-        scratch = candidate_bytes(sensitivity)
-    if sensitivity is not None or Needs.of(job.recipe.quantize).anything:
-        scratch += states_bytes(shape, job.recipe)
+        scratch = candidate_bytes(sensitivity) + states_bytes(shape, job.recipe)
+    else:
+        scratch = states_bytes(
+            shape, job.recipe, gradients=needs.gradients, hidden=needs.final_hidden
+        )
+        scratch += sum(stored_cost(x, s) for x, specs in job.vocabulary.items() for s in specs) // 8
     memory = [x for x in (() if budget is None else budget.sizes) if x.kind == "vram"]
     searched = sensitivity is not None and job.given is None
-    work = estimate(job.model, job.calibration, job.recipe)
+    unmade = sensitivity is None and needs.gradients
+    work = estimate(job.model, job.calibration, job.recipe, gradients=unmade)
     return PlanReport(
         model=job.model.source.name,
         source=job.model.source.description,

@@ -11,7 +11,8 @@ T fitting tokens, `quantize` makes
   row where that is on;
 - 4·(N + H) a tuned token: forward, again for the activations that were not kept, and backward twice
   as much; the same 4·N a step of learned rounding, N a held-out token that it is measured on;
-- N + 2·H a token that is measured.
+- N + 2·H a token that is measured;
+- 3·N + 2·H a token whose gradient is taken, where nothing was searched (else they are there).
 
 The search over scales, serial loops of compensation and the disk are not counted, so the time is a
 lower bound, unless `rounding.patience` ends blocks early: 22 s were estimated where a network of 6
@@ -127,16 +128,26 @@ def multiply_adds(shape: Shape, recipe: Recipe) -> int:
     return total + scored * (shape.weights + 2 * shape.head)
 
 
-def states_bytes(shape: Shape, recipe: Recipe) -> int:
+def states_bytes(
+    shape: Shape, recipe: Recipe, *, gradients: bool = True, hidden: bool = True
+) -> int:
     """Disk that calibration takes at its peak beside the candidates' integers.
 
-    That is what enters every block on the way to the gradients, the output grams and the tokens'
-    squares that these leave, and what enters the head.
+    Args:
+        shape: of network and text.
+        recipe: effective configuration.
+        gradients: there is a backward pass: what enters every block on the way to it, the gradients
+            noted for a resumed run, and the output grams and tokens' squares that it leaves.
+        hidden: what enters the head is kept.
     """
     options = recipe.calibrate
+    head = 2 * shape.fitting * shape.hidden if hidden else 0
+    if not gradients:
+        return head
     size = 2 if options.precision == "bfloat16" else 4
     tokens = min(options.gradient_sequences * shape.length, shape.fitting)
-    entrances = len({layer.block for layer in shape.layers}) * tokens * shape.hidden * size
+    blocks = len({layer.block for layer in shape.layers})
+    entrances = (blocks * size + 4) * tokens * shape.hidden
     grams = 0
     if recipe.quantize.needs_output_grams:
         grams = 2 * sum(
@@ -145,7 +156,15 @@ def states_bytes(shape: Shape, recipe: Recipe) -> int:
         )
     if recipe.quantize.weighs_tokens:
         grams += 2 * len(shape.layers) * shape.fitting
-    return entrances + grams + 2 * shape.fitting * shape.hidden
+    return entrances + grams + head
+
+
+def gradient_adds(shape: Shape, recipe: Recipe) -> int:
+    """Multiply-adds of the backward passes: to every block's entrance, and there and back again."""
+    tokens = shape.fitting
+    if not recipe.quantize.weighs_tokens:
+        tokens = min(recipe.calibrate.gradient_sequences * shape.length, shape.fitting)
+    return tokens * (3 * shape.weights + 2 * shape.head)
 
 
 def added_bytes(shape: Shape, recipe: Recipe) -> int:
@@ -191,10 +210,21 @@ def forward_rate(model: Model, calibration: CalibrationSet, recipe: Recipe) -> f
     return tokens.numel() * sum(layer.numel for layer in model.layers) / fastest
 
 
-def estimate(model: Model, calibration: CalibrationSet, recipe: Recipe) -> WorkEstimate:
-    """Time and memory of `quantize` for any plan: they hardly depend on which."""
+def estimate(
+    model: Model, calibration: CalibrationSet, recipe: Recipe, *, gradients: bool = False
+) -> WorkEstimate:
+    """Time and memory of `quantize` for any plan: they hardly depend on which.
+
+    Args:
+        model: the network.
+        calibration: its text.
+        recipe: effective configuration.
+        gradients: they are still to be taken, because nothing was searched.
+    """
     shape = Shape.of(model, calibration, recipe)
     work = multiply_adds(shape, recipe)
+    if gradients:
+        work += gradient_adds(shape, recipe)
     rate = forward_rate(model, calibration, recipe)
     now = (resident_bytes() or 0) + added_bytes(shape, recipe)
     return WorkEstimate(

@@ -83,7 +83,7 @@ class LayerSpectrum:
         return self.trace / self.weights
 
     @property
-    def eigenvalue_density(self) -> float:
+    def mean_highest(self) -> float:
         """λ_max / n, what HAWQ ranks layers by."""
         return self.highest / self.weights
 

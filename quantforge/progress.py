@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantforge.errors import CancelledError
 
@@ -44,6 +44,22 @@ class Monitor:
         if self.progress is not None:
             event = ProgressEvent(stage=stage, done=done, total=total, message=message)
             self.progress(event)
+
+    def part(self, stage: str, before: int, total: int) -> Monitor:
+        """For one of several calls that are a single stage to whoever watches.
+
+        Args:
+            stage: its name, in place of what the call reports.
+            before: steps of the calls before this one.
+            total: steps of all of them.
+        """
+
+        def report(event: ProgressEvent) -> None:
+            if self.progress is not None:
+                done = before + event.done
+                self.progress(replace(event, stage=stage, done=done, total=total))
+
+        return Monitor(progress=report, cancel=self.cancel)
 
     def check(self, stage: str, where: str = "") -> None:
         """Raise `CancelledError` if the caller asked to stop; report nothing."""

@@ -128,7 +128,8 @@ class LayerReport:
         spec: chosen spec as text, "kept" where left alone.
         predicted_loss: predicted loss increase in nats a token; None where it was not estimated.
         weight_error: ‖Ŵ − W‖² / ‖W‖².
-        output_error: relative squared error of the layer's output on calibration inputs.
+        output_error: relative squared error of the layer's output on calibration inputs, tokens
+            counted as its gram counted them (`quantize.token_weighting`).
         rtn_output_error: the same for round-to-nearest on the same grid.
         damping: relative damping that was needed to factor the gram.
         dead_columns: input features that were always zero.

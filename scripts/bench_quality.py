@@ -86,6 +86,7 @@ CHOICES: dict[str, object] = {"mismatch": (0.0, 0.25, 0.5, 0.75, 1.0), "pull": (
 # What MagR's paper takes.
 MAGR_PER_CHANNEL, MAGR_GROUPS = 1e-3, 1e-4
 LEARNED_STEPS = 50
+WEIGHTING = QuantizeConfig.model_fields["token_weighting"].default
 # Options of a row that set one key.
 SWITCHES: dict[str, tuple[str, object]] = {
     "stagewise": ("true_sequential", True),
@@ -286,7 +287,7 @@ def settled(recipe: Recipe, name: str) -> Recipe:
         elif extra == "magr":
             update["magr"] = MAGR_PER_CHANNEL if spec.group_size == PER_CHANNEL else MAGR_GROUPS
         elif extra == "weighted":
-            update["token_weighting"] = base.token_weighting
+            update["token_weighting"] = base.token_weighting or WEIGHTING
         elif extra == "learned":
             rounding["steps"] = base.rounding.steps or LEARNED_STEPS
         elif extra == "tuned":

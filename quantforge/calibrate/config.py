@@ -60,7 +60,9 @@ class CalibrateConfig(Config):
         curvature: limits of "hawq" and "hawq-v2".
         probes: networks that "measured" puts together at most, if it is to measure every candidate;
             beyond, one a layer.
-        gradient_sequences: fitting sequences used for gradients; grams use all of them.
+        gradient_sequences: fitting sequences used for sensitivities, output grams and channels'
+            weights; grams use all of them, and `quantize.token_weighting` takes the gradients of
+            all, so many at a time.
         gradient_batch: sequences a backward pass.
         batch_size: sequences a forward pass, of which one block's activations are held.
         precision: of matrix products in forward and backward passes.

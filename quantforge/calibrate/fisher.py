@@ -130,7 +130,6 @@ def gradient_statistics(
     rows: Mapping[str, Tensor] | None = None,
     scratch: Path | None = None,
     journal: Journal = NO_JOURNAL,
-    stage: str = "gradients",
 ) -> GradientStatistics:
     """Moments of the gradients at the layers' outputs.
 
@@ -149,7 +148,6 @@ def gradient_statistics(
         scratch: folder for hidden states on the way; None keeps them in memory.
         journal: gets what is found so far, and the gradients, after every block; where it has that,
             the pass goes on from there.
-        stage: name of the pass, for the monitor.
     """
     collector = _Collector(model, keep_gram, errors, rows, len(tokens), product_dtype(precision))
     blocks = len(model.architecture.block_list(model.module))
@@ -158,7 +156,7 @@ def gradient_statistics(
     if start is not None:
         finished = blocks - start[0]
         done = len(tokens) * finished
-        monitor.step(stage, done, total, resumed("block", finished, blocks))
+        monitor.step("gradients", done, total, resumed("block", finished, blocks))
     with frozen(model.module):
         for found in backward_blocks(
             model, tokens, batch_size=batch_size, precision=precision,
@@ -167,7 +165,7 @@ def gradient_statistics(
         ):  # fmt: skip
             collector.add(found)
             done += found.rows.stop - found.rows.start
-            monitor.step(stage, done, total)
+            monitor.step("gradients", done, total)
     return collector.result()
 
 
@@ -259,7 +257,9 @@ class _Collector:
         self._channels.append(self._channel.squares())
         self._sums.clear()
         self._known.clear()
-        tensors = {f"state.{index:06d}": state for index, state in enumerate(states)}
+        tensors: dict[str, Tensor] = {}
+        if block > 0:  # else nobody goes on from there
+            tensors |= {f"state.{index:06d}": state for index, state in enumerate(states)}
         tensors |= {f"channel.{index:05d}": one for index, one in enumerate(self._channels)}
         tensors |= {f"moment.{name}": one for name, one in self._moments.items()}
         tensors |= {f"token.{name}": one for name, one in self._tokens.items()}

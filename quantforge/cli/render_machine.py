@@ -124,7 +124,7 @@ def show_curvature(report: CurvatureReport, out: Console) -> None:
     )
     for layer in report.ranked():
         trace = with_error(layer.trace, layer.trace_error)
-        density = f"{layer.eigenvalue_density:.3g}"
+        density = f"{layer.mean_highest:.3g}"
         ends = (density, f"{layer.highest:.3g}", f"{layer.lowest:.3g}")
         shares = ["", ""]
         if layer.extreme_ratio is not None:

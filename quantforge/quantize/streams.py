@@ -32,7 +32,7 @@ from quantforge.types import CalibrationSet
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMoments:
-    """Second moments of one stage's inputs.
+    """Second moments of one stage's inputs, in which tokens may count differently.
 
     Attributes:
         gram: [in, in] mean x̃ x̃ᵀ.

@@ -342,7 +342,8 @@ def _layer_table(layers: Sequence[LayerReport]) -> str:
     units = " Predicted loss is in nats a token." if losses else ""
     return (
         "<section><h2>Layers</h2><p>Errors are squared and relative; output errors are on the "
-        "calibration inputs, RTN is rounding to nearest on the same kind of grid. A layer that "
+        "calibration inputs, as the method counts their tokens; RTN is rounding to nearest on the "
+        "same kind of grid. A layer that "
         "makes up for the errors of earlier layers (QEP, GPTAQ) or of its own other rows as well "
         f"gives up some of this error for them, and may be above RTN by it.{units}</p>"
         f"{html_table('layers', heads, rows, names=2, numbers_from=2, numbers_to=len(heads) - 1)}"

@@ -51,8 +51,9 @@ class SearchConfig(Config):
             all layers.
         interactions: what pairs of layers lose beyond what each loses alone, from gradients of
             single sequences (`search.interactions`): "none", "sparse" (layers of one block and of
-            adjacent ones) or "full" (all). With them plans are found by exchanges from the dynamic
-            program's, and say how far they may be from the best.
+            adjacent ones) or "full" (all). With them plans are found by branch and bound where
+            few groups of layers are planned, else by exchanges from the dynamic program's, and say
+            how far they may be from the best.
         refine: rounds of looking around the plan that was found: its network is differentiated and
             some twenty near it are measured on held-out tokens (`quantforge.refinement`). Not for
             targets of quality, nor for the plans of `pareto`. Effort "best" takes three where they

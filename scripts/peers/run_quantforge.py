@@ -42,6 +42,8 @@ def main() -> None:
 
     model = load_model(resolve_source(task.model))
     recipe = configuration(task)
+    if recipe.quantize.needs_output_grams or recipe.quantize.weighs_tokens:
+        raise SystemExit("output grams and weighted tokens are not made here")
     calibration = tokens_for(recipe, task)
     plan = uniform(model, task)
     with answer.timed():

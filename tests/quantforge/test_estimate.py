@@ -10,6 +10,7 @@ from quantforge.estimate import (
     added_bytes,
     estimate,
     forward_rate,
+    gradient_adds,
     multiply_adds,
     states_bytes,
 )
@@ -113,12 +114,13 @@ def test_the_rate_is_measured_on_the_network_and_leaves_it_alone(model, calibrat
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_disk_that_states_take_is_what_is_written(model, calibration, precision):
-    """One block's entrance, the output grams, and what enters the head; headers aside."""
+    """Blocks' entrances, noted gradients, output grams, tokens, the head's input; no headers."""
     sequences = 6
     changes = {"calibrate": {"gradient_sequences": sequences, "precision": precision}}
     asked = Recipe.model_validate(changes)
     shape = Shape.of(model, calibration, asked)
-    entrances = sequences * LENGTH * 64 * (2 if precision == "bfloat16" else 4)
+    size = 2 if precision == "bfloat16" else 4
+    entrances = sequences * LENGTH * 64 * (size + 4)  # of one block
     grams = 2 * (2 * 64**2 + 2 * 32**2 + 2 * 128**2 + 64**2)
     squares = 2 * len(model.layers) * FITTING
     assert states_bytes(shape, asked) == entrances + grams + squares + 2 * FITTING * 64
@@ -130,3 +132,17 @@ def test_disk_that_states_take_is_what_is_written(model, calibration, precision)
         }
     )
     assert states_bytes(shape, alone) == entrances + 2 * FITTING * 64
+    assert states_bytes(shape, alone, hidden=False) == entrances
+    assert states_bytes(shape, asked, gradients=False) == 2 * FITTING * 64
+    assert states_bytes(shape, asked, gradients=False, hidden=False) == 0
+
+
+def test_gradients_that_are_still_to_be_taken_are_counted(model, calibration):
+    asked = Recipe.model_validate({"calibrate": {"gradient_sequences": 6}})
+    shape = Shape.of(model, calibration, asked)
+    assert gradient_adds(shape, asked) == FITTING * (3 * WEIGHTS + 2 * HEAD)
+    changes = {"calibrate": {"gradient_sequences": 6}, "quantize": {"token_weighting": 0.0}}
+    alone = Recipe.model_validate(changes)
+    assert gradient_adds(shape, alone) == 6 * LENGTH * (3 * WEIGHTS + 2 * HEAD)
+    added = estimate(model, calibration, asked, gradients=True).multiply_adds
+    assert added - estimate(model, calibration, asked).multiply_adds == gradient_adds(shape, asked)

@@ -232,8 +232,14 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(tmp_path, monkeypatch)
     require_room(900_000_000, tmp_path)
     with pytest.raises(ResourceError, match=r"writes 0\.95 GB to the cache .* has 0\.90 GB left"):
         require_room(950_000_000, tmp_path)
-    (tmp_path / "part").write_bytes(bytes(50_000_000))  # of an interrupted run
-    require_room(950_000_000, tmp_path)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "part").write_bytes(bytes(50_000_000))  # of an interrupted run
+    (tmp_path / "tmpabc").mkdir()
+    (tmp_path / "tmpabc" / "states").write_bytes(bytes(50_000_000))  # its scratch
+    require_room(950_000_000, tmp_path, tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    with pytest.raises(ResourceError):
+        require_room(960_000_000, tmp_path, tmp_path / "kept")
 
 
 def test_calibration_asks_for_room_first(monkeypatch):

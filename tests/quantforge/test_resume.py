@@ -190,6 +190,21 @@ def test_it_goes_on_where_it_was_and_says_so(chain):
     assert "candidates" not in {event[0] for event in seen[4]}
 
 
+def test_the_further_gradients_go_on_too(call, tmp_path):
+    """In passes of 5 sequences, 4 a batch: the third pass is killed in its second block."""
+    settings = {"calibrate.gradient_sequences": 5}
+    code, _ = call(tmp_path / "whole", settings=settings, fresh=True)
+    assert code == 0
+    code, _ = call(tmp_path / "out", settings=settings, fresh=True, kill=["token gradients", 24])
+    assert code == -9
+    code, events = call(tmp_path / "out", settings=settings)
+    assert code == 0
+    assert [message for stage, message in resumptions(events) if stage == "token gradients"] == [
+        "after block 3 of 3", "at block 2 of 3",
+    ]  # fmt: skip
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
 def test_another_budget_or_setting_takes_the_calibration_and_not_the_journal(call, tmp_path):
     code, _ = call(tmp_path / "out", kill=["quantize", 2], fresh=True)
     assert code == -9

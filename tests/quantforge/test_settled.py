@@ -11,8 +11,11 @@ from safetensors import safe_open
 
 import quantforge
 from quantforge import calibration
+from quantforge.calibrate.fisher import gradient_statistics
+from quantforge.calibrate.token_loss import sampled_labels
 from quantforge.errors import BudgetError, InputError, UsageError
 from quantforge.opening import configure, open_job
+from quantforge.progress import Monitor
 from quantforge.testing import markov_tokens, save_tiny_checkpoint, tiny_llama, train
 
 UNIFORM = {
@@ -96,6 +99,29 @@ def test_only_what_a_stage_reads_is_made(trained, cache, settings, made):
     again, seen = run(copy.deepcopy(trained), PLAIN | settings)
     assert not seen & {"gradients", "float network"}  # from the cache
     assert again.quality == report.quality
+
+
+def test_every_sequence_has_gradients_of_its_own(trained):
+    changes = {
+        "quantize.token_weighting": 0.5, "calibrate.gradient_sequences": 5,
+        "calibrate.precision": "float32",
+    }  # fmt: skip
+    job = job_of(trained, PLAIN | changes, seed=3)
+    fitting = job.calibration.fitting
+    assert len(fitting) > 10
+    found: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in job.model.layers}
+    for first in range(0, len(fitting), 5):
+        made = gradient_statistics(
+            job.model, fitting[first : first + 5], batch_size=4, precision="float32",
+            head_gradient=sampled_labels(torch.Generator().manual_seed(3 + first)),
+            monitor=Monitor(),
+        )  # fmt: skip
+        for name, squares in made.tokens.items():
+            found[name].append(squares)
+    with job.measure(fresh=False) as needed:
+        for name, parts in found.items():
+            expected = torch.cat(parts) / torch.cat(parts).mean()
+            torch.testing.assert_close(needed.token_squares(name), expected, rtol=1e-2, atol=1e-3)
 
 
 def test_what_is_made_is_what_a_search_would_have_made(trained):
@@ -225,7 +251,9 @@ def test_plan_measures_nothing_and_says_what_it_costs(wide, tmp_path, cache):
     assert not set(seen) & (MEASURES | {"gradients"})
     assert not (cache / "measurements").exists()
     assert report.reachable == (3.5, 3.5)
-    assert (report.uniform, report.scratch_bytes) == ((), 0)
+    assert report.uniform == ()
+    entrances, noted = 2 * 14 * 32 * 256, 4 * 14 * 32 * 256
+    assert report.scratch_bytes == entrances + noted + 2 * (5 * 256**2 + 2 * 128**2)
     assert {layer.spec for layer in report.layers} == {"3b-g32"}
     assert [path.name for path in (tmp_path / "p").iterdir()] == ["plan.json"]
     assert json.loads((tmp_path / "p" / "plan.json").read_text())["predicted_loss"] is None

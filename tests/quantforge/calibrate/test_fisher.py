@@ -97,6 +97,9 @@ def test_a_backward_pass_block_by_block_equals_plain_autograd(
         torch.nn.functional.cross_entropy(logits, labels.squeeze(1), reduction="sum").backward()
         for name, output in outputs.items():
             totals[name] = totals.get(name, 0.0) + output.grad[0].T @ output.grad[0]
+            if name in names:
+                felt = output.grad[0].square().sum(1)
+                torch.testing.assert_close(found.tokens[name][index], felt, rtol=1e-5, atol=1e-9)
         for hook in hooks:
             hook.remove()
         for position, name in enumerate(names):

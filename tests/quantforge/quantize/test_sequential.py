@@ -77,30 +77,6 @@ def test_every_block_reads_what_the_quantized_blocks_before_it_give(trained):
             assert torch.equal(one.weight.scale, expected.scale)
 
 
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-def test_tokens_count_as_the_loss_feels_them(trained, power):
-    """The first block by hand: its layers read what the float network gives."""
-    generator = torch.Generator().manual_seed(9)
-    names = [layer.name for layer in from_module(trained).layers]
-    squares = {n: torch.rand(16, 32, generator=generator).pow(4) for n in names}
-    squares = {n: one / one.mean() for n, one in squares.items()}
-    config = QuantizeConfig(precision="float32", method="gptaq", token_weighting=power)
-    _, done = run(trained, lambda _: QuantSpec(3, 32), config, squares=squares.__getitem__)
-    first = [one for one in done if one.layer.block == 0]
-    for stage in sorted({one.layer.stage for one in first}):
-        members = [one for one in first if one.layer.stage == stage]
-        inputs = stage_input(trained, members[0].layer.name, markov_tokens(16, 32, seed=4))
-        mean = sum(squares[one.layer.name] for one in members) / len(members)
-        weights = mean.clamp_min(1e-4).pow(power).flatten()
-        rows = inputs * (weights / weights.mean()).sqrt()[:, None]
-        factor = factorize(rows.T @ rows / len(rows))
-        for one in members:
-            weight = trained.get_submodule(one.layer.name).weight.detach()
-            expected = gptq(weight, factor, QuantSpec(3, 32))
-            same = (one.weight.codes == expected.codes).float().mean()
-            assert same > 0.995, (one.layer.name, float(same))
-
-
 def stage_input(module, name, tokens):
     """[tokens, in] what the named layer reads when the network as it stands runs on `tokens`."""
     seen = []
@@ -110,6 +86,41 @@ def stage_input(module, name, tokens):
         module(tokens)
     handle.remove()
     return seen[0]
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_tokens_count_as_the_loss_feels_them(trained, power):
+    """Stage by stage by hand: grams and cross moments of weighted tokens."""
+    generator = torch.Generator().manual_seed(9)
+    names = [layer.name for layer in from_module(trained).layers]
+    squares = {n: torch.rand(16, 32, generator=generator).pow(4) for n in names}
+    squares = {n: one / one.mean() for n, one in squares.items()}
+    config = QuantizeConfig(
+        precision="float32", method="gptaq", true_sequential=True, token_weighting=power
+    )
+    spec, tokens = QuantSpec(3, 32), markov_tokens(16, 32, seed=4)
+    _, done = run(trained, lambda _: spec, config, squares=squares.__getitem__)
+    by_hand = from_module(copy.deepcopy(trained))
+    for block, stage in sorted({(one.layer.block, one.layer.stage) for one in done}):
+        members = [o for o in done if (o.layer.block, o.layer.stage) == (block, stage)]
+        mean = sum(squares[one.layer.name] for one in members) / len(members)
+        weights = mean.clamp_min(1e-4).pow(power).flatten()
+        root = (weights / weights.mean()).sqrt()[:, None]
+        behind = stage_input(by_hand.module, members[0].layer.name, tokens)
+        missed = (stage_input(trained, members[0].layer.name, tokens) - behind) * root
+        rows = behind * root
+        factor, cross = factorize(rows.T @ rows / len(rows)), missed.T @ rows / len(rows)
+        for one in members:
+            weight = trained.get_submodule(one.layer.name).weight.detach()
+            scale, _ = fit_grid(weight, factor, spec, "diagonal")
+            expected = compensate(
+                weight, factor, spec, scale, cross=cross, feedback=FEEDBACKS["gptaq"]
+            )
+            same = (one.weight.codes == expected.codes).float().mean()
+            assert same > 0.995, (one.layer.name, float(same))
+        for one in members:
+            target = by_hand.module.get_submodule(one.layer.name).weight
+            target.data.copy_(one.weight.dequantize())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
