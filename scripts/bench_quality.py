@@ -86,7 +86,7 @@ CHOICES: dict[str, object] = {"mismatch": (0.0, 0.25, 0.5, 0.75, 1.0), "pull": (
 # What MagR's paper takes.
 MAGR_PER_CHANNEL, MAGR_GROUPS = 1e-3, 1e-4
 LEARNED_STEPS = 50
-WEIGHTING = QuantizeConfig.model_fields["token_weighting"].default
+WEIGHTING = 0.5
 # Options of a row that set one key.
 SWITCHES: dict[str, tuple[str, object]] = {
     "stagewise": ("true_sequential", True),

@@ -69,11 +69,7 @@ def configuration(task: Task) -> Recipe:
     """The recipe of the method."""
     from quantforge.recipe import compose, resolve_target
 
-    alone = {  # as published
-        "quantize.output_feedback": False,
-        "quantize.token_weighting": 0.0,
-        "quantize.rounding.steps": 0,
-    }
+    alone = {"quantize.output_feedback": False, "quantize.rounding.steps": 0}  # as published
     settings = {"quantize.batch_size": task.batch, **alone, **METHODS[task.method], **task.settings}
     return compose(resolve_target(task.model), settings=settings)
 

@@ -116,7 +116,10 @@ def test_the_rate_is_measured_on_the_network_and_leaves_it_alone(model, calibrat
 def test_disk_that_states_take_is_what_is_written(model, calibration, precision):
     """Blocks' entrances, noted gradients, output grams, tokens, the head's input; no headers."""
     sequences = 6
-    changes = {"calibrate": {"gradient_sequences": sequences, "precision": precision}}
+    changes = {
+        "calibrate": {"gradient_sequences": sequences, "precision": precision},
+        "quantize": {"token_weighting": 0.5},
+    }
     asked = Recipe.model_validate(changes)
     shape = Shape.of(model, calibration, asked)
     size = 2 if precision == "bfloat16" else 4
@@ -138,11 +141,11 @@ def test_disk_that_states_take_is_what_is_written(model, calibration, precision)
 
 
 def test_gradients_that_are_still_to_be_taken_are_counted(model, calibration):
-    asked = Recipe.model_validate({"calibrate": {"gradient_sequences": 6}})
+    changes = {"calibrate": {"gradient_sequences": 6}, "quantize": {"token_weighting": 0.5}}
+    asked = Recipe.model_validate(changes)
     shape = Shape.of(model, calibration, asked)
     assert gradient_adds(shape, asked) == FITTING * (3 * WEIGHTS + 2 * HEAD)
-    changes = {"calibrate": {"gradient_sequences": 6}, "quantize": {"token_weighting": 0.0}}
-    alone = Recipe.model_validate(changes)
+    alone = Recipe.model_validate({"calibrate": {"gradient_sequences": 6}})
     assert gradient_adds(shape, alone) == 6 * LENGTH * (3 * WEIGHTS + 2 * HEAD)
     added = estimate(model, calibration, asked, gradients=True).multiply_adds
     assert added - estimate(model, calibration, asked).multiply_adds == gradient_adds(shape, asked)

@@ -310,7 +310,7 @@ def test_an_option_that_would_do_nothing_is_refused():
         ({"method": "rtn", "output_damping": 0.1}, "output_damping does nothing without feedback"),
         ({"output_feedback": False, "output_damping": 0.1}, "output_damping does nothing"),
         ({"output_feedback": False, "row_aim": "target"}, "row_aim does nothing"),
-        ({"method": "rtn", "token_weighting": 0.3}, "token_weighting=0.3 does nothing with rtn"),
+        ({"method": "rtn", "token_weighting": 0.3}, "token_weighting does nothing with rtn"),
         ({"method": "rtn", "damping": [0.1, 0.2]}, "rtn does not choose between dampings"),
     ],
 )

@@ -192,7 +192,7 @@ def test_it_goes_on_where_it_was_and_says_so(chain):
 
 def test_the_further_gradients_go_on_too(call, tmp_path):
     """In passes of 5 sequences, 4 a batch: the third pass is killed in its second block."""
-    settings = {"calibrate.gradient_sequences": 5}
+    settings = {"calibrate.gradient_sequences": 5, "quantize.token_weighting": 0.5}
     code, _ = call(tmp_path / "whole", settings=settings, fresh=True)
     assert code == 0
     code, _ = call(tmp_path / "out", settings=settings, fresh=True, kill=["token gradients", 24])

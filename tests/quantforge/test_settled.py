@@ -27,7 +27,6 @@ UNIFORM = {
 }
 PLAIN = UNIFORM | {
     "quantize.output_feedback": False,
-    "quantize.token_weighting": 0.0,
     "quantize.rounding.steps": 0,
     "quantize.tuning.steps": 0,
 }

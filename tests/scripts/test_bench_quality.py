@@ -114,7 +114,7 @@ def test_rows_are_the_networks_of_a_compilation(bench):
     model, text = bench.folder / "model", bench.folder / "text.txt"
     one = {
         "search.solver": "uniform", "quantize.method": "gptq", "quantize.output_feedback": True,
-        "quantize.rounding.steps": 0,
+        "quantize.rounding.steps": 0, "quantize.token_weighting": 0.5,
     }  # fmt: skip
     quantforge.quantize(
         model, calibration=text, settings=SMALL | settings | one, output=bench.folder / "out"
