@@ -124,7 +124,9 @@ def test_every_sequence_has_gradients_of_its_own(trained):
 
 
 def test_what_is_made_is_what_a_search_would_have_made(trained):
-    changes = {"quantize.rounding.steps": 2, "quantize.tuning.steps": 2}
+    changes = {
+        "quantize.rounding.steps": 2, "quantize.tuning.steps": 2, "quantize.token_weighting": 0.5,
+    }  # fmt: skip
     unsearched = job_of(trained, UNIFORM | changes)
     searched = job_of(trained, UNIFORM | changes | {"search.solver": "dynamic-program"})
     names = [layer.name for layer in searched.model.layers]
