@@ -205,7 +205,8 @@ class Calibrator:
         """Everything that does not depend on the estimator."""
         shape = Shape.of(self.model, self.calibration, self.recipe)
         integers = block_candidate_bytes(self.model.layers, specs)
-        require_room(states_bytes(shape, self.recipe) + integers, folder, folder / CANDIDATES)
+        size = states_bytes(shape, self.recipe) + integers
+        require_room(size, folder, folder / CANDIDATES, folder / OUTPUT_GRAMS)
         journal = Journal(folder / JOURNAL)
         errors, final = quantize_candidates(
             self.model,
@@ -271,7 +272,7 @@ class Calibrator:
         states = states_bytes(
             shape, self.recipe, gradients=needs.gradients, hidden=needs.final_hidden
         )
-        require_room(states, folder)
+        require_room(states, folder, folder / OUTPUT_GRAMS)
         with StageTimer(self.timings, "calibrate"):
             if needs.gradients:
                 found = self.gradients(folder, coupled=needs.output_grams)
@@ -309,7 +310,9 @@ class Calibrator:
             final_hidden=final,
             uniform=tuple(point for point in uniform if point.name in names),
             output_grams=partial(load_output_gram, folder / OUTPUT_GRAMS),
-            token_squares=partial(load_token_squares, folder / TOKEN_SQUARES),
+            token_squares=partial(load_token_squares, folder / TOKEN_SQUARES)
+            if self.recipe.quantize.weighs_tokens
+            else None,
             evidence=partial(load_evidence, folder / EVIDENCE),
             factors=factors,
         )

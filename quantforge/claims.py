@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ def require_room(size: int, folder: Path, *kept: Path) -> None:
     Raises:
         ResourceError: there is too little room.
     """
-    for stale in folder.glob("tmp*"):
+    for stale in folder.glob(f"{tempfile.gettempprefix()}*"):
         shutil.rmtree(stale, ignore_errors=True)
     files = [path for one in kept for path in one.rglob("*") if path.is_file()]
     left, free = size - sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free

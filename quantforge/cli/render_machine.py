@@ -124,8 +124,7 @@ def show_curvature(report: CurvatureReport, out: Console) -> None:
     )
     for layer in report.ranked():
         trace = with_error(layer.trace, layer.trace_error)
-        density = f"{layer.mean_highest:.3g}"
-        ends = (density, f"{layer.highest:.3g}", f"{layer.lowest:.3g}")
+        ends = [f"{x:.3g}" for x in (layer.mean_highest, layer.highest, layer.lowest)]
         shares = ["", ""]
         if layer.extreme_ratio is not None:
             shares[0] = f"{layer.extreme_ratio:.2g}"

@@ -93,7 +93,7 @@ class SearchConfig(Config):
     def _solver_does_what_is_asked(self) -> SearchConfig:
         if self.interactions != "none" and self.solver != "dynamic-program":
             raise ValueError(
-                f"interactions are searched by exchanges, not by solver {self.solver}: leave the "
+                f"interactions have a search of their own, not solver {self.solver}: leave the "
                 "solver or the interactions out"
             )
         if self.refine and self.solver == "uniform":

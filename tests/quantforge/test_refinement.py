@@ -321,3 +321,18 @@ def test_the_same_plan_is_refined_once(module, tmp_path, monkeypatch):
     assert reports[0].refinement == reports[1].refinement
     assert "measure plans around it" in stages[0]
     assert "measure plans around it" not in stages[1]
+
+
+def test_another_device_is_looked_around_for_again(module, tmp_path, monkeypatch):
+    """What was found within one device's time may be too slow on another."""
+    monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path))
+    looked = []
+    for device in ("a100", "h100", "a100"):
+        stages = []
+        quantforge.plan(
+            module, budget="2.6bit,latency:1s", calibration=batches(),
+            settings=SETTINGS | {"search.refine": 1, "device": device},
+            progress=lambda event, stages=stages: stages.append(event.stage),
+        )  # fmt: skip
+        looked.append("measure plans around it" in stages)
+    assert looked == [True, True, False]

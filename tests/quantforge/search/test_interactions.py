@@ -180,5 +180,5 @@ def test_a_table_of_pairs_that_is_too_large_is_refused(monkeypatch):
     monkeypatch.setattr(module, "MOST_BYTES", 8 * 16**2 - 1)
     with pytest.raises(UsageError, match="4 groups of layers with 4 candidates"):
         pairwise_objective(loss, sensitivity.interactions, [[0], [1], [2], [3]])
-    with pytest.raises(ValueError, match="searched by exchanges"):
+    with pytest.raises(ValueError, match="a search of their own"):
         SearchConfig(interactions="sparse", solver="uniform")
