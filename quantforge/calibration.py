@@ -207,7 +207,18 @@ class Calibrator:
         integers = block_candidate_bytes(self.model.layers, specs)
         size = states_bytes(shape, self.recipe) + integers
         require_room(size, folder, folder / CANDIDATES, folder / OUTPUT_GRAMS)
+        evidence = self._evidence(specs, store, folder)
+        release_freed()  # hidden states and gradients, before networks are put together
+        table = estimate("fisher-factored", evidence, self.network(specs, store, folder))
         journal = Journal(folder / JOURNAL)
+        save_curve(self._measure_uniform(table, store, journal), folder / UNIFORM)
+        save_evidence(evidence, folder / EVIDENCE)  # last of these
+        journal.clear()
+
+    def _evidence(
+        self, specs: Sequence[QuantSpec], store: CandidateStore, folder: Path
+    ) -> Evidence:
+        """Integers and errors of every candidate, and gradients; their files are written here."""
         errors, final = quantize_candidates(
             self.model,
             self.calibration.fitting,
@@ -215,25 +226,19 @@ class Calibrator:
             self.recipe.calibrate,
             store=store,
             monitor=self.monitor,
-            journal=journal,
+            journal=Journal(folder / JOURNAL),
         )
         release_freed()
-        network = self.network(specs, store, folder)
         found = self.gradients(
             folder,
             coupled=self.recipe.quantize.needs_output_grams,
-            errors=network.errors,
+            errors=self.network(specs, store, folder).errors,
             rows={one.layer.name: one.rows for one in errors},
         )
         if self.recipe.quantize.weighs_tokens:
             self._keep_token_squares(folder, found.tokens)
         save_traces(found.channels, final, folder / TRACES)
-        evidence = Evidence.of(errors, found, specs, self.calibration.fitting.shape[1])
-        release_freed()
-        table = estimate("fisher-factored", evidence, network)
-        save_curve(self._measure_uniform(table, store, journal), folder / UNIFORM)
-        save_evidence(evidence, folder / EVIDENCE)  # last of these
-        journal.clear()
+        return Evidence.of(errors, found, specs, self.calibration.fitting.shape[1])
 
     def network(
         self, specs: Sequence[QuantSpec], store: CandidateStore, scratch: Path | None = None
