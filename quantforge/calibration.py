@@ -61,7 +61,7 @@ from quantforge.search.interactions import shrunk_interactions
 from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantSpec, Sensitivity
 
 # Raised with every change of what calibration computes: older measurements are then not used.
-MEASUREMENT_VERSION = 9
+MEASUREMENT_VERSION = 10
 CANDIDATES = "candidates"
 TRACES = "traces.safetensors"
 OUTPUT_GRAMS = "output_grams"

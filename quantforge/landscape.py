@@ -9,16 +9,17 @@ its eigenvalues with few products, and out of that one measurement come
 - how far from a minimum the layer is: r_e = |λ_min / λ_max| and K_hn, the weight of negative
   against positive curvature (Gabdullin's criteria, `methods.curvature.density`).
 
-Query projections can be looked at head by head (HeSS, `methods.curvature.heads`). The network is
-not quantized, so nothing here depends on candidates; `--sensitivity hawq` and `hawq-v2` predict
+Query projections can be looked at head by head (HeSS, `methods.curvature.heads`), and the tensors
+that layers read by the trace of the Hessian over them (HAWQ-V2's activations). With a spec, layers
+get HAWQ's Ω = λ_max ‖Q(W) − W‖², in whose order it quantizes and tunes them; Q rounds to the
+nearest code between minimum and maximum, as HAWQ does. `--sensitivity hawq` and `hawq-v2` predict
 losses from eigenvalues and traces that they measure themselves, within their own limits.
 """
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,66 +27,27 @@ from typing import Any, get_args
 
 import torch
 
-from quantforge.calibrate.curvature import Labels, LossHessian
+from quantforge.calibrate.curvature import Labels
 from quantforge.errors import UsageError
 from quantforge.files import write_json
 from quantforge.load.text import calibration_set
 from quantforge.loading import load_source
-from quantforge.methods.curvature.density import SpectralDensity, spectral_density
-from quantforge.methods.curvature.heads import head_scores, head_traces
-from quantforge.methods.curvature.operator import Matvec
 from quantforge.models import Model
 from quantforge.opening import configure
 from quantforge.progress import Monitor, ProgressEvent
-from quantforge.types import LayerInfo
+from quantforge.spectra import (
+    QUERIES,
+    LayerSpectrum,
+    is_query,
+    measure_layers,
+    with_input_traces,
+    with_squared_errors,
+)
+from quantforge.types import LayerInfo, QuantSpec
 from quantforge.workspace import check_json_file
 
 DOCUMENT_VERSION = 1
-QUERIES = "q_proj"
 Progress = Callable[[ProgressEvent], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerSpectrum:
-    """One layer's diagonal block, in nats a token / weight².
-
-    Attributes:
-        name: module path.
-        weights: n.
-        trace: tr H.
-        trace_error: its standard error over starts.
-        highest: largest Ritz value.
-        lowest: smallest one; negative away from a minimum.
-        extreme_ratio: r_e; 0 where no curvature is negative (the smallest Ritz value is then no
-            estimate of λ_min), None where none is positive.
-        negative_weight: K_hn; None likewise.
-        negative_weight_error: its standard error over starts; None likewise.
-        heads: share of every query head in the layer's trace; empty where heads were not asked for,
-            or none of them has a positive trace.
-        head_errors: their standard errors.
-    """
-
-    name: str
-    weights: int
-    trace: float
-    trace_error: float
-    highest: float
-    lowest: float
-    extreme_ratio: float | None
-    negative_weight: float | None
-    negative_weight_error: float | None
-    heads: tuple[float, ...] = ()
-    head_errors: tuple[float, ...] = ()
-
-    @property
-    def mean_trace(self) -> float:
-        """Tr H / n, what HAWQ-V2 ranks layers by."""
-        return self.trace / self.weights
-
-    @property
-    def mean_highest(self) -> float:
-        """λ_max / n, what HAWQ ranks layers by."""
-        return self.highest / self.weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +64,7 @@ class CurvatureReport:
         starts: random starts.
         products: products with the Hessian of a layer, of all layers together.
         layers: in forward order.
+        spec: of every layer's Ω; None where none was given.
         output: the file that was written; None where none was.
     """
 
@@ -114,7 +77,13 @@ class CurvatureReport:
     starts: int
     products: int
     layers: tuple[LayerSpectrum, ...]
+    spec: str | None = None
     output: str | None = None
+
+    def fine_tuning_order(self) -> list[str]:
+        """Names of the layers by decreasing Ω, those without one left out."""
+        known = [layer for layer in self.layers if layer.fine_tuning is not None]
+        return [one.name for one in sorted(known, key=lambda one: -(one.fine_tuning or 0.0))]
 
     def ranked(self) -> list[LayerSpectrum]:
         """Layers by decreasing mean trace: HAWQ-V2's order."""
@@ -131,6 +100,8 @@ def curvature(
     steps: int = 6,
     starts: int = 2,
     heads: bool = False,
+    activations: bool = False,
+    spec: str | None = None,
     calibration: str | Path | None = None,
     output: str | Path | None = None,
     seed: int = 0,
@@ -154,6 +125,8 @@ def curvature(
         starts: random starts, two at least.
         heads: look at query projections head by head too, with as many products again; not with
             "true" labels, whose traces have no sign to share out.
+        activations: look at what the layers read too; takes two sequences at least.
+        spec: e.g. "3b-g64": give HAWQ's Ω for it.
         calibration: text to read, from its beginning; None takes the recipe's.
         output: .json file to write.
         seed: of starts, probes and sampled labels.
@@ -169,9 +142,11 @@ def curvature(
         UsageError: a number is out of range, no layer has such a path, or the file is there.
     """
     path = None if output is None else Path(output)
-    path = None if output is None else Path(output)
-    _check(path, force, labels, heads, {"sequences": (sequences, 1), "tokens": (tokens, 2),
-                                        "steps": (steps, 2), "starts": (starts, 2)})  # fmt: skip
+    _check(path, force, labels, heads, {
+        "sequences": (sequences, 2 if activations else 1), "tokens": (tokens, 2),
+        "steps": (steps, 2), "starts": (starts, 2),
+    })  # fmt: skip
+    at = _parsed(spec)
     # No more text than is read: one may have to be sampled. An eighth of it is held out.
     enough = {"calibration.sequences": sequences + -(-sequences // 7)}
     enough["calibration.sequence_length"] = tokens
@@ -181,17 +156,25 @@ def curvature(
     chosen = _chosen(loaded, layers, heads)
     data = calibration_set(recipe.calibration, loaded, seed=seed, monitor=monitor)
     text = data.fitting[:sequences]
+    generator = torch.Generator(loaded.device).manual_seed(seed)
     found, products = measure_layers(
         loaded, text, chosen, labels=labels, steps=steps, starts=starts, heads=heads,
-        generator=torch.Generator(loaded.device).manual_seed(seed), monitor=monitor,
+        generator=generator, monitor=monitor,
     )  # fmt: skip
+    if at is not None:
+        found = with_squared_errors(loaded, chosen, found, at)
+    if activations:
+        found = with_input_traces(loaded, chosen, found, text, labels, generator, monitor)
     report = CurvatureReport(
         model=loaded.source.name, text=data.description, sequences=len(text),
         length=text.shape[1], labels=labels, steps=steps, starts=starts, products=products,
-        layers=found, output=None if path is None else str(path),
+        layers=found, spec=spec, output=None if path is None else str(path),
     )  # fmt: skip
     if path is not None:
-        rows = [{**asdict(layer), "mean_trace": layer.mean_trace} for layer in found]
+        rows = [
+            {**asdict(one), "mean_trace": one.mean_trace, "fine_tuning": one.fine_tuning}
+            for one in found
+        ]
         write_json(path, {"format_version": DOCUMENT_VERSION, **asdict(report), "layers": rows})
     return report
 
@@ -207,89 +190,22 @@ def _chosen(model: Model, pattern: str, heads: bool) -> list[LayerInfo]:
     if not chosen:
         raise UsageError(f"no layer matches {pattern!r}; one is {model.layers[0].name}")
     config: Any = model.module.config
-    queries = [one for one in chosen if _is_query(one)]
+    queries = [one for one in chosen if is_query(one)]
     if heads and (not queries or queries[0].out_features % int(config.num_attention_heads)):
         raise UsageError(f"no layer of {pattern!r} is a query projection, {QUERIES}, with heads")
     return chosen
 
 
-def _is_query(layer: LayerInfo) -> bool:
-    return layer.name.rpartition(".")[2] == QUERIES
+def _parsed(spec: str | None) -> QuantSpec | None:
+    """The spec that a text says.
 
-
-def measure_layers(
-    model: Model,
-    tokens: torch.Tensor,
-    layers: Sequence[LayerInfo],
-    *,
-    labels: Labels,
-    steps: int,
-    starts: int,
-    heads: bool,
-    generator: torch.Generator,
-    monitor: Monitor,
-) -> tuple[tuple[LayerSpectrum, ...], int]:
-    """The curvature of some layers, and the products it took; arguments as for `curvature`."""
-    hessian = LossHessian.of(
-        model, tokens, layers=layers, labels=labels, generator=generator, monitor=monitor
-    )
-    found, products = [], 0
-    with hessian.layer_blocks() as blocks:
-        for index, (layer, product) in enumerate(zip(layers, blocks, strict=True)):
-            density = spectral_density(
-                product, layer.numel, generator=generator, steps=steps, starts=starts
-            )
-            shares: tuple[list[float], list[float]] = ([], [])
-            if heads and _is_query(layer):
-                shares, spent = _heads(model, layer, product, steps * starts, generator)
-                products += spent
-            products += density.products
-            found.append(_summary(layer, density, *shares))
-            monitor.step("curvature", index + 1, len(layers), layer.name)
-    return tuple(found), products
-
-
-def _heads(
-    model: Model, layer: LayerInfo, product: Matvec, probes: int, generator: torch.Generator
-) -> tuple[tuple[list[float], list[float]], int]:
-    """Shares of the query heads with their errors, and the products it took."""
-    config: Any = model.module.config
-    traces = head_traces(
-        product, int(config.num_attention_heads), layer.out_features, layer.in_features,
-        generator=generator, max_probes=max(probes, 2),
-    )  # fmt: skip
-    if not (traces.values > 0).any():
-        return ([], []), traces.products
-    scores = head_scores(traces)
-    return (scores.values.tolist(), scores.standard_errors.tolist()), traces.products
-
-
-def _summary(
-    layer: LayerInfo, density: SpectralDensity, heads: list[float], errors: list[float]
-) -> LayerSpectrum:
-    """What one density says."""
-    trace, criteria = density.trace(), density.criteria()
-    return LayerSpectrum(
-        name=layer.name,
-        weights=layer.numel,
-        trace=trace.value,
-        trace_error=trace.standard_error,
-        highest=criteria.highest,
-        lowest=criteria.lowest,
-        extreme_ratio=_extreme_ratio(criteria.lowest, criteria.highest),
-        negative_weight=_finite(criteria.negative_weight),
-        negative_weight_error=_finite(criteria.negative_weight_error),
-        heads=tuple(heads),
-        head_errors=tuple(errors),
-    )
-
-
-def _extreme_ratio(lowest: float, highest: float) -> float | None:
-    return max(-lowest, 0.0) / highest if highest > 0 else None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    Raises:
+        UsageError: it says none.
+    """
+    try:
+        return None if spec is None else QuantSpec.parse(spec)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _check(

@@ -6,8 +6,9 @@
 Every method plans from the same candidates, with the same one-pass compensation, and is corrected
 by the same measured uniform networks. A method is
 
-    ESTIMATOR[+sparse | +full][+refined]    a value of --sensitivity; pairs of near or of all
-                                            layers; `--rounds` rounds of refinement
+    ESTIMATOR[+sparse | +full][+refined | +SOLVER]    a value of --sensitivity; pairs of near or
+                                            of all layers; `--rounds` rounds of refinement; a value
+                                            of search.solver
 
 Rows of the first table: budget in stored bits, method, stage, stored bits, predicted KL; then for
 the held-out tokens and for every text KL ± its standard error over windows; then for each of them
@@ -62,6 +63,7 @@ from quantforge.recipe import Recipe
 from quantforge.results import CurvePoint, Quality
 from quantforge.search.allocate import uniform_plans
 from quantforge.search.budget import Budget
+from quantforge.search.solvers import SOLVERS
 from quantforge.types import BitPlan, QuantSpec, Sensitivity
 
 METHODS = (
@@ -217,10 +219,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             if options.probes and not results.probes:
                 measure_probes(results, job, measurement, options)
         print(f"  {method}: {spent[0]:.0f} CPU s in all", flush=True)
+        if results.probes:
+            correlations = {name: agreement(results.probes, tables[name]) for name in tables}
+            results.correlations = correlations
+            results.write()
     job.recipe = base
     if results.probes:
-        results.correlations = {name: agreement(results.probes, tables[name]) for name in tables}
-        results.write()
         print(correlation_table(results.correlations))
     print(f"load average {os.getloadavg()[0]:.1f}")
 
@@ -238,8 +242,10 @@ def recipe_of(base: Recipe, method: str, rounds: int) -> Recipe:
             search["interactions"] = extra
         elif extra == "refined":
             search["refine"] = rounds
+        elif extra in SOLVERS:
+            search["solver"] = extra
         else:
-            raise ValueError(f"{method}: {extra} is neither sparse, full nor refined")
+            raise ValueError(f"{method}: {extra} is neither sparse, full, refined nor a solver")
     return base.model_copy(
         update={
             "calibrate": base.calibrate.model_copy(update={"estimator": estimator}),

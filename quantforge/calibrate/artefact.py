@@ -21,7 +21,9 @@ from quantforge.types import LayerInfo, QuantSpec, Sensitivity
 
 FORMAT_VERSION = 2
 # Tables of an `Evidence`.
-_TABLES = ("squared", "output", "relative", "factored", "energies", "products", "squares")
+_TABLES = (
+    "squared", "output", "relative", "factored", "energies", "products", "squares", "traces",
+)  # fmt: skip
 
 
 def save_sensitivity(sensitivity: Sensitivity, path: Path) -> None:

@@ -12,6 +12,7 @@ EstimatorName = Literal[
     "fisher",
     "fisher-exact",
     "fisher-factored",
+    "fisher-trace",
     "hawq",
     "hawq-v2",
     "empirical-fisher",
@@ -54,9 +55,10 @@ class CalibrateConfig(Config):
     Attributes:
         estimator: how a candidate's loss increase is predicted (`calibrate.estimators` has the
             table): by the Fisher information, exact for each candidate ("fisher-exact"), factored
-            ("fisher-factored"), or both ("fisher"); by the Hessian's top eigenvalue ("hawq") or
-            trace ("hawq-v2"); by every weight's own gradient ("empirical-fisher"); by the layer's
-            output alone ("gram"); or by networks with one layer quantized ("measured").
+            ("fisher-factored"), or both ("fisher"), or its trace ("fisher-trace"); by the Hessian's
+            top eigenvalue ("hawq") or trace ("hawq-v2"); by every weight's own gradient
+            ("empirical-fisher"); by the layer's output alone ("gram"); or by networks with one
+            layer quantized ("measured").
         curvature: limits of "hawq" and "hawq-v2".
         probes: networks that "measured" puts together at most, if it is to measure every candidate;
             beyond, one a layer.

@@ -5,6 +5,7 @@
 | fisher | the next two as one, see `sensitivity` | nothing |
 | fisher-exact | ½ E[(Σ_t g_tᵀ D x_t)²], D as it really is | nothing |
 | fisher-factored | ½ Σ_o E[g_o²] E[(D x)_o²]: outputs and tokens apart | nothing |
+| fisher-trace | ½ (E‖G‖² / n) ‖D‖²: errors without a direction, drawn labels | nothing |
 | gram | ½ ḡ² E‖D x‖²: output error, every output counting alike | nothing |
 | empirical-fisher | ½ Σ_w E[G_w²] D_w²: every weight alone, true labels | a backward pass |
 | hawq-v2 | ½ (tr H / n) ‖D‖² (Dong et al. 2020, arXiv 1911.03852) | products with the Hessian |
@@ -178,6 +179,18 @@ def fisher_factored(evidence: Evidence, _: Network) -> Scores:
     return Scores(values=evidence.factored, standard_errors=error)
 
 
+def fisher_trace(evidence: Evidence, _: Network) -> Scores:
+    """HAWQ-V2's score with the Fisher information in the Hessian's place; the error is over texts.
+
+    E‖G‖² over labels drawn from the network is the trace of the Fisher information, which equals
+    that of the Gauss–Newton matrix, and it takes no second derivative.
+    """
+    sizes = torch.tensor([layer.numel for layer in evidence.layers])
+    samples = evidence.traces / evidence.length
+    errors = standard_error(samples)
+    return mean_trace_scores(samples.mean(0), errors, sizes, 0.5 * evidence.squared)
+
+
 def gram(evidence: Evidence, _: Network) -> Scores:
     """½ ḡ² E‖D x‖²; the error is that of ḡ² over sequences, common to all layers."""
     outputs = sum(layer.out_features for layer in evidence.layers)
@@ -344,6 +357,7 @@ def _networks_cost(extent: Extent) -> Cost:
 ESTIMATORS.register("fisher")(Estimator(losses=fisher))
 ESTIMATORS.register("fisher-exact")(Estimator(losses=fisher_exact))
 ESTIMATORS.register("fisher-factored")(Estimator(losses=fisher_factored))
+ESTIMATORS.register("fisher-trace")(Estimator(losses=fisher_trace))
 ESTIMATORS.register("hawq")(Estimator(losses=hawq, cost=_eigenvalue_cost))
 ESTIMATORS.register("hawq-v2")(Estimator(losses=hawq_v2, cost=_trace_cost))
 ESTIMATORS.register("empirical-fisher")(Estimator(losses=empirical_fisher, cost=_backward_cost))

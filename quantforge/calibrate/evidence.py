@@ -37,6 +37,7 @@ class Evidence:
             `factored`; 0 where a candidate does not fit.
         products: [sequences, layers, specs] Σ_t g_tᵀ D x_t in nats; likewise.
         squares: [sequences, layers] Σ_t ‖g_t‖².
+        traces: [sequences, layers] ‖Σ_t g_t x_tᵀ‖² in (nats / weight)².
     """
 
     layers: tuple[LayerInfo, ...]
@@ -49,6 +50,7 @@ class Evidence:
     energies: Tensor
     products: Tensor
     squares: Tensor
+    traces: Tensor
 
     @property
     def fits(self) -> Tensor:
@@ -79,7 +81,8 @@ class Evidence:
         Raises:
             ValueError: the gradients were taken without candidates.
         """
-        if gradients.products is None or gradients.energies is None:
+        products, energies, traces = gradients.products, gradients.energies, gradients.traces
+        if products is None or energies is None or traces is None:
             raise ValueError("the gradients were taken without candidates")
         return cls(
             layers=tuple(one.layer for one in errors),
@@ -91,7 +94,8 @@ class Evidence:
             factored=torch.stack(
                 [factored_losses(one.rows, gradients.moments[one.layer.name]) for one in errors]
             ),
-            energies=gradients.energies,
-            products=gradients.products,
+            energies=energies,
+            products=products,
             squares=gradients.squares,
+            traces=traces,
         )

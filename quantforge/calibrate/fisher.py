@@ -59,6 +59,7 @@ class GradientStatistics:
             candidates were given.
         energies: [sequences, layers, candidates] float64 Σ_t Σ_o g_to² d_o gram d_oᵀ in nats²; None
             likewise.
+        traces: [sequences, layers] float64 ‖Σ_t g_t x_tᵀ‖² in (nats / weight)²; None likewise.
     """
 
     moments: dict[str, Tensor]
@@ -66,6 +67,7 @@ class GradientStatistics:
     tokens: Mapping[str, Tensor]
     products: Tensor | None = None
     energies: Tensor | None = None
+    traces: Tensor | None = None
 
     @property
     def squares(self) -> Tensor:
@@ -198,6 +200,7 @@ class _Collector:
         self._channels: list[Tensor] = []
         self._products: Tensor | None = None
         self._energies: Tensor | None = None
+        self._traces: Tensor | None = None
 
     def add(self, found: BlockGradients) -> None:
         """Add one batch of one block."""
@@ -215,9 +218,14 @@ class _Collector:
                 self._energies = self._table(self._energies, spent)
                 self._energies[found.rows, index] = spent.double().cpu()
         for index, errors in self._known.items():
-            inner = inner_products(found, self._layers[index], errors)
+            gradients = weight_gradients(found, self._layers[index]).flatten(1)
+            inner = gradients @ errors.flatten(1).T
             self._products = self._table(self._products, inner)
             self._products[found.rows, index] = inner.double().cpu()
+            if self._traces is None:
+                self._traces = torch.zeros(self._products.shape[:2], dtype=torch.float64)
+            lengths = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float32)
+            self._traces[found.rows, index] = lengths.double().square().cpu()
 
     def _add_tokens(self, name: str, rows: slice, squares: Tensor) -> None:
         """Put [batch, length] of one layer where its sequences are."""
@@ -263,7 +271,9 @@ class _Collector:
         tensors |= {f"channel.{index:05d}": one for index, one in enumerate(self._channels)}
         tensors |= {f"moment.{name}": one for name, one in self._moments.items()}
         tensors |= {f"token.{name}": one for name, one in self._tokens.items()}
-        tables = {"products": self._products, "energies": self._energies}
+        tables = {
+            "products": self._products, "energies": self._energies, "traces": self._traces
+        }  # fmt: skip
         tensors |= {name: table for name, table in tables.items() if table is not None}
         journal.write(ENTRY, tensors, {"block": block})
 
@@ -287,6 +297,7 @@ class _Collector:
         self._tokens = named("token")
         self._products = entry.tensors.get("products")
         self._energies = entry.tensors.get("energies")
+        self._traces = entry.tensors.get("traces")
         return int(entry.facts["block"]), listed("state")
 
     def result(self) -> GradientStatistics:
@@ -297,18 +308,8 @@ class _Collector:
             tokens={layer.name: self._tokens[layer.name] for layer in self._layers},
             products=self._products,
             energies=self._energies,
+            traces=self._traces,
         )
-
-
-def inner_products(found: BlockGradients, layer: LayerInfo, errors: Tensor) -> Tensor:
-    """Σ_t g_tᵀ D x_t of one layer, [sequences, candidates] float32.
-
-    Args:
-        found: gradients and inputs of the layer's block.
-        layer: the layer.
-        errors: [candidates, out, in] D, in the dtype of the gradients.
-    """
-    return (weight_gradients(found, layer).flatten(1) @ errors.flatten(1).T).float()
 
 
 def weight_gradients(found: BlockGradients, layer: LayerInfo) -> Tensor:

@@ -49,6 +49,14 @@ def curvature(
             "--heads", help="Query projections head by head too; not with the text's labels."
         ),
     ] = False,
+    activations: Annotated[
+        bool,
+        typer.Option("--activations", help="What layers read too; takes --sequences 2 or more."),
+    ] = False,
+    spec: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Give HAWQ's order of fine-tuning at e.g. 3b-g64."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="The .json to write.")
     ] = None,
@@ -76,6 +84,8 @@ def curvature(
             steps=steps,
             starts=starts,
             heads=heads,
+            activations=activations,
+            spec=spec,
             calibration=calibration,
             output=output,
             seed=seed,

@@ -30,6 +30,7 @@ class Estimator(StrEnum):
     fisher = "fisher"
     fisher_exact = "fisher-exact"
     fisher_factored = "fisher-factored"
+    fisher_trace = "fisher-trace"
     hawq = "hawq"
     hawq_v2 = "hawq-v2"
     empirical_fisher = "empirical-fisher"
@@ -96,8 +97,10 @@ Sensitivity = Annotated[
     Estimator | None,
     typer.Option(
         "--sensitivity",
+        metavar="NAME",
         show_default=False,
-        help="How losses are predicted; short for --set calibrate.estimator=.., default: fisher.",
+        help=f"How losses are predicted: {', '.join(Estimator)}; short for "
+        "--set calibrate.estimator=.., default: fisher.",
     ),
 ]
 ServerOption = Annotated[

@@ -119,10 +119,14 @@ def show_curvature(report: CurvatureReport, out: Console) -> None:
         ("products", f"{report.products}: {report.starts} starts of {report.steps} steps a layer"),
     ]
     pairs(rows, out)
-    table = table_of(
-        "layer", "trace / n", "trace", "highest / n", "highest", "lowest", "r_e", "K_hn"
-    )
-    for layer in report.ranked():
+    names = ["layer", "trace / n", "trace", "highest / n", "highest", "lowest", "r_e", "K_hn"]
+    ranked = report.ranked()
+    order = {name: place for place, name in enumerate(report.fine_tuning_order(), 1)}
+    if report.spec is not None:
+        names += [f"omega {report.spec}", "order"]
+    activations = any(layer.input_trace is not None for layer in ranked)
+    table = table_of(*names, *(["input trace / n"] if activations else []))
+    for layer in ranked:
         trace = with_error(layer.trace, layer.trace_error)
         ends = [f"{x:.3g}" for x in (layer.mean_highest, layer.highest, layer.lowest)]
         shares = ["", ""]
@@ -130,7 +134,13 @@ def show_curvature(report: CurvatureReport, out: Console) -> None:
             shares[0] = f"{layer.extreme_ratio:.2g}"
         if layer.negative_weight is not None and layer.negative_weight_error is not None:
             shares[1] = with_error(layer.negative_weight, layer.negative_weight_error)
-        add_row(table, layer.name, f"{layer.mean_trace:.3g}", trace, *ends, *shares)
+        more = []
+        if report.spec is not None:
+            omega = layer.fine_tuning
+            more += ["", ""] if omega is None else [f"{omega:.3g}", str(order[layer.name])]
+        if layer.input_trace is not None and layer.input_trace_error is not None:
+            more.append(with_error(layer.input_trace, layer.input_trace_error))
+        add_row(table, layer.name, f"{layer.mean_trace:.3g}", trace, *ends, *shares, *more)
     print_table(table, out)
     headed = [layer for layer in report.layers if layer.heads]
     if headed:

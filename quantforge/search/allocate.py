@@ -16,8 +16,9 @@ from quantforge.search.choice import Choice, Costs, Limits, Losses
 from quantforge.search.config import SearchConfig
 from quantforge.search.interactions import pair_loss, pairwise_objective
 from quantforge.search.latency import LatencyModel, Times
+from quantforge.search.ordering import augmented_choice
 from quantforge.search.pairwise import least
-from quantforge.search.solvers import SOLVERS
+from quantforge.search.solvers import SOLVERS, only_limit
 from quantforge.types import KEPT_BITS, BitPlan, LayerInfo, QuantSpec, Sensitivity
 
 
@@ -231,10 +232,12 @@ def _solve(
         limits: [resources].
         config: names the solver.
     """
+    solver = config.solver
     if sensitivity.interactions is not None:
         objective = pairwise_objective(loss, sensitivity.interactions, items)
+        if solver == "ordering":
+            return solver, augmented_choice(objective, *only_limit(costs, limits, solver))
         return "pairwise", least(objective, costs, limits)
-    solver = config.solver
     if solver == "dynamic-program" and len(limits) > 1:
         solver = "integer-program"
     apart = [row for row, group in enumerate(items) if sensitivity.layers[group[0]].outside]

@@ -31,7 +31,9 @@ def _checked_inclusion(text: str) -> str:
 
 
 Bits = Annotated[int, Field(ge=SUPPORTED_BITS[0], le=SUPPORTED_BITS[-1])]
-SolverName = Literal["dynamic-program", "integer-program", "lagrangian", "pareto", "uniform"]
+SolverName = Literal[
+    "dynamic-program", "integer-program", "lagrangian", "pareto", "ordering", "uniform"
+]
 GroupSize = Annotated[int, AfterValidator(_checked_group_size)]
 
 
@@ -47,13 +49,14 @@ class SearchConfig(Config):
             `quantforge.load` does.
         solver: how the plan is found: exactly, by "dynamic-program" (default), "integer-program"
             (HiGHS) or "pareto" (HAWQ-V2's enumeration, thinned where it grows too large); by
-            "lagrangian" prices, within one layer's step of the best; or "uniform", one grid for
-            all layers.
+            "lagrangian" prices, within one layer's step of the best; by "ordering" layers by what
+            they save for their cost, with their interactions (Schaefer et al. 2023); or "uniform",
+            one grid for all layers.
         interactions: what pairs of layers lose beyond what each loses alone, from gradients of
             single sequences (`search.interactions`): "none", "sparse" (layers of one block and of
             adjacent ones) or "full" (all). With them plans are found by branch and bound where
-            few groups of layers are planned, else by exchanges from the dynamic program's, and say
-            how far they may be from the best.
+            few groups of layers are planned, else by exchanges from the dynamic program's, or by
+            "ordering", and say how far they may be from the best.
         refine: rounds of looking around the plan that was found: its network is differentiated and
             some twenty near it are measured on held-out tokens (`quantforge.refinement`). Not for
             targets of quality, nor for the plans of `pareto`. Effort "best" takes three where they
@@ -91,10 +94,10 @@ class SearchConfig(Config):
 
     @model_validator(mode="after")
     def _solver_does_what_is_asked(self) -> SearchConfig:
-        if self.interactions != "none" and self.solver != "dynamic-program":
+        if self.interactions != "none" and self.solver not in ("dynamic-program", "ordering"):
             raise ValueError(
-                f"interactions have a search of their own, not solver {self.solver}: leave the "
-                "solver or the interactions out"
+                f"interactions have a search of their own, or solver ordering, not {self.solver}: "
+                "leave the solver or the interactions out"
             )
         if self.refine and self.solver == "uniform":
             raise ValueError("refine exchanges the grids of layers, solver uniform has one for all")

@@ -29,7 +29,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from quantforge.search.choice import Costs, Limits, Losses, Picks, chosen
+from quantforge.search.choice import Choice, Costs, Limits, Losses, Picks, chosen, totals
 from quantforge.search.frontier import Frontier, additive_bound, sweep
 
 # The convex bound's iterations end at this relative distance of bound and relaxation.
@@ -88,6 +88,24 @@ class Objective(Protocol):
     def pairwise(self) -> PairwiseObjective:
         """The same objective with every pair written out."""
         ...
+
+
+def choice_of(objective: Objective, costs: Costs, picks: Picks, bound: float) -> Choice:
+    """The choice of these picks.
+
+    Args:
+        objective: says what they lose.
+        costs: [resources, items, candidates].
+        picks: [items].
+        bound: no picks within the limits lose less, rounding aside.
+    """
+    value = objective.value(picks)
+    return Choice(
+        picks=tuple(picks.tolist()),
+        loss=value,
+        costs=tuple(totals(costs, picks).tolist()),
+        bound=min(bound, value),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -255,7 +273,7 @@ class GramObjective:
 
     def pairwise(self) -> PairwiseObjective:
         """All pairs written out: (items · candidates)² numbers."""
-        flat = self.projections.reshape(len(self.projections), -1)
+        flat = self.projections.reshape(len(self.projections), self.loss.size)
         rows = np.arange(len(self.loss))
         pair = (2.0 * self.weight * (flat.T @ flat)).reshape(*self.loss.shape, *self.loss.shape)
         pair[rows, :, rows] = 0.0
@@ -268,7 +286,9 @@ class GramState:
     def __init__(self, objective: GramObjective, picks: Picks) -> None:
         samples = len(objective.projections)
         self._objective, self.picks = objective, picks.copy()
-        self._flat = np.ascontiguousarray(objective.projections.reshape(samples, -1), np.float64)
+        self._flat = np.ascontiguousarray(
+            objective.projections.reshape(samples, objective.loss.size), np.float64
+        )
         by_item = objective.projections.transpose(1, 2, 0)
         # [items, candidates, candidates] products of an item's own candidates
         self._within = by_item @ by_item.transpose(0, 2, 1)
@@ -321,7 +341,7 @@ def _convex_bound(objective: GramObjective, cost: Costs, limit: float) -> float:
     """Lower bound of a Gram objective within one limit that can be met."""
     present = np.isfinite(objective.loss)
     linear = np.where(present, objective.loss, 0.0)
-    flat = objective.projections.reshape(len(objective.projections), -1)
+    flat = objective.projections.reshape(len(objective.projections), objective.loss.size)
     shares = np.zeros(objective.loss.shape)
     sums, best = np.zeros(len(flat)), -np.inf
     for step in range(BOUND_ITERATIONS):

@@ -8,8 +8,10 @@ saves m_i(S) = a_i + Σ_{j ∈ S, j ≠ i} c_ij. Backward greedy: from all layer
 that saves most for what restoring it costs goes first, marginals are updated, and so on; the list
 is the reverse. Its prefixes are nested sets S_0 ⊂ S_1 ⊂ …, each the likely best of its size.
 
-For several precisions the caller runs from the lowest upwards: a list and a bisection for the
-lowest, then for the next one over the layers that are left.
+For several precisions (`augmented_choice`) the list is one of steps: everything begins at its
+cheapest candidate, and the step of one item to a dearer one that saves most for what it costs comes
+next. With two candidates that is the list above. A target of quality bisects over the plans of
+growing budgets (`quantforge.targets`), which are the prefixes of that list.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from quantforge.search.choice import Choice, Costs, chosen
+from quantforge.search.objective import Objective, choice_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +86,40 @@ def augmented_order(
         loss=np.concatenate([[0.0], np.cumsum(marginals[::-1])]),
         saving=np.concatenate([[0.0], np.cumsum(saving[order])]),
     )
+
+
+def augmented_choice(objective: Objective, cost: Costs, limit: float) -> Choice | None:
+    """The longest prefix of the list of steps that is within a limit.
+
+    Steps that no longer fit are passed over, so that little of the limit is left. Ties go to the
+    earlier item. A step takes O(items · candidates), and there are at most as many steps as
+    candidates of all items.
+
+    Args:
+        objective: what is lost, with interactions between items or without.
+        cost: [items, candidates], non-negative.
+        limit: on the sum of the picks' costs.
+
+    Returns:
+        The choice, with the objective's lower bound; None if the cheapest picks exceed the limit.
+    """
+    present = np.isfinite(objective.alone)
+    least = np.where(present, cost, np.inf).min(axis=1, keepdims=True)
+    cheapest = present & (cost == least)
+    state = objective.begin(np.where(cheapest, objective.alone, np.inf).argmin(axis=1))
+    while True:
+        taken = chosen(cost, state.picks)
+        spare = limit - taken.sum()
+        if spare < 0:
+            return None
+        dearer = cost - taken[:, None]
+        usable = (state.changes < 0) & (dearer > 0) & (dearer <= spare)
+        rate = np.divide(-state.changes, dearer, out=np.full(cost.shape, -np.inf), where=usable)
+        best = int(rate.argmax())
+        if not usable.flat[best]:
+            costs: Costs = cost[None]
+            return choice_of(objective, costs, state.picks, objective.bound(costs, [limit]))
+        state.move(*divmod(best, cost.shape[1]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from quantforge.search.choice import (
 )
 from quantforge.search.frontier import sweep
 from quantforge.search.knapsack import solve
-from quantforge.search.objective import Objective, PairwiseObjective, State
+from quantforge.search.objective import Objective, PairwiseObjective, State, choice_of
 from quantforge.search.solvers import mixed_integer_program
 
 MAX_PASSES = 50
@@ -99,7 +99,7 @@ def local_search(
                 _descend(state, costs, bounds)
         if before - state.value <= _least_gain(state):
             break
-    return _finish(objective, costs, state.picks, objective.bound(costs, limits))
+    return choice_of(objective, costs, state.picks, objective.bound(costs, limits))
 
 
 def _additive_start(objective: Objective, costs: Costs, limits: Limits) -> Picks | None:
@@ -109,16 +109,6 @@ def _additive_start(objective: Objective, costs: Costs, limits: Limits) -> Picks
     else:
         found = mixed_integer_program(objective.alone, costs, limits)
     return None if found is None else np.array(found.picks, dtype=np.intp)
-
-
-def _finish(objective: Objective, costs: Costs, picks: Picks, bound: float) -> Choice:
-    value = objective.value(picks)
-    return Choice(
-        picks=tuple(picks.tolist()),
-        loss=value,
-        costs=tuple(totals(costs, picks).tolist()),
-        bound=min(bound, value),
-    )
 
 
 def _least_gain(state: State) -> float:
@@ -184,7 +174,7 @@ def branch_and_bound(
     # The objective summed in another order may round below what the branches were cut at.
     value = objective.value(picks)
     bound = value if search.exhausted else max(first.bound, search.unseen)
-    return _finish(objective, costs, picks, bound)
+    return choice_of(objective, costs, picks, bound)
 
 
 @dataclass(slots=True, eq=False)

@@ -6,6 +6,7 @@
 | integer-program | the least loss within any number of limits, by HiGHS |
 | lagrangian | the corner of the frontier's hull before the limit, and single exchanges after it |
 | pareto | HAWQ-V2's enumeration, thinned where it grows too large |
+| ordering | a prefix of the list of steps by loss saved a cost (Schaefer et al. 2023) |
 | uniform | one candidate for all items |
 """
 
@@ -29,6 +30,8 @@ from quantforge.search.choice import (
 from quantforge.search.frontier import additive_bound, sweep
 from quantforge.search.integer_program import integer_program
 from quantforge.search.knapsack import solve
+from quantforge.search.objective import GramObjective
+from quantforge.search.ordering import augmented_choice
 from quantforge.search.pareto import cheapest_loss
 
 Solver = Callable[[Losses, Costs, Limits], Choice | None]
@@ -41,7 +44,7 @@ INTEGER_PROGRAM_SECONDS = 60.0
 PARETO_STATES = 20_000_000
 
 
-def _only(costs: Costs, limits: Limits, name: str) -> tuple[Costs, float]:
+def only_limit(costs: Costs, limits: Limits, name: str) -> tuple[Costs, float]:
     """The single resource of a solver that takes one."""
     if len(limits) != 1:
         raise UsageError(
@@ -55,7 +58,7 @@ def _only(costs: Costs, limits: Limits, name: str) -> tuple[Costs, float]:
 def dynamic_program(loss: Losses, costs: Costs, limits: Limits) -> Choice | None:
     """See `knapsack.solve`."""
     require_problem(loss, costs, limits)
-    return solve(loss, *_only(costs, limits, "dynamic-program"))
+    return solve(loss, *only_limit(costs, limits, "dynamic-program"))
 
 
 @SOLVERS.register("integer-program")
@@ -74,7 +77,7 @@ def mixed_integer_program(loss: Losses, costs: Costs, limits: Limits) -> Choice 
 def lagrangian(loss: Losses, costs: Costs, limits: Limits) -> Choice | None:
     """The hull's corner before the limit, and what single exchanges make of the rest."""
     require_problem(loss, costs, limits)
-    cost, limit = _only(costs, limits, "lagrangian")
+    cost, limit = only_limit(costs, limits, "lagrangian")
     frontier = sweep(loss, cost)
     if frontier is None or frontier.corner(limit) < 0:
         return None
@@ -86,8 +89,16 @@ def lagrangian(loss: Losses, costs: Costs, limits: Limits) -> Choice | None:
 def pareto(loss: Losses, costs: Costs, limits: Limits) -> Choice | None:
     """See `pareto.cheapest_loss`."""
     require_problem(loss, costs, limits)
-    cost, limit = _only(costs, limits, "pareto")
+    cost, limit = only_limit(costs, limits, "pareto")
     return cheapest_loss(loss, cost, limit, most=max(2, PARETO_STATES // max(1, len(loss))))
+
+
+@SOLVERS.register("ordering")
+def ordering(loss: Losses, costs: Costs, limits: Limits) -> Choice | None:
+    """See `augmented_choice`; here for losses that add up."""
+    require_problem(loss, costs, limits)
+    alone = GramObjective(loss=loss, projections=np.zeros((0, *loss.shape)), weight=0.0)
+    return augmented_choice(alone, *only_limit(costs, limits, "ordering"))
 
 
 @SOLVERS.register("uniform")

@@ -5,16 +5,21 @@ from typing import get_args
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import quantforge
 from quantforge.calibrate import curvature as hessians
 from quantforge.calibrate.curvature import LossHessian
+from quantforge.calibrate.fisher import gradient_statistics
+from quantforge.calibrate.token_loss import sampled_labels
 from quantforge.cli.options import Labels
 from quantforge.errors import UsageError
-from quantforge.landscape import measure_layers
 from quantforge.load.huggingface import from_module
+from quantforge.methods.rtn import minmax_scale, round_to_nearest
 from quantforge.progress import Monitor
+from quantforge.spectra import measure_layers, with_input_traces
 from quantforge.testing import markov_tokens, save_tiny_checkpoint, tiny_llama, train
+from quantforge.types import QuantSpec
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 60
 
@@ -102,6 +107,43 @@ def test_the_report_is_written_and_layers_are_ranked_by_mean_trace(source, tmp_p
     assert again.layers == report.layers  # the same seed
 
 
+def test_omega_and_traces_of_what_layers_read(source):
+    report = quantforge.curvature(
+        str(source), calibration=source.parent / "text.txt", layers="*.0.*", spec="3b-g32",
+        tokens=24, sequences=3, steps=3, activations=True, labels="expected",
+    )  # fmt: skip
+    module = AutoModelForCausalLM.from_pretrained(source)
+    spec, omegas = QuantSpec.parse("3b-g32"), {}
+    for one in report.layers:
+        weight = module.get_submodule(one.name).weight.detach()
+        rounded = round_to_nearest(weight, minmax_scale(weight, spec), spec).dequantize()
+        squared = float((rounded - weight).square().sum())
+        assert one.squared_error == pytest.approx(squared, rel=1e-4)
+        omegas[one.name] = one.highest * squared
+        assert one.fine_tuning == pytest.approx(omegas[one.name], rel=1e-4)
+    assert report.fine_tuning_order() == sorted(omegas, key=omegas.get, reverse=True)
+    by_name = {one.name.rpartition(".")[2]: one.input_trace for one in report.layers}
+    assert by_name["q_proj"] == by_name["k_proj"] == by_name["v_proj"] > 0
+    assert by_name["gate_proj"] == by_name["up_proj"]
+    assert len(set(by_name.values())) == 4
+    assert all(one.input_trace_error > 0 for one in report.layers)
+
+
+def test_layers_of_one_input_get_its_trace_a_number(model):
+    tokens = markov_tokens(2, 6, seed=3)
+    layers = [one for one in model.layers if one.name.endswith(("k_proj", "v_proj"))]
+    found, _ = measure(model, layers, tokens, labels="expected", steps=2, starts=2)
+    traces = hessians.activation_traces(
+        model, [layers[0].name], tokens, generator=torch.Generator().manual_seed(5)
+    )
+    known = with_input_traces(
+        model, layers, found, tokens, "expected", torch.Generator().manual_seed(5), Monitor()
+    )
+    for one in known:
+        assert one.input_trace == pytest.approx(float(traces.values[0]) / (6 * 16))
+        assert one.input_trace_error == pytest.approx(float(traces.standard_errors[0]) / (6 * 16))
+
+
 def test_wrong_arguments_are_named_before_anything_is_loaded(source, tmp_path):
     (tmp_path / "there.json").write_text("{}")
     for options, said in (
@@ -113,6 +155,8 @@ def test_wrong_arguments_are_named_before_anything_is_loaded(source, tmp_path):
         ({"output": tmp_path}, r"is no \.json file"),
         ({"labels": "fisher"}, "unknown labels 'fisher'; known: true, sampled, expected"),
         ({"heads": True}, "give --labels expected or sampled"),
+        ({"activations": True}, "sequences must be 2 or more, got 1"),
+        ({"spec": "3bit"}, "not a spec: '3bit'"),
     ):
         with pytest.raises(UsageError, match=said):
             quantforge.curvature("llama", **options)
@@ -130,3 +174,23 @@ def test_wrong_layers_are_named_before_a_text_is_read(source, tmp_path):
 
 def test_the_option_s_labels_are_the_function_s():
     assert sorted(one.value for one in Labels) == sorted(get_args(hessians.Labels))
+
+
+def test_drawn_labels_give_the_trace_of_the_expected_hessian(model):
+    """E‖G‖² over labels drawn from the network is the Fisher trace, which HAWQ-V2 needs a Hessian
+    for: what `fisher-trace` rests on."""
+    tokens = markov_tokens(2, 6, seed=3)
+    layer = next(one for one in model.layers if one.name.endswith("k_proj"))
+    exact = float(dense(model, layer, tokens, "expected").diagonal().sum())
+    row = model.layers.index(layer)
+    draws = torch.cat([
+        gradient_statistics(
+            model, tokens, batch_size=2, precision="float32", monitor=Monitor(),
+            head_gradient=sampled_labels(torch.Generator().manual_seed(seed)),
+            errors=lambda one: torch.zeros(1, one.out_features, one.in_features),
+        ).traces.mean(0)[row, None] / 6
+        for seed in range(200)
+    ])  # fmt: skip
+    error = float(draws.std() / len(draws) ** 0.5)
+    assert abs(float(draws.mean()) - exact) < 3 * error
+    assert error < 0.1 * exact

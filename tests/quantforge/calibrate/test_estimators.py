@@ -128,7 +128,8 @@ def test_evidence_agrees_with_itself_and_survives_the_disk(evidence, tmp_path):
     save_evidence(known, tmp_path / "e.safetensors")
     found = load_evidence(tmp_path / "e.safetensors")
     assert (found.layers, found.specs, found.length) == (known.layers, known.specs, 12)
-    for name in ("squared", "output", "relative", "factored", "energies", "products", "squares"):
+    tables = "squared output relative factored energies products squares traces"
+    for name in tables.split():
         assert torch.equal(getattr(found, name), getattr(known, name))
     (tmp_path / "e.safetensors").write_bytes(b"short")
     with pytest.raises(InputError, match="missing or damaged"):
@@ -140,7 +141,7 @@ def test_tables_from_the_evidence_alone(evidence, network):
     fits = known.fits
     made = {
         name: estimate(name, known, network, "f")
-        for name in ("fisher", "fisher-exact", "fisher-factored", "gram")
+        for name in ("fisher", "fisher-exact", "fisher-factored", "fisher-trace", "gram")
     }
     exact = known.products.square().mean(0) / 24
     torch.testing.assert_close(made["fisher-exact"].loss[fits], exact[fits])
@@ -157,7 +158,11 @@ def test_tables_from_the_evidence_alone(evidence, network):
         assert table.loss[~fits].isinf().all()
         assert table.stderr[~fits].isinf().all()
         assert (table.stderr[fits] > 0).all()
-    assert len({float(table.loss[0, 0]) for table in made.values()}) == 4
+    sizes = torch.tensor([layer.numel for layer in known.layers])
+    mean = known.traces.mean(0) / 12 / sizes
+    expected = 0.5 * mean[:, None] * known.squared
+    torch.testing.assert_close(made["fisher-trace"].loss[fits], expected[fits])
+    assert len({float(table.loss[0, 0]) for table in made.values()}) == 5
 
 
 def test_the_empirical_fisher_takes_weights_alone_and_true_labels(evidence, network, tokens):
@@ -253,7 +258,7 @@ def test_few_candidates_are_all_measured_and_many_one_a_layer(evidence, network)
 def test_what_an_estimator_costs():
     extent = Extent(config=CONFIG, layers=14, candidates=56, length=12, held_out=100)
     costs = {name: ESTIMATORS[name].cost(extent) for name in ESTIMATORS}
-    free = {"fisher", "fisher-exact", "fisher-factored", "gram"}
+    free = {"fisher", "fisher-exact", "fisher-factored", "fisher-trace", "gram"}
     assert {name for name, cost in costs.items() if not cost.what} == free
     assert costs["hawq-v2"].forward_tokens == 12 * 6 * 10
     assert costs["hawq"].forward_tokens == pytest.approx(14 * 1.4 * 3 * 10)

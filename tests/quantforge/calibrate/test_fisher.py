@@ -111,6 +111,8 @@ def test_a_backward_pass_block_by_block_equals_plain_autograd(
                 rtol=1e-5,
                 atol=1e-5 * float(gradient.norm() * errors[name][0].norm()),
             )
+            expected = gradient.double().square().sum()
+            torch.testing.assert_close(found.traces[index, position], expected, rtol=1e-4, atol=0.0)
     for name, total in totals.items():
         mean = total / tokens.numel()
         moments = found.channels[blocks.index(name)] if name in blocks else found.moments[name]

@@ -12,7 +12,7 @@ import pytest
 import quantforge
 from quantforge.cli.app import application
 from quantforge.cli.outcome import run
-from quantforge.landscape import CurvatureReport, LayerSpectrum
+from quantforge.landscape import CurvatureReport
 from quantforge.latency import ProfileReport, TimedLayer
 from quantforge.outcomes import (
     BenchReport,
@@ -42,6 +42,7 @@ from quantforge.results import (
     SizeReport,
     TargetOutcome,
 )
+from quantforge.spectra import LayerSpectrum
 from quantforge.types import BitPlan, QuantSpec
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.x")
@@ -246,12 +247,13 @@ def curvature_report() -> CurvatureReport:
             name=name, weights=1000, trace=trace, trace_error=0.1 * trace, highest=0.25,
             lowest=-0.125, extreme_ratio=0.5, negative_weight=0.375, negative_weight_error=0.01,
             heads=heads, head_errors=tuple(0.01 for _ in heads),
+            squared_error=4.0 if heads else None, input_trace=0.5, input_trace_error=0.02,
         )  # fmt: skip
 
     return CurvatureReport(
         model="llama", text="a text", sequences=1, length=128, labels="true", steps=6, starts=2,
         products=24, layers=(layer("a.q_proj", 2.0, (0.25, 0.75)), layer("a.k_proj", 4.0)),
-        output="curvature.json",
+        spec="3b-g64", output="curvature.json",
     )  # fmt: skip
 
 

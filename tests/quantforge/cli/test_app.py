@@ -115,7 +115,8 @@ def test_pareto_passes_its_own_options_and_no_budget(command, pipeline) -> None:
 
 
 def test_curvature_options_reach_the_pipeline(command, pipeline) -> None:
-    options = ("--labels", "expected", "--steps", "3", "--layers", "*.mlp.*", "--heads")
+    options = ["--labels", "expected", "--steps", "3", "--layers", "*.mlp.*", "--heads"]
+    options += ["--activations", "--spec", "3b-g64", "--sequences", "2"]
     assert command("curvature", "llama", *options, "-o", "c.json", "--model", "m").code == 0
     assert passed(pipeline) == (
         "curvature",
@@ -123,11 +124,13 @@ def test_curvature_options_reach_the_pipeline(command, pipeline) -> None:
         {
             "layers": "*.mlp.*",
             "labels": "expected",
-            "sequences": 1,
+            "sequences": 2,
             "tokens": 128,
             "steps": 3,
             "starts": 2,
             "heads": True,
+            "activations": True,
+            "spec": "3b-g64",
             "calibration": None,
             "output": Path("c.json"),
             "seed": 0,

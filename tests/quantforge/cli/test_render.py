@@ -81,8 +81,10 @@ def test_profile_as_a_table(reports) -> None:
 
 def test_curvature_as_tables_the_most_curved_layer_first(reports) -> None:
     lines = drawn(render_machine.show_curvature, reports.curvature_report())
-    first = lines.index("a.k_proj 0.004 4.00 ± 0.40 0.00025 0.25 -0.125 0.5 0.375 ± 0.010")
-    assert lines[first + 1].startswith("a.q_proj 0.002 ")
+    common = "0.00025 0.25 -0.125 0.5 0.375 ± 0.010"
+    first = lines.index(f"a.k_proj 0.004 4.00 ± 0.40 {common} 0.500 ± 0.020")  # it has no Ω
+    assert lines[first + 1] == f"a.q_proj 0.002 2.00 ± 0.20 {common} 1 1 0.500 ± 0.020"
+    assert "highest lowest r_e K_hn omega 3b-g64 order input trace / n" in lines[first - 1]
     assert "a.q_proj 0.750 ± 0.010 1 0.250 ± 0.010 0" in lines
     assert "products 24: 2 starts of 6 steps a layer" in lines
     assert lines[-1] == "written to curvature.json"

@@ -98,6 +98,20 @@ def test_the_plan_is_the_best_of_all_with_interactions(bits, fused):
     assert plan.stored_bits <= float(budget.bits)
 
 
+def test_ordering_takes_interactions_in_and_names_itself():
+    sensitivity, budget = table(blocks=3, seed=3), Budget.parse("2.7bit")
+    best = search(sensitivity, budget, SearchConfig(interactions="full"))
+    plan = search(sensitivity, budget, SearchConfig(interactions="full", solver="ordering"))
+    assert plan.solver == "ordering"
+    column = {spec: index for index, spec in enumerate(SPECS)} | {None: None}
+    columns = [column[spec] for spec in plan.assignment.values()]
+    assert plan.predicted_loss == pytest.approx(quadratic(sensitivity, columns))
+    assert best.predicted_loss <= plan.predicted_loss + 1e-12
+    assert plan.gap >= plan.predicted_loss - best.predicted_loss - 1e-12
+    with pytest.raises(ValueError, match="or solver ordering, not pareto"):
+        SearchConfig(interactions="sparse", solver="pareto")
+
+
 def test_the_additive_plan_misses_what_pairs_lose():
     sensitivity, budget = table(blocks=3, seed=3), Budget.parse("2.7bit")
     plan = search(sensitivity, budget, SearchConfig(interactions="full"))

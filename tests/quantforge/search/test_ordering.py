@@ -6,7 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from quantforge.search.ordering import augmented_order, bisect_prefix, most_evaluations
+from quantforge.search.objective import GramObjective, PairwiseObjective
+from quantforge.search.ordering import (
+    augmented_choice,
+    augmented_order,
+    bisect_prefix,
+    most_evaluations,
+)
 
 
 def interactions(seed, layers):
@@ -59,6 +65,61 @@ def test_interactions_change_the_order():
     order = augmented_order(loss, pairs, np.ones(3))
     assert order.layers.tolist() == [0, 2, 1]
     assert order.loss == pytest.approx([0, 1.0, 2.5, 8.6])
+
+
+def two_precisions(seed, layers):
+    """Losses and pairs of layers that are quantized (candidate 0) or kept (1), and their costs."""
+    generator = np.random.default_rng(seed)
+    loss = generator.random(layers) + 0.5
+    pairs = 0.05 * np.abs(interactions(seed, layers))
+    np.fill_diagonal(pairs, 0)
+    saving = generator.integers(1, 9, layers)
+    table = np.zeros((layers, 2, layers, 2))
+    table[:, 0, :, 0] = pairs
+    objective = PairwiseObjective(loss=np.stack([loss, 0 * loss], 1), pair=table)
+    return loss, pairs, saving, objective, np.stack([np.ones_like(saving), 1 + saving], 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_two_precisions_plans_are_the_prefixes_of_the_list(seed):
+    loss, pairs, saving, objective, cost = two_precisions(seed, 7)
+    order = augmented_order(loss, pairs, saving.astype(float))
+    full = int(cost[:, 1].sum())
+    for length in range(8):
+        choice = augmented_choice(objective, cost, full - int(order.saving[length]))
+        quantized = {layer for layer, pick in enumerate(choice.picks) if pick == 0}
+        assert quantized == set(order.layers[:length].tolist())
+        assert choice.loss == pytest.approx(order.loss[length])
+
+
+def test_steps_between_many_candidates_take_the_steepest_first():
+    # losses a bit: 1 to 2 saves 4 for 1 and 2 to 3 saves 1 for 1; the other item 3 for 1, 2 for 1
+    loss = np.array([[5.0, 1.0, 0.0], [5.0, 2.0, 0.0]])
+    alone = GramObjective(loss=loss, projections=np.zeros((0, 2, 3)), weight=0.0)
+    cost = np.array([[1, 2, 3], [1, 2, 3]])
+    picks = [augmented_choice(alone, cost, limit).picks for limit in range(2, 7)]
+    assert picks == [(0, 0), (1, 0), (1, 1), (1, 2), (2, 2)]
+    assert augmented_choice(alone, cost, 1) is None
+
+
+def test_a_step_that_does_not_fit_is_passed_over():
+    loss = np.array([[9.0, 0.0], [1.0, 0.0]])
+    alone = GramObjective(loss=loss, projections=np.zeros((0, 2, 2)), weight=0.0)
+    assert augmented_choice(alone, np.array([[1, 9], [1, 2]]), 4).picks == (0, 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_interacting_steps_save_what_the_whole_objective_says(seed, brute_force_objective):
+    generator = np.random.default_rng(seed)
+    projections = generator.normal(0.2, 1, (6, 4, 3)) * np.array([4.0, 2.0, 1.0])
+    objective = GramObjective(loss=np.zeros((4, 3)), projections=projections, weight=0.1)
+    cost = np.tile([2, 3, 4], (4, 1))
+    for limit in (8, 10, 13, 16):
+        choice = augmented_choice(objective, cost, limit)
+        assert choice.loss == pytest.approx(objective.value(np.array(choice.picks)))
+        assert choice.cost <= limit
+        best = brute_force_objective(objective, cost[None], [limit])
+        assert choice.bound <= best + 1e-9 and best <= choice.loss + 1e-9
 
 
 def test_wrong_tables_are_refused():
