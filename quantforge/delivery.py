@@ -45,6 +45,7 @@ from quantforge.report.html import render
 from quantforge.results import LayerReport, Quality, SizeReport
 from quantforge.search.allocate import (
     candidate_bytes,
+    known_errors,
     known_losses,
     reachable_bits,
     stored_cost,
@@ -216,10 +217,12 @@ def dry_run(
             save_sensitivity(sensitivity, output / "sensitivity.json")
     layers, assignment = job.layers, plan.assignment
     losses: dict[str, float | None] = dict.fromkeys(assignment)
+    errors = dict(losses)
     shape = Shape.of(job.model, job.calibration, job.recipe)
     needs = Needs.of(job.recipe.quantize, vocabulary=bool(job.vocabulary))
     if sensitivity is not None:
         losses = known_losses(sensitivity, assignment)
+        errors = known_errors(sensitivity, assignment)
         scratch = candidate_bytes(sensitivity) + states_bytes(shape, job.recipe)
     else:
         scratch = states_bytes(
@@ -234,7 +237,9 @@ def dry_run(
         model=job.model.source.name,
         source=job.model.source.description,
         plan=plan,
-        layers=tuple(planned_layer(x, assignment[x.name], losses[x.name]) for x in layers),
+        layers=tuple(
+            planned_layer(x, assignment[x.name], losses[x.name], errors[x.name]) for x in layers
+        ),
         reachable=reachable_bits(sensitivity, job.recipe.search)
         if sensitivity is not None and searched
         else (plan.stored_bits, plan.stored_bits),
@@ -314,7 +319,12 @@ def uniform_rows(
     )
 
 
-def planned_layer(layer: LayerInfo, spec: QuantSpec | None, loss: float | None) -> PlannedLayer:
+def planned_layer(
+    layer: LayerInfo,
+    spec: QuantSpec | None,
+    loss: float | None = None,
+    error: float | None = None,
+) -> PlannedLayer:
     """One row of a plan."""
     return PlannedLayer(
         name=layer.name,
@@ -322,6 +332,7 @@ def planned_layer(layer: LayerInfo, spec: QuantSpec | None, loss: float | None) 
         weights=layer.numel,
         stored_bits=stored_cost(layer, spec) / layer.numel,
         predicted_loss=loss,
+        predicted_error=error,
     )
 
 

@@ -186,7 +186,7 @@ def inspect(checkpoint: str | Path) -> InspectReport:
             stage=0,
             fused_group=name,
         )
-        rows.append(planned_layer(layer, spec, None))
+        rows.append(planned_layer(layer, spec))
     kept = [name.removesuffix(".weight") for name in opened.entries if name.endswith(".weight")]
     return InspectReport(
         path=str(checkpoint),

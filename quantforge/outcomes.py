@@ -77,6 +77,7 @@ class PlannedLayer:
         weights: number of weights.
         stored_bits: stored bits a weight.
         predicted_loss: predicted loss increase in nats a token; None where it was not predicted.
+        predicted_error: its standard error; None where it is unknown.
     """
 
     name: str
@@ -84,6 +85,7 @@ class PlannedLayer:
     weights: int
     stored_bits: float
     predicted_loss: float | None = None
+    predicted_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -138,6 +138,8 @@ def pareto(
     ] = 0,
     effort: EffortOption = Effort.balanced,
     sensitivity: Sensitivity = None,
+    server: ServerOption = None,
+    tp: Parts = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -175,6 +177,8 @@ def pareto(
                 {
                     "model": override,
                     "calibrate.estimator": sensitivity and sensitivity.value,
+                    "search.server": server and server.value,
+                    "search.tensor_parallel": tp,
                     "embeddings.include": include_embeddings,
                 },
             ),

@@ -359,6 +359,6 @@ def _layers(layers: Iterable[PlannedLayer], out: Console) -> None:
         cells = [layer.spec, f"{layer.weights:,}", f"{layer.stored_bits:.3f}"]
         if estimated:
             loss = layer.predicted_loss
-            cells.append("" if loss is None else number(loss))
+            cells.append("" if loss is None else _predicted(loss, layer.predicted_error, ""))
         add_row(table, layer.name, *cells)
     print_table(table, out)

@@ -90,11 +90,27 @@ def known_losses(
     sensitivity: Sensitivity, assignment: Mapping[str, QuantSpec | None]
 ) -> dict[str, float | None]:
     """Layer name → predicted loss of its spec; 0 where kept, None where it is no candidate."""
+    return _known(sensitivity, sensitivity.loss, assignment)
+
+
+def known_errors(
+    sensitivity: Sensitivity, assignment: Mapping[str, QuantSpec | None]
+) -> dict[str, float | None]:
+    """Layer name → standard error of `known_losses`; None where that or the error is unknown."""
+    if sensitivity.stderr is None:
+        return dict.fromkeys(assignment)
+    return _known(sensitivity, sensitivity.stderr, assignment)
+
+
+def _known(
+    sensitivity: Sensitivity, table: Tensor, assignment: Mapping[str, QuantSpec | None]
+) -> dict[str, float | None]:
+    """Layer name → the entry of `table` for its spec; 0 where kept, None where there is none."""
     candidates = set(sensitivity.specs)
     known = {n: s for n, s in assignment.items() if s is None or s in candidates}
-    losses = table_row(sensitivity, sensitivity.loss, {**dict.fromkeys(assignment), **known})
+    entries = table_row(sensitivity, table, {**dict.fromkeys(assignment), **known})
     return {
-        name: losses[name] if name in known and math.isfinite(losses[name]) else None
+        name: entries[name] if name in known and math.isfinite(entries[name]) else None
         for name in assignment
     }
 

@@ -5,7 +5,7 @@ A budget is one or several parts, joined by a comma or a plus, all of which must
 | part            | limits |
 | --------------- | ------ |
 | `3bit`, `3.25bpw` | average stored bits (codes, scales, zero-points) a planned weight |
-| `120MB`, `1.2GiB` | bytes of the whole checkpoint: embeddings, norms, head and headers too |
+| `120MB`, `1.2GiB` | bytes of all safetensors files: embeddings, norms, head and headers too |
 | `0.4x`          | the same, as a share of the network's weights in bfloat16 |
 | `vram:8GB@4096` | weights in memory and the keys and values of that many tokens, batch 1 |
 | `latency:12ms`  | a decoding step's time in the planned weights; `@4` is a batch of four |
@@ -39,6 +39,7 @@ SECONDS = {"US": Fraction(1, 10**6), "MS": Fraction(1, 10**3), "S": Fraction(1)}
 EXAMPLES = "3bit, 3.25bpw, 120MB, 0.4x, vram:8GB@4096, latency:-25%, kl:0.05 or ppl:+2%"
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
+_SMALL = r"(\d+(?:\.\d+)?(?:e-?\d\d?)?)"  # 5e-2 too
 _SIZE = rf"{_NUMBER}\s*([kmgt]i?b)"
 
 
@@ -217,6 +218,6 @@ _FORMS: tuple[tuple[str, Callable[[re.Match[str], str], Limit | Target]], ...] =
     (rf"vram:\s*{_SIZE}\s*@\s*(\d+)(k?)", _memory),
     (rf"latency:\s*{_NUMBER}\s*(us|ms|s)(?:\s*@\s*(\d+))?", _latency),
     (rf"latency:\s*-\s*{_NUMBER}\s*%(?:\s*@\s*(\d+))?", _faster),
-    (rf"kl:\s*{_NUMBER}", _kl),
+    (rf"kl:\s*{_SMALL}", _kl),
     (rf"ppl:\s*\+?\s*{_NUMBER}\s*%", _perplexity),
 )

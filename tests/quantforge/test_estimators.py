@@ -87,6 +87,11 @@ def test_a_plan_says_which_estimator_it_rests_on_and_what_that_cost(module, tmp_
     written = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
     assert written["estimator"] == "measured"
     assert QuantSpec.parse(written["specs"][0]) == QuantSpec(2)
+    for row, layer in enumerate(report.layers):
+        column = written["specs"].index(layer.spec)
+        assert layer.predicted_loss == pytest.approx(written["loss_nats"][row][column])
+        error = written["loss_stderr_nats"][row][column]
+        assert layer.predicted_error == pytest.approx(error)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "full"])

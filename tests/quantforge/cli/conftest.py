@@ -82,13 +82,14 @@ PLAN = BitPlan(
     solver="dynamic-program",
 )
 LAYERS = tuple(
-    PlannedLayer(name=n, spec=s, weights=w, stored_bits=b, predicted_loss=p)
-    for n, s, w, b, p in zip(
+    PlannedLayer(name=n, spec=s, weights=w, stored_bits=b, predicted_loss=p, predicted_error=e)
+    for n, s, w, b, p, e in zip(
         NAMES,
         SPECS,
         (600_000, 300_000, 100_000),
         (2.25, 4.03, 16.0),
         (0.1, 0.02, None),
+        (0.01, None, None),
         strict=True,
     )
 )

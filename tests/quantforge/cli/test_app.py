@@ -108,8 +108,10 @@ def test_pareto_passes_its_own_options_and_no_budget(command, pipeline) -> None:
     assert (options["points"], options["measure"], options["output"]) == (5, 2, Path("x"))
     assert options["settings"] == {"a.b": 1}
     pipeline.calls.clear()
-    command("pareto", "llama", "--sensitivity", "gram")
-    assert passed(pipeline)[2]["settings"] == {"calibrate.estimator": "gram"}
+    command("pareto", "llama", "--sensitivity", "gram", "--server", "vllm", "--tp", "2")
+    assert passed(pipeline)[2]["settings"] == {
+        "calibrate.estimator": "gram", "search.server": "vllm", "search.tensor_parallel": 2,
+    }  # fmt: skip
     assert command("pareto", "llama", "--sensitivity", "guess").code == 2
     assert command("pareto", "llama", "--points", "1").code == 2
 

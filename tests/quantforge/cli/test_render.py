@@ -65,7 +65,7 @@ def test_plan_report_as_tables(reports) -> None:
         "2b-g64 1 60.0%",
         "4b-pc 1 30.0%",
         "kept 1 10.0%",
-        "model.layers.0.self_attn.q_proj 2b-g64 600,000 2.250 0.1",
+        "model.layers.0.self_attn.q_proj 2b-g64 600,000 2.250 0.100 ± 0.010",
         "model.layers.1.x kept 100,000 16.000",
         "3b-pc 3.020 0.5 no",
     ):

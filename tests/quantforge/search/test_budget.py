@@ -37,6 +37,7 @@ def test_a_size(text, limit):
     ("text", "kind", "nats"),
     [
         ("kl:0.05", "kl", 0.05),
+        ("kl:5e-2", "kl", 0.05),
         ("ppl:+2%", "ppl", math.log(1.02)),
         ("ppl: +2.5 %", "ppl", math.log(1.025)),
         ("PPL:5%", "ppl", math.log(1.05)),
@@ -64,7 +65,18 @@ def test_parts_are_joined_by_commas_or_pluses(text):
 @pytest.mark.parametrize(
     "text",
     [
-        *("0MB", "0x", "1.1x", "vram:8GB", "vram:8GB@0", "vram:3bit@4", "kl:0", "kl:", "kl:-1"),
+        *(
+            "0MB",
+            "0x",
+            "1.1x",
+            "vram:8GB",
+            "vram:8GB@0",
+            "vram:3bit@4",
+            "kl:0",
+            "kl:",
+            "kl:-1",
+            "kl:1e999",
+        ),
         *(
             "ppl:+0%",
             "ppl:2",
