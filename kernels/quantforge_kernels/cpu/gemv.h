@@ -6,7 +6,8 @@
 //
 //   exact, float32     Σ_g s_g Σ_c (code_c − zero_g) x_c, all in float32
 //   exact, bfloat16    Σ_c bf16((code_c − zero_g) s_g) x_c, summed in float32; with AVX-512 BF16 two
-//                      columns an instruction, which takes numbers below 2^-126 as zero
+//                      columns an instruction, which takes numbers below 2^-126 as zero. At 2 and 3
+//                      bits without zero-points the rounding is taken out of the sum (`counted_tile`)
 //   8-bit activations  Σ_k s_g t_k (Σ_c code_c q_c − zero_g Σ_c q_c), the inner sums in int32, where
 //                      x_c ≈ t_k q_c inside chunk k of a group
 //
@@ -24,7 +25,9 @@ struct Activations {
   int64_t chunk_units;  // units that share an activation scale
   int64_t chunks;       // of a row
   const float* values;
-  const uint16_t* halves;  // the same in bfloat16, for the products that round weights to it
+  // The same in bfloat16, for the products that round weights to it; the columns of a slot in the
+  // order 0 2 1 3, since the halves of a lane hold a slot's bytes 0 and 2, and shifted 1 and 3.
+  const uint16_t* halves;
   const int8_t* codes;
   const float* scales;
   const int32_t* code_sums;
@@ -76,6 +79,13 @@ struct Difference {
   }
 };
 
+// Bytes `byte` and `byte + 2` of a slot's columns, byte 0 or 1, as two bfloat16.
+QF_INLINE uint32_t pair_at(const uint16_t* halves, int slot, int byte) {
+  uint32_t pair;
+  std::memcpy(&pair, halves + 4 * slot + 2 * byte, sizeof(pair));
+  return pair;
+}
+
 template <int BITS, int M, bool ROUND, bool CONSTANT_ZERO>
 void exact_tile(const Weight& weight, int64_t tile, const Activations& x, int64_t row, Floats* out) {
   const Shape& shape = weight.shape;
@@ -101,15 +111,13 @@ void exact_tile(const Weight& weight, int64_t tile, const Activations& x, int64_
 #if defined(__AVX512BF16__)
         if constexpr (ROUND) {
 #pragma GCC unroll 2
-          for (int byte = 0; byte < 4; byte += 2) {
+          for (int byte = 0; byte < 2; ++byte) {
             const Floats first = difference(slots[slot], byte) * scale;
-            const Floats second = difference(slots[slot], byte + 1) * scale;
+            const Floats second = difference(slots[slot], byte + 2) * scale;
 #pragma GCC unroll 4
             for (int m = 0; m < M; ++m) {
-              uint32_t pair;
-              std::memcpy(&pair, halves + m * x.stride + 4 * slot + byte, sizeof(pair));
-              Floats& chain = sum[m][(2 * slot + byte / 2) % CHAINS<M>];
-              chain = dot_pair(chain, first, second, pair);
+              Floats& chain = sum[m][(2 * slot + byte) % CHAINS<M>];
+              chain = dot_pair(chain, first, second, pair_at(halves + m * x.stride, slot, byte));
             }
           }
           continue;
@@ -135,6 +143,92 @@ void exact_tile(const Weight& weight, int64_t tile, const Activations& x, int64_
     }
   }
 }
+
+#if defined(__AVX512BF16__)
+// What every code counts in a sum, as bfloat16 by its low five bits: code − zero, and what of it the
+// rounding of its product with the scale is about.
+template <int BITS>
+struct Counts {
+  uint16_t difference[32], three[32];
+
+  constexpr Counts() : difference{}, three{} {
+    constexpr uint16_t FROM_MINUS_FOUR[] = {0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040};
+    for (int entry = 0; entry < 32; ++entry) {
+      const int value = entry % (1 << BITS) - (1 << (BITS - 1));
+      difference[entry] = FROM_MINUS_FOUR[value + 4];
+      three[entry] = value == 3 ? 0x3f80 : value == -3 ? 0xbf80 : 0;
+    }
+  }
+};
+
+// Slot s of a unit with its code in the low bits of every byte, and anything above them.
+template <int BITS>
+QF_INLINE Words open_slot(const uint32_t* source, int slot) {
+  const int part = slot % 4;
+  const Words low = load<Words>(source + slot / 4 * LANES) >> (2 * part);
+  if constexpr (BITS == 2) return low;
+  const Words plane = load<Words>(source + 2 * LANES);
+  const Words high = slot < 2 ? plane << (2 - slot) : plane >> (slot - 2);
+  return (low & 0x03030303u) | (high & 0xfcfcfcfcu);
+}
+
+// The rounded products at 2 and 3 bits without zero-points, where code − zero is one of −4 … 3. All
+// of these but 3 and −3 times a bfloat16 scale s are bfloat16 as they are, so that
+//
+//   Σ_c bf16((code_c − zero) s) x_c = s Σ_c (code_c − zero) x_c + (bf16(3 s) − 3 s) Σ_c t_c x_c
+//
+// with t = 1 where code − zero is 3, −1 where it is −3, else 0. Both sums are of small integers,
+// which are looked up two columns at a time: a weight costs no product and no rounding of its own.
+template <int BITS, int M>
+void counted_tile(const Weight& weight, int64_t tile, const Activations& x, int64_t row, Floats* out) {
+  constexpr bool ROUNDED = BITS > 2;
+  const Shape& shape = weight.shape;
+  const int64_t units = shape.units() / shape.groups;
+  const uint32_t* source = weight.codes(tile);
+  const uint16_t* halves = x.halves + row * x.stride;
+  static constexpr Counts<BITS> COUNTS;
+  const Words differences = load<Words>(COUNTS.difference), threes = load<Words>(COUNTS.three);
+  for (int m = 0; m < M; ++m) out[m] = floats_of(0);
+  for (int64_t group = 0; group < shape.groups; ++group) {
+    Floats scale = weight.scale(tile, group);
+    if (shape.wide_scales) scale = round_to_bfloat16(scale);
+    Floats sum[M][CHAINS<M>], extra[M][CHAINS<M>];
+    for (int m = 0; m < M; ++m)
+      for (int chain = 0; chain < CHAINS<M>; ++chain) sum[m][chain] = extra[m][chain] = floats_of(0);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      fetch_ahead<BITS>(source);
+#pragma GCC unroll 8
+      for (int slot = 0; slot < SLOTS; ++slot) {
+        const Words open = open_slot<BITS>(source, slot);
+#pragma GCC unroll 2
+        for (int byte = 0; byte < 2; ++byte) {
+          const Words codes = byte == 0 ? open : open >> 8;
+          const Words two = look_up_halves(differences, codes);
+          const Words three = look_up_halves(threes, codes);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) {
+            const uint32_t pair = pair_at(halves + m * x.stride, slot, byte);
+            const int chain = (2 * slot + byte) % CHAINS<M>;
+            sum[m][chain] = dot_halves(sum[m][chain], two, pair);
+            if (ROUNDED) extra[m][chain] = dot_halves(extra[m][chain], three, pair);
+          }
+        }
+      }
+      source += BITS * LANES;
+      halves += UNIT;
+    }
+    const Floats rest = round_to_bfloat16(3 * scale) - 3 * scale;
+    for (int m = 0; m < M; ++m) {
+      for (int chain = 1; chain < CHAINS<M>; ++chain) {
+        sum[m][0] += sum[m][chain];
+        extra[m][0] += extra[m][chain];
+      }
+      out[m] += scale * sum[m][0];
+      if (ROUNDED) out[m] += rest * extra[m][0];
+    }
+  }
+}
+#endif
 
 template <int BITS, int M>
 void quantized_tile(const Weight& weight, int64_t tile, const Activations& x, int64_t row,
@@ -229,6 +323,10 @@ void some_tile(const Weight& weight, int64_t tile, const Activations& x, int64_t
                Floats* out) {
   if (mode == Mode::QUANTIZED) {
     quantized_tile<BITS, M>(weight, tile, x, row, out);
+#if defined(__AVX512BF16__)
+  } else if (mode == Mode::ROUNDED && BITS <= 3 && !weight.zeros) {
+    counted_tile<BITS <= 3 ? BITS : 3, M>(weight, tile, x, row, out);
+#endif
   } else if (mode == Mode::ROUNDED) {
     weight.zeros ? exact_tile<BITS, M, true, false>(weight, tile, x, row, out)
                  : exact_tile<BITS, M, true, true>(weight, tile, x, row, out);

@@ -99,16 +99,25 @@ QF_INLINE Floats look_up(Floats table, Words value) {
 }
 
 #if defined(__AVX512BF16__)
-// Per lane, sum + first · a + second · b with both factors rounded to bfloat16 and (a, b) the two
-// bfloat16 in `pair`; the products are exact and the sums rounded to float32, as fused ones are.
+// Per lane, sum + first · a + second · b with (first, second) the two bfloat16 of the lane and (a, b)
+// those of `pair`; the products are exact and the sums rounded to float32, as fused ones are.
+QF_INLINE Floats dot_halves(Floats sum, Words both, uint32_t pair) {
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both,
+                                  (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(pair)));
+}
+
+// table[value mod 32] of every half of a lane.
+QF_INLINE Words look_up_halves(Words table, Words value) {
+  return (Words)_mm512_permutexvar_epi16((__m512i)value, (__m512i)table);
+}
+
+// The same with both factors in float32, rounded to bfloat16 here.
 QF_INLINE Floats dot_pair(Floats sum, Floats first, Floats second, uint32_t pair) {
   const __m512i order = (__m512i)Words{
       0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005, 0x00160006, 0x00170007,
       0x00180008, 0x00190009, 0x001a000a, 0x001b000b, 0x001c000c, 0x001d000d, 0x001e000e, 0x001f000f};
   const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-  const __m512i rows = _mm512_permutexvar_epi16(order, (__m512i)both);
-  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)rows,
-                                  (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(pair)));
+  return dot_halves(sum, (Words)_mm512_permutexvar_epi16(order, (__m512i)both), pair);
 }
 #endif
 
