@@ -15,6 +15,7 @@ from quantforge_kernels.backends import (
     Request,
     choose_backend,
 )
+from quantforge_kernels.convolution import qconv2d
 from quantforge_kernels.geometry import Geometry
 from quantforge_kernels.layout import LAYOUT_VERSION, pack, packed_words, unpack
 from quantforge_kernels.ops import qembedding, qlinear
@@ -43,6 +44,7 @@ __all__ = [
     "pack",
     "packed_words",
     "prepare",
+    "qconv2d",
     "qembedding",
     "qembedding_prepared",
     "qlinear",

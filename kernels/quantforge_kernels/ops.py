@@ -52,14 +52,14 @@ def qlinear(
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be a floating point [..., in], got {x.dtype} {tuple(x.shape)}")
     check_weight(words, scale, zero, bits, group_size, x.shape[-1])
-    _check_device(x, words, "words")
+    check_device(x, words, "words")
     if bias is not None:
         if tuple(bias.shape) != (words.shape[0],) or bias.dtype != x.dtype:
             raise ValueError(
                 f"bias must be {x.dtype} of shape {(words.shape[0],)}, "
                 f"got {bias.dtype} {tuple(bias.shape)}"
             )
-        _check_device(x, bias, "bias")
+        check_device(x, bias, "bias")
     if scale.requires_grad and torch.is_grad_enabled():
         raise ValueError("qlinear has no gradient to the scales; detach them")
     result: Tensor = _qlinear(x, words, scale, zero, bits, group_size, bias, backend)
@@ -99,7 +99,7 @@ def qembedding(
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids must be int32 or int64, got {ids.dtype}")
     check_weight(words, scale, zero, bits, group_size, width)
-    _check_device(ids, words, "words")
+    check_device(ids, words, "words")
     result: Tensor = _qembedding(ids, words, scale, zero, bits, group_size, width, dtype)
     return result
 
@@ -127,16 +127,17 @@ def check_weight(
             f"scale must be floating point of shape {expected}, "
             f"got {scale.dtype} {tuple(scale.shape)}"
         )
-    _check_device(words, scale, "scale")
+    check_device(words, scale, "scale")
     if zero is not None:
         if tuple(zero.shape) != expected or zero.dtype != torch.uint8:
             raise ValueError(
                 f"zero must be uint8 of shape {expected}, got {zero.dtype} {tuple(zero.shape)}"
             )
-        _check_device(words, zero, "zero")
+        check_device(words, zero, "zero")
 
 
-def _check_device(first: Tensor, other: Tensor, name: str) -> None:
+def check_device(first: Tensor, other: Tensor, name: str) -> None:
+    """Refuse tensors of two devices."""
     if first.device != other.device:
         raise ValueError(f"{name} is on {other.device}, the rest on {first.device}")
 
