@@ -21,7 +21,7 @@ from quantforge.format.sizes import size_report
 from quantforge.load.huggingface import load_tokenizer
 from quantforge.load.text import DEFAULT_EVALUATION, describe_windows, evaluation_windows
 from quantforge.loading import load_source
-from quantforge.models import Architecture, architecture_of
+from quantforge.models import Architecture, shape_of
 from quantforge.outcomes import EvaluationReport, InspectReport
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.recipe import compose, resolve_target
@@ -255,7 +255,7 @@ def _network(
 ) -> tuple[Any, Architecture]:
     if _is_quantized(Path(path)):
         module = load(path, device=device)
-        return module, architecture_of(module)
+        return module, shape_of(module)
     recipe = compose(resolve_target(path))
     model = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
     return model.module, model.architecture

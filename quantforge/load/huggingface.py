@@ -22,7 +22,14 @@ from quantforge.load.silence import quiet
 from quantforge.load.source import hub_folder
 from quantforge.load.weights import read_config, weight_files
 from quantforge.load.wording import one_line, some
-from quantforge.models import ARCHITECTURES, Architecture, Model, ModelSource, architecture_of
+from quantforge.models import (
+    ARCHITECTURES,
+    Architecture,
+    Model,
+    ModelSource,
+    block_list_path,
+    shape_of,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -93,7 +100,7 @@ def load_model(
     auto: Any = AutoModelForCausalLM
 
     folder = local_folder(source)
-    _check_class(folder, read_config(folder))
+    _check_class(folder, read_config(folder), trust_remote_code)
     weight_files(folder)
     try:
         with quiet():
@@ -110,7 +117,7 @@ def load_model(
     _check_loading(folder, module, loading)
     check_finite(module, str(source.location))
     module.train(False).to(device)
-    architecture = architecture_of(module)
+    architecture = shape_of(module)
     return Model(
         module=module,
         architecture=architecture,
@@ -126,18 +133,18 @@ def from_module(module: nn.Module, *, name: str = "in-memory", tokenizer: Any = 
     Raises:
         InputError: unknown architecture, quantized, on the meta device or non-finite weights.
     """
-    architecture = architecture_of(module)
     config: Any = getattr(module, "config", None)
     method = getattr(config, "quantization_config", None)
     if method is not None or getattr(module, "hf_quantizer", None) is not None:
         raise InputError(f"{name} is already quantized: pass the float network")
-    layers = architecture.layers(module)
     for key, tensor in module.state_dict().items():
         if tensor.is_meta:
             raise InputError(f"{name}: {key} has no data (meta device): load the weights first")
-    _check_ties(module, architecture, name)
     check_finite(module, name)
     module.train(False)
+    architecture = shape_of(module)
+    layers = architecture.layers(module)
+    _check_ties(module, architecture, name)
     source = ModelSource(
         kind="memory",
         location="",
@@ -235,14 +242,30 @@ def save_tokenizer(source: ModelSource, folder: Path, *, tokenizer: Any = None) 
         shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
 
 
-def _check_class(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse an unknown architecture before its weights are read."""
+def _check_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    """Refuse an unknown architecture without a list of blocks, before its weights are read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     known = [name for entry in ARCHITECTURES.values() for name in entry.classes]
     names = config.get("architectures")
-    if isinstance(names, list) and names and names[0] not in known:
+    if not isinstance(names, list) or not names or names[0] in known:
+        return
+    auto: Any = AutoModelForCausalLM
+    try:
+        with quiet(), torch.device("meta"):
+            shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            network = auto.from_config(shape, trust_remote_code=trust_remote_code)
+            block_list_path(network)
+            made = type(network).__name__
+    except (InputError, *LOAD_ERRORS) as error:
         raise InputError(
-            f"{folder} is a {names[0]}, which is not a known architecture; known model classes: "
-            f"{', '.join(known)}"
+            f"{folder} is a {names[0]}, which is not a known architecture, and looking for its "
+            f"blocks failed: {one_line(error)}; known model classes: {', '.join(known)}"
+        ) from None
+    if made != names[0]:
+        raise InputError(
+            f"{folder} says that it is a {names[0]}, its configuration makes a {made}; known "
+            f"model classes: {', '.join(known)}"
         )
 
 

@@ -7,6 +7,16 @@ from quantforge.models.architecture import (
     ModelSource,
     architecture_of,
 )
+from quantforge.models.discovery import block_list_path, shape_of
 from quantforge.models.llama import LLAMA
 
-__all__ = ["ARCHITECTURES", "LLAMA", "Architecture", "Model", "ModelSource", "architecture_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "LLAMA",
+    "Architecture",
+    "Model",
+    "ModelSource",
+    "architecture_of",
+    "block_list_path",
+    "shape_of",
+]

@@ -1,4 +1,4 @@
-"""Every registered architecture on a tiny network: walked, differentiated, quantized, loaded."""
+"""Every registered architecture, and some found by looking: walked, differentiated, quantized."""
 
 import warnings
 
@@ -12,6 +12,7 @@ from quantforge.capture import BlockWalk
 from quantforge.errors import InputError
 from quantforge.load.huggingface import from_module
 from quantforge.models import ARCHITECTURES
+from quantforge.models.discovery import discover
 from quantforge.runtime.decode import obstacle
 from quantforge.testing import markov_tokens, train
 
@@ -33,13 +34,28 @@ CONFIGS = {
     ),
     "phi3": lambda: transformers.Phi3Config(**SHAPE),
 }
-EVERY = pytest.mark.parametrize("name", list(CONFIGS))
+# Networks that nobody described: parallel halves, one matrix for queries, keys and values, biases.
+PLAIN = {
+    key: value for key, value in SHAPE.items() if key not in ("num_key_value_heads", "head_dim")
+}
+FOUND = {
+    "GPTNeoXForCausalLM": lambda: transformers.GPTNeoXConfig(**PLAIN),
+    "BloomForCausalLM": lambda: transformers.BloomConfig(
+        hidden_size=64, n_layer=3, n_head=4, vocab_size=96
+    ),
+    "Starcoder2ForCausalLM": lambda: transformers.Starcoder2Config(**SHAPE),
+    "MptForCausalLM": lambda: transformers.MptConfig(
+        d_model=64, n_heads=4, n_layers=3, vocab_size=96, max_seq_len=128
+    ),
+}
+EVERY = pytest.mark.parametrize("name", [*CONFIGS, *FOUND])
 LENGTH = 24
 
 
 def network(name):
     torch.manual_seed(0)
-    module = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+    config = (CONFIGS | FOUND)[name]()
+    module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return module.eval()
 
 
@@ -101,7 +117,7 @@ def test_gradients_taken_block_by_block_are_those_of_the_whole_network(name):
         assert torch.allclose(torch.cat(parts) / scale, expected[layer] / scale, atol=1e-5), layer
 
 
-@EVERY
+@pytest.mark.parametrize("name", [*CONFIGS, "GPTNeoXForCausalLM", "MptForCausalLM"])
 def test_a_quantized_network_is_the_same_in_stock_transformers(name, tmp_path):
     module = train(network(name), steps=30)
     report = quantforge.quantize(
@@ -124,6 +140,69 @@ def test_a_quantized_network_is_the_same_in_stock_transformers(name, tmp_path):
         float_logits = module(input_ids=tokens).logits
     assert torch.allclose(found, expected, atol=1e-4)
     assert float((found - float_logits).abs().max()) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "final"),
+    [
+        ("GPTNeoXForCausalLM", "attention.query_key_value | attention.dense | mlp.dense_h_to_4h | "
+         "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"),
+        ("Starcoder2ForCausalLM", "self_attn.q_proj + self_attn.k_proj + self_attn.v_proj | "
+         "self_attn.o_proj | mlp.c_fc | mlp.c_proj", "model.norm"),
+    ],
+)  # fmt: skip
+def test_what_is_found_by_looking_and_said(name, stages, final, caplog):
+    model = from_module(network(name))
+    found = model.architecture
+    assert " | ".join(" + ".join(members) for members in found.stages) == stages
+    assert found.final_norm == final
+    assert found.fused == tuple(members for members in found.stages if len(members) > 1)
+    (said,) = caplog.messages
+    assert said.startswith(f"{name} is not a known architecture: 3 blocks were found at ")
+    assert len({one.fused_group for one in model.layers}) == 3 * len(found.stages)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_looking_finds_what_was_described(name):
+    known, found = ARCHITECTURES[name], discover(network(name))
+    shape = found.architecture
+    assert (shape.blocks, shape.stages, shape.fused) == (known.blocks, known.stages, known.fused)
+    assert (shape.embedding, shape.final_norm, shape.head) == (
+        known.embedding, known.final_norm, known.head,
+    )  # fmt: skip
+    assert found.left_out == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (lambda: transformers.GraniteConfig(**SHAPE, logits_scaling=4.0), "scaled, capped"),
+        (lambda: transformers.Gemma2Config(**SHAPE), "scaled, capped"),
+        (lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96),
+         "no list of equal blocks"),
+        (lambda: transformers.FalconConfig(
+            hidden_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=96
+        ), "no list of equal blocks"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused(config, said):
+    torch.manual_seed(0)
+    module = transformers.AutoModelForCausalLM.from_config(config(), dtype=torch.float32).eval()
+    with pytest.raises(InputError, match=f"is not a known architecture, and .*{said}"):
+        from_module(module)
+
+
+def test_a_linear_that_runs_twice_and_one_that_does_not_run_are_left_alone(caplog):
+    module = network("GPTNeoXForCausalLM")
+    for block in module.gpt_neox.layers:
+        block.mlp.register_module("spare", torch.nn.Linear(64, 64))
+        twice = block.attention.dense
+        block.attention.register_forward_hook(lambda _, args, output, layer=twice: (
+            layer(output[0]) * 0 + output[0], *output[1:]))  # fmt: skip
+    model = from_module(module)
+    names = {layer.name.partition(".layers.")[2][2:] for layer in model.layers}
+    assert names == {"attention.query_key_value", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}
+    assert caplog.messages[0].endswith("left in 16 bits: attention.dense, mlp.spare")
 
 
 def test_only_a_block_like_llama_s_is_decoded_by_one_call():
