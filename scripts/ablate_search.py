@@ -179,7 +179,7 @@ class Maker:
         self, plan: BitPlan, measurement: Measurement
     ) -> tuple[dict[str, Quality], float]:
         _, store = measurement.needed_for_search()
-        with changed_weights(self.job.model) as loan:
+        with changed_weights(self.job.model, store.folder) as loan:
             with cpu_timer() as spent:
                 loan.put(StoredWeights(plan, store))
             return self._qualities(), spent[0]
