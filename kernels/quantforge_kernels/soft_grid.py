@@ -44,7 +44,7 @@ NEGLECTED = 1e-7
 NEGLECTED_IN_DOUBLE = 1e-17
 LARGEST_RADIUS = 16  # of the C++; temperatures that need more have no use in training
 UNDERFLOW = 746.0  # exp(-746) is 0 in float64
-SHARPEST = 1e30  # 1 / T is cut here, below which float32 would overflow
+SHARPEST = 1e12  # 1 / T is cut here: float32 positions are coarser than such steps
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 # The C++ source beside this file, and how it is compiled.
 SOURCE = "soft_grid"
@@ -85,6 +85,8 @@ class SoftGrid:
 
     def neglected(self, radius: int) -> float:
         """The most weight that levels beyond `radius` have, relative to the nearest one's."""
+        if self.temperature == 0.0:
+            return 0.0
         total = 0.0
         for j in range(radius + 1, self.top + 1):
             if j * j - j > UNDERFLOW * self.temperature:
@@ -290,17 +292,21 @@ class _Grid(ctypes.Structure):
         ("sharpness", ctypes.c_float),
         ("variance_slope", ctypes.c_float),
         ("radius", ctypes.c_int32),
-        ("ratio", ctypes.c_float * (LARGEST_RADIUS + 1)),
+        ("zeroth", ctypes.c_float * (LARGEST_RADIUS + 1)),
+        ("first", ctypes.c_float * (LARGEST_RADIUS + 1)),
+        ("second", ctypes.c_float * (LARGEST_RADIUS + 1)),
     )
 
     @classmethod
     def of(cls, grid: SoftGrid) -> _Grid:
         radius = grid.radius()
         inverse = min(1.0 / grid.temperature, SHARPEST) if radius else 0.0
+        ratios = [math.exp((j - j * j) * inverse) for j in range(radius + 1)]
         return cls(
             top=grid.top, keep=1.0 - grid.pressure, pressure=grid.pressure, reach=grid.reach,
             sharpness=math.log2(math.e) * inverse, variance_slope=2.0 * inverse, radius=radius,
-            ratio=tuple(math.exp((j - j * j) * inverse) for j in range(radius + 1)),
+            zeroth=tuple(ratios), first=tuple(j * one for j, one in enumerate(ratios)),
+            second=tuple(j * j * one for j, one in enumerate(ratios)),
         )  # fmt: skip
 
 

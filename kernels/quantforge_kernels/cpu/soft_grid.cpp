@@ -17,7 +17,7 @@ namespace quantforge {
 constexpr int LARGEST_RADIUS = 16;
 // 1.5 * 2^23: adding it rounds to whole numbers, ties to even.
 constexpr float ROUNDER = 12582912.0f;
-constexpr float VANISHING = -100.0f;    // 2 to this is nothing beside 1, and far from subnormal
+constexpr float VANISHING = -60.0f;  // 2 to this is nothing beside 1, and its square is normal
 
 // As soft_grid.py fills it in; names as there.
 struct Grid {
@@ -27,7 +27,8 @@ struct Grid {
   float sharpness;       // log2(e) / T; unused where radius is 0
   float variance_slope;  // 2 / T
   int32_t radius;        // neighbours on each side; 0 for hard rounding
-  float ratio[LARGEST_RADIUS + 1];  // q^(j^2 - j)
+  // q^(j^2 - j) times 1, j and j^2.
+  float zeroth[LARGEST_RADIUS + 1], first[LARGEST_RADIUS + 1], second[LARGEST_RADIUS + 1];
 };
 
 struct Layer {
@@ -37,16 +38,20 @@ struct Layer {
 
 namespace {
 
-QF_INLINE Floats limited(Floats value, float low, float high) {
-  const Floats above = value < floats_of(low) ? floats_of(low) : value;
-  return above > floats_of(high) ? floats_of(high) : above;
+// Not a number stays so in all of these.
+QF_INLINE Floats at_least(Floats value, float low) {
+  return value < floats_of(low) ? floats_of(low) : value;
 }
 
+QF_INLINE Floats at_most(Floats value, Floats high) { return value > high ? high : value; }
+
+// Exact below 2^22; what is larger stays large.
 QF_INLINE Floats rounded(Floats value) { return (value + ROUNDER) - ROUNDER; }
 
-// 2^x for x <= 0 by its Taylor polynomial on [-1/2, 1/2], off by 5e-9 before rounding.
+// 2^x for x <= 0, and 0 below VANISHING, by the Taylor polynomial on [-1/2, 1/2], which is off by
+// 5e-9 before rounding. It has to be 0: slopes by the scale multiply it by any position.
 QF_INLINE Floats power_of_two(Floats x) {
-  const Floats safe = x < floats_of(VANISHING) ? floats_of(VANISHING) : x;
+  const Floats safe = at_least(x, VANISHING);
   const Floats whole = rounded(safe), part = safe - whole;
   Floats value = floats_of(1.5252734e-5f);
   value = value * part + 1.5403530e-4f;
@@ -70,8 +75,7 @@ struct Soft {
 template <bool SLOPE>
 QF_INLINE Soft soften(Floats weight, float scale, float zero, const Grid& grid) {
   const Floats position = weight / floats_of(scale), code = position + zero;
-  const Floats nearest =
-      limited(rounded(limited(code, -1.0f, grid.top + 1.0f)), 0.0f, grid.top);
+  const Floats nearest = at_most(at_least(rounded(code), 0.0f), floats_of(grid.top));
   const Floats level = nearest - zero;
   Soft soft{position, level, Floats{}};
   if (grid.radius == 0) {
@@ -82,20 +86,19 @@ QF_INLINE Soft soften(Floats weight, float scale, float zero, const Grid& grid) 
   }
   // Beyond the last level there is none to go up to: the exponent is cut before it overflows.
   const Floats twice = 2.0f * (position - level);
-  const Floats rise = limited((twice - 1.0f) * grid.sharpness, 2.0f * VANISHING, 0.0f);
-  const Floats fall = limited((-twice - 1.0f) * grid.sharpness, 2.0f * VANISHING, 0.0f);
-  const Floats up = power_of_two(rise), down = power_of_two(fall);
+  const Floats up = power_of_two(at_most((twice - 1.0f) * grid.sharpness, Floats{}));
+  const Floats down = power_of_two(at_most((-twice - 1.0f) * grid.sharpness, Floats{}));
   const Floats above = grid.top - nearest;
   Floats climbing = up, falling = down;
   Floats total = floats_of(1.0f), first = Floats{}, second = Floats{};
   for (int step = 1; step <= grid.radius; ++step) {
-    const float distance = static_cast<float>(step), ratio = grid.ratio[step];
-    const Floats higher = above >= floats_of(distance) ? climbing * ratio : Floats{};
-    const Floats lower = nearest >= floats_of(distance) ? falling * ratio : Floats{};
+    const Floats distance = floats_of(static_cast<float>(step));
+    const Floats higher = above >= distance ? climbing : Floats{};
+    const Floats lower = nearest >= distance ? falling : Floats{};
     const Floats both = higher + lower;
-    total += both;
-    first += distance * (higher - lower);
-    if (SLOPE) second += distance * distance * both;
+    total += grid.zeroth[step] * both;
+    first += grid.first[step] * (higher - lower);
+    if (SLOPE) second += grid.second[step] * both;
     climbing *= up;
     falling *= down;
   }
@@ -189,8 +192,8 @@ using namespace quantforge;
 
 extern "C" {
 
-// out = keep * weight + pressure * scale * (expected code - zero); each of weight and out float32 if
-// its `wide` flag is set, else bfloat16.
+// out = keep * weight + pressure * scale * (expected code - zero); weight and out are float32 where
+// their flags say wide, else bfloat16.
 void qf_soft_weight(const Layer* layer, const Grid* grid, const void* weight, int weight_wide,
                     const float* scale, const float* zero, void* out, int out_wide) {
   const auto run = [&](auto from, auto to) {
