@@ -1,8 +1,8 @@
 """Who may import whom, and what a cheap command costs."""
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,17 +47,19 @@ for words in (["--help"], ["quantize", "--help"], ["--version"], ["--wrong"]):
 def test_help_starts_fast() -> None:
     fastest = float("inf")
     for _ in range(3):
-        began = time.perf_counter()
+        began = resource.getrusage(resource.RUSAGE_CHILDREN)
         run = subprocess.run(
             [sys.executable, "-m", "quantforge", "--help"],
             capture_output=True,
             check=True,
             cwd=ROOT,
         )
-        fastest = min(fastest, time.perf_counter() - began)
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = ended.ru_utime - began.ru_utime + ended.ru_stime - began.ru_stime
+        fastest = min(fastest, spent)
         assert b"quantize" in run.stdout
-    # The promise is 0.5 s on an idle machine; a loaded one gets twice that.
-    assert fastest < 1.0
+    # Processor time: the promise is half a second on an idle machine, whatever else runs here.
+    assert fastest < 0.5
 
 
 def test_kernels_import_alone() -> None:
