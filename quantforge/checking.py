@@ -11,7 +11,7 @@ from quantforge.export.servers import (
     EMBEDDINGS,
     SERVERS,
     fused_group,
-    head_problems,
+    network_problems,
     violations,
 )
 from quantforge.format.checkpoint import TensorReader, open_checkpoint
@@ -53,7 +53,7 @@ def check(checkpoint: str | Path, *, server: str = "vllm", tensor_parallel: int 
             assignment[layer] = None
             layers.append(_layer(layer, *entry.shape, tied=tied))
     problems = violations(rule, layers, assignment, tensor_parallel)
-    problems += head_problems(opened.config, tensor_parallel)
+    problems += network_problems(rule, opened.config, tensor_parallel)
     return CheckReport(
         path=str(checkpoint),
         server=rule.name,

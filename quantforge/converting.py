@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from quantforge.converting_gguf import convert_gguf
 from quantforge.errors import InputError, UsageError
 from quantforge.export.servers import EMBEDDINGS
 from quantforge.export.writer import disk_errors
@@ -37,7 +38,7 @@ from quantforge.progress import Monitor, ProgressEvent
 from quantforge.types import QuantSpec
 from quantforge.workspace import staging
 
-FORMATS = ("gptq",)
+FORMATS = ("gptq", "gguf")
 # By which a folder of this layout is known; some readers take it instead of config.json's block.
 QUANTIZE_CONFIG = "quantize_config.json"
 # What belongs to the checkpoint as it was made, or is written anew; all other files are copied.
@@ -79,10 +80,10 @@ def convert(
     """Write a quantized folder in another layout.
 
     Args:
-        checkpoint: folder written by `quantize`, with one spec of 4 or 8 bits for all linears of
-            its blocks.
-        output: folder to write.
-        layout: "gptq".
+        checkpoint: folder written by `quantize`; for "gptq" with one spec of 4 or 8 bits for all
+            linears of its blocks.
+        output: folder to write, for "gguf" a .gguf file.
+        layout: "gptq", or "gguf" for llama.cpp.
         force: replace an output that an earlier call wrote.
         progress: called after every layer.
         cancel: once set, stops with `CancelledError` and writes nothing.
@@ -93,13 +94,16 @@ def convert(
     """
     if layout not in FORMATS:
         raise UsageError(f"unknown layout {layout!r}; known: {', '.join(FORMATS)}")
-    opened = open_checkpoint(checkpoint)
+    opened, monitor = open_checkpoint(checkpoint), Monitor(progress=progress, cancel=cancel)
+    if layout == "gguf":
+        return convert_gguf(
+            opened, Path(output), source=str(checkpoint), force=force, monitor=monitor
+        )
     specs = opened.specs()
     spec = gptq.only_spec(specs)
     _refuse_other_parts(opened, specs)
     reader = TensorReader()
     version = gptq.layout_for(spec, (read_layer(opened, name, spec, reader) for name in specs))
-    monitor = Monitor(progress=progress, cancel=cancel)
     job = _Conversion(opened=opened, specs=specs, version=version, monitor=monitor)
     with staging(Path(output), force=force, mark=QUANTIZE_CONFIG) as folder, disk_errors(folder):
         _write_tensors(job, folder)

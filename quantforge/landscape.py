@@ -44,7 +44,7 @@ from quantforge.spectra import (
     with_squared_errors,
 )
 from quantforge.types import LayerInfo, QuantSpec
-from quantforge.workspace import check_json_file
+from quantforge.workspace import check_file
 
 DOCUMENT_VERSION = 1
 Progress = Callable[[ProgressEvent], None]
@@ -223,7 +223,7 @@ def _check(
             "heads share a trace that is not negative: give --labels expected or sampled with them"
         )
     if path is not None:
-        check_json_file(path, force=force)
+        check_file(path, force=force)
     for name, (value, least) in numbers.items():
         if value < least:
             raise UsageError(f"{name} must be {least} or more, got {value}")

@@ -390,16 +390,38 @@ class CheckReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GgufType:
+    """The tensors of a GGUF file that have one type and were stored in one form.
+
+    Attributes:
+        name: of the type, e.g. "Q4_0".
+        held: what they were: a spec ("3b-g64"), or "kept" in 16 bits.
+        tensors: number of them.
+        size_bytes: of their data.
+        difference: largest |weight read back - weight of the checkpoint|; 0 where all are the same.
+    """
+
+    name: str
+    held: str
+    tensors: int
+    size_bytes: int
+    difference: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertReport:
     """The outcome of `convert`.
 
     Attributes:
         source: the folder that was read, as given.
-        output: the folder that was written, as given.
-        layout: what its config.json says, "gptq" or "gptq_v2".
-        spec: of all its quantized layers.
+        output: the folder or file that was written, as given.
+        layout: what its config.json says, "gptq" or "gptq_v2", or "gguf".
+        spec: of all its quantized layers, joined by commas.
         layers: number of those.
         size_bytes: of all its files.
+        source_bytes: of the safetensors files that were read; 0 where the layout cannot be larger.
+        types: what a GGUF file holds; empty for a folder.
+        warnings: what its reader should know, one line each.
     """
 
     source: str
@@ -408,6 +430,9 @@ class ConvertReport:
     spec: str
     layers: int
     size_bytes: int
+    source_bytes: int = 0
+    types: tuple[GgufType, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

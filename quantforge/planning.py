@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from quantforge.errors import BudgetError, InputError, UsageError
-from quantforge.export.servers import SERVERS, head_problems, refusal, violations
+from quantforge.export.servers import SERVERS, network_problems, refusal, violations
 from quantforge.format.footprint import Footprint
 from quantforge.search.allocate import (
     average_bits,
@@ -185,20 +185,21 @@ def require_loadable(
 
 
 def require_split(described: Mapping[str, Any], config: SearchConfig) -> None:
-    """Refuse to plan for more devices than the network's heads split into.
+    """Refuse to plan for more devices than the heads split into, or for what GGUF does not know.
 
     Args:
         described: the network's configuration, as in its config.json.
         config: names the server and the devices.
 
     Raises:
-        UsageError: they do not split; names the first reason.
+        UsageError: the server loads no plan of this network; names the first reason.
     """
-    if config.server != "any" and (found := head_problems(described, config.tensor_parallel)):
-        raise UsageError(
-            f"{config.server} would not load any plan on {config.tensor_parallel} devices: "
-            f"{found[0]}; choose another --tp"
-        )
+    if config.server == "any":
+        return
+    parts = config.tensor_parallel
+    if found := network_problems(SERVERS[config.server], described, parts):
+        devices, more = (f" on {parts} devices", "; choose another --tp") if parts > 1 else ("", "")
+        raise UsageError(f"{config.server} would not load any plan{devices}: {found[0]}{more}")
 
 
 def _smallest(sensitivity: Sensitivity, budget: Budget, config: SearchConfig) -> BitPlan:

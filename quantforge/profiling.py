@@ -21,7 +21,7 @@ from quantforge.recipe import compose, resolve_target
 from quantforge.runtime.profile import Shape, time_layers
 from quantforge.search.vocabulary import planned_candidates, vocabulary_candidates
 from quantforge.types import QuantSpec
-from quantforge.workspace import check_json_file
+from quantforge.workspace import check_file
 
 Progress = Callable[[ProgressEvent], None]
 Dtype = Literal["bfloat16", "float32"]
@@ -63,7 +63,7 @@ def profile(
         UsageError: the file is there or no .json, or kernels cannot run a candidate.
     """
     path = Path(output)
-    check_json_file(path, force=force)
+    check_file(path, force=force)
     if batch < 1 or repeats < 1:
         raise UsageError(f"batch and repeats must be 1 or more, got {batch} and {repeats}")
     monitor = Monitor(progress=progress, cancel=cancel)

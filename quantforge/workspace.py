@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from quantforge.errors import ResourceError, UsageError
+from quantforge.files import atomic_path
 
 
 def check_output(output: Path, *, force: bool, mark: str = "plan.json") -> None:
@@ -42,14 +43,14 @@ def check_output(output: Path, *, force: bool, mark: str = "plan.json") -> None:
         raise UsageError(f"{output} was not written by quantforge; --force does not replace it")
 
 
-def check_json_file(path: Path, *, force: bool) -> None:
-    """Refuse a result's file that is no .json or is there already, before any work is done.
+def check_file(path: Path, *, force: bool, suffix: str = ".json") -> None:
+    """Refuse a result's file of another kind or that is there already, before any work is done.
 
     Raises:
         UsageError: it is.
     """
-    if path.suffix != ".json" or path.is_dir():
-        raise UsageError(f"{path} is no .json file; give e.g. -o result.json")
+    if path.suffix != suffix or path.is_dir():
+        raise UsageError(f"{path} is no {suffix} file; give e.g. -o result{suffix}")
     if path.exists() and not force:
         raise UsageError(f"{path} exists; give another file, or --force to replace it")
 
@@ -117,6 +118,31 @@ def staging(output: Path, *, force: bool, mark: str = "plan.json") -> Iterator[P
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def staging_file(output: Path, *, force: bool, suffix: str) -> Iterator[Path]:
+    """Yield a path beside the file `output`; rename it to `output` if the body succeeds.
+
+    Before that, what killed runs left beside `output` is removed.
+
+    Args:
+        output: file to write.
+        force: replace one that exists.
+        suffix: that its name must have.
+
+    Raises:
+        UsageError: the output may not be written (see `check_file`), or another run writes it.
+        ResourceError: nothing can be written beside it.
+    """
+    output = output.absolute()
+    with reserved(output):
+        check_file(output, force=force, suffix=suffix)
+        for left in _leftovers(output, "partial"):
+            left.unlink(missing_ok=True)
+        with atomic_path(output) as temporary:
+            yield temporary
+            check_file(output, force=force, suffix=suffix)
+
+
 def _recover(output: Path) -> None:
     """Undo what runs to `output` that are dead left beside it.
 
@@ -135,15 +161,15 @@ def _recover(output: Path) -> None:
 
 
 def _leftovers(output: Path, kind: str) -> list[Path]:
-    """Folders `.NAME.PID.kind` beside `output` whose process is gone."""
+    """Folders or files `.NAME.PID.kind` beside `output` whose process is gone."""
     start, end = f".{output.name}.", f".{kind}"
     beside = output.parent.iterdir() if output.parent.is_dir() else ()
     found = []
-    for folder in beside:
-        process = folder.name.removeprefix(start).removesuffix(end)
-        named = folder.name == f"{start}{process}{end}" and process.isdecimal()
-        if named and folder.is_dir() and _has_ended(int(process)):
-            found.append(folder)
+    for one in beside:
+        process = one.name.removeprefix(start).removesuffix(end)
+        named = one.name == f"{start}{process}{end}" and process.isdecimal()
+        if named and _has_ended(int(process)):
+            found.append(one)
     return found
 
 

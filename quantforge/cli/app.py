@@ -80,7 +80,10 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
     (
         converting.convert,
         "convert",
-        ("quantforge convert out --layout gptq -o out-gptq",),
+        (
+            "quantforge convert out --layout gptq -o out-gptq",
+            "quantforge convert out --layout gguf -o out.gguf",
+        ),
     ),
     (
         examining.curvature,

@@ -16,12 +16,17 @@ from quantforge.cli.output import print_result
 def convert(
     checkpoint: Checkpoint,
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="PATH", help="Folder to write; with gguf a .gguf file."
+        ),
+    ],
     layout: Annotated[Layout, typer.Option(help="Whose layout.")] = Layout.gptq,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Write a checkpoint of one width, 4 or 8 bits, as GPTQ; codes and scales stay."""
+    """Write a checkpoint as GGUF, or one of 4 or 8 bits as GPTQ; codes and scales stay."""
     from quantforge.cli import render_machine
 
     with watched() as watch:

@@ -58,6 +58,7 @@ class Layout(StrEnum):
     """Layouts that `convert` writes; a test compares them with the module's."""
 
     gptq = "gptq"
+    gguf = "gguf"
 
 
 # What `load.documents` reads; a test compares the two.

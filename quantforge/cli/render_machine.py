@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from quantforge.cli.drawing import add_row, pairs, print_table, table_of
+from quantforge.cli.drawing import add_row, pairs, print_table, table_of, warn
 from quantforge.cli.text import one_line, size, with_error
 
 if TYPE_CHECKING:
@@ -60,14 +60,31 @@ def show_check(report: CheckReport, out: Console) -> None:
 
 def show_convert(report: ConvertReport, out: Console) -> None:
     """What was written in another layout."""
+    file = bool(report.types)
     pairs(
         [
             ("layout", report.layout),
-            ("layers", f"{report.layers}, all {report.spec}"),
-            ("folder", f"{report.output}, {size(report.size_bytes)}"),
+            ("layers", f"{report.layers}, {'of' if file else 'all'} {report.spec}"),
+            ("file" if file else "folder", f"{report.output}, {size(report.size_bytes)}"),
         ],
         out,
     )
+    if not file:
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("type", "of", "tensors", "bytes", "largest difference"):
+        table.add_column(heading, justify="left" if heading in ("type", "of") else "right")
+    for one in report.types:
+        lost = "none" if one.difference == 0 else f"{one.difference:.2g}"
+        table.add_row(one.name, one.held, str(one.tensors), size(one.size_bytes), lost)
+    out.print(table)
+    if report.size_bytes > report.source_bytes:
+        out.print(
+            f"The file is larger than the {size(report.source_bytes)} of the folder's safetensors: "
+            "the smallest types that hold these weights exactly have more bits.",
+            soft_wrap=True,
+        )
+    warn(report.warnings, out)
 
 
 def show_doctor(report: DoctorReport, out: Console) -> None:

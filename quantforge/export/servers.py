@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantforge.export.gguf_network import GGUF_ARCHITECTURES
+from quantforge.format.gguf_blocks import grouping, held_exactly
 from quantforge.outcomes import ServerSupport
 from quantforge.types import PER_CHANNEL, SUPPORTED_BITS, LayerInfo, QuantSpec
 
@@ -50,7 +52,7 @@ class ServerRule:
         tied: it loads a quantized embedding that is the head too.
         head: it loads a quantized head of its own.
         slices: it knows tensor parallelism.
-        packed: it reads this form at all.
+        gguf: it reads GGUF files, which `convert` makes of this form; a type must hold every layer.
     """
 
     name: str
@@ -63,7 +65,7 @@ class ServerRule:
     tied: bool = False
     head: bool = False
     slices: bool = True
-    packed: bool = True
+    gguf: bool = False
 
 
 _TRANSFORMERS = ServerRule(
@@ -100,7 +102,15 @@ _RULES = (
 SERVERS: Mapping[str, ServerRule] = {
     "transformers": _TRANSFORMERS,
     "vllm": _VLLM,
-    "llama.cpp": ServerRule(name="llama.cpp", slices=False, packed=False),
+    "llama.cpp": ServerRule(
+        name="llama.cpp, of the file that convert --layout gguf writes",
+        fuses=False,
+        embedding_bits=SUPPORTED_BITS,
+        tied=True,
+        head=True,
+        slices=False,
+        gguf=True,
+    ),
 }
 
 
@@ -146,6 +156,8 @@ def _unknown_form(rule: ServerRule, layer: LayerInfo, spec: QuantSpec) -> str:
         return why
     if rule.symmetric and not spec.symmetric:
         return "it loads no zero-points"
+    if rule.gguf and not held_exactly(spec, layer.in_features):
+        return grouping(spec, layer.in_features) or f"no type of GGUF holds {spec} exactly"
     if rule.group_sizes and spec.group_size not in rule.group_sizes:
         sizes = _listed([size for size in rule.group_sizes if size != PER_CHANNEL])
         return f"it loads groups of {sizes} or whole rows, not of {spec.group_size}"
@@ -164,18 +176,24 @@ def _unknown_outside(rule: ServerRule, layer: LayerInfo, spec: QuantSpec) -> str
     return ""
 
 
-def head_problems(config: Mapping[str, Any], parts: int) -> list[str]:
-    """Why attention does not split into so many parts, one line each.
+def network_problems(rule: ServerRule, config: Mapping[str, Any], parts: int) -> list[str]:
+    """What of a network's shape a program does not load, one line each.
 
-    Heads are never cut: each device has whole ones, or a copy of one of keys and values.
+    GGUF has names for some architectures. Heads are never cut: each device has whole ones, or a
+    copy of one of keys and values.
 
     Args:
+        rule: the program's.
         config: the network's, as in its config.json.
         parts: devices.
     """
     heads = config.get("num_attention_heads")
     shared = config.get("num_key_value_heads", heads)
     found = []
+    classes = config.get("architectures") or []
+    if rule.gguf and classes and classes[0] not in GGUF_ARCHITECTURES:
+        known = ", ".join(GGUF_ARCHITECTURES)
+        found.append(f"{classes[0]} is not written as GGUF; known model classes: {known}")
     if isinstance(heads, int) and heads % parts:
         found.append(f"{heads} attention heads do not split into {parts}")
     if isinstance(shared, int) and shared % parts and parts % shared:
@@ -197,8 +215,6 @@ def violations(
         assignment: layer name → spec; None where it is kept.
         parts: devices that share every layer.
     """
-    if not rule.packed:
-        return [f"{rule.name} reads GGUF files, and this is the pack-quantized form"]
     found = [
         f"{layer.name}: {why}"
         for layer in layers

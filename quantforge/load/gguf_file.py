@@ -113,7 +113,7 @@ def _convert(path: Path, folder: Path) -> None:
     network.config.save_pretrained(folder)
     if network.generation_config is not None:
         network.generation_config.save_pretrained(folder)
-    if "tokenizer.ggml.model" in reader.fields:
+    if _field(reader, "tokenizer.ggml.model") not in (None, "none"):
         _write_tokenizer(path, folder)
 
 

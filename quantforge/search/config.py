@@ -65,8 +65,9 @@ class SearchConfig(Config):
             and raises the peak of memory by a third.
         correct: multiply predicted losses by what measured uniform networks say of their spec.
         independent: let layers that servers fuse (q/k/v, gate/up) have different specs.
-        server: leave out candidates that this program does not load: "transformers" or "vllm" (on
-            NVIDIA), by the rules that `quantforge check` applies to a finished folder.
+        server: leave out candidates that this program does not load: "transformers", "vllm" (on
+            NVIDIA) or "llama.cpp" (what a GGUF type holds exactly; there two and three bits take
+            the room of four), by the rules that `quantforge check` applies to a finished folder.
         tensor_parallel: number of devices among which vLLM will split every layer; leaves out
             groups that do not divide the slices.
     """
@@ -84,8 +85,6 @@ class SearchConfig(Config):
 
     @model_validator(mode="after")
     def _the_server_can_be_planned_for(self) -> SearchConfig:
-        if self.server == "llama.cpp":
-            raise ValueError("llama.cpp reads GGUF files, which quantforge does not write yet")
         if self.tensor_parallel > 1 and self.server != "vllm":
             raise ValueError("tensor_parallel is a rule of vllm: add search.server=vllm (--server)")
         if self.independent and self.server == "vllm":

@@ -60,7 +60,9 @@ TABLE = [
     (specs("4b-pc"), "vllm", 3, "4 attention heads do not split into 3"),
     (specs("4b-pc"), "vllm", 4, "48 outputs of a slice are no multiple of 32"),
     (specs("kept"), "vllm", 4, GOOD),
-    (specs(), "llama.cpp", 1, "reads GGUF files"),
+    (specs("3b-pc", q_proj="5b-g64", down_proj="4b-g96-asym"), "llama.cpp", 1, GOOD),
+    (specs(down_proj="4b-g48"), "llama.cpp", 1, "down_proj: groups of 48 are no multiple of 32"),
+    (specs("8b-g32-asym"), "llama.cpp", 1, "no type of GGUF holds 8b-g32-asym exactly"),
 ]
 
 
@@ -74,7 +76,7 @@ def test_good_and_bad_folders(network, tmp_path, plan, server, parts, problem):
     assert report.quantized + report.kept == 9  # embedding and head
 
 
-@pytest.mark.parametrize(("plan", "server", "parts", "problem"), TABLE[:-1])
+@pytest.mark.parametrize(("plan", "server", "parts", "problem"), TABLE)
 def test_the_planner_has_the_same_rules(network, plan, server, parts, problem):
     layers = from_module(network).layers
     config = SearchConfig(server=server, tensor_parallel=parts)
@@ -98,6 +100,10 @@ def test_heads_that_do_not_split_are_refused_before_any_work(network):
     require_split(described, SearchConfig(tensor_parallel=1))
     with pytest.raises(UsageError, match="3 heads of keys and values do not split into 2"):
         require_split(described, SearchConfig(server="vllm", tensor_parallel=2))
+    gemma = {"architectures": ["Gemma3ForCausalLM"]}
+    require_split(gemma, SearchConfig(server="vllm"))
+    with pytest.raises(UsageError, match="any plan: Gemma3ForCausalLM is not written as GGUF"):
+        require_split(gemma, SearchConfig(server="llama.cpp"))
 
 
 def test_an_embedding_of_three_bits_and_experts_that_differ(network, tmp_path):
@@ -138,6 +144,7 @@ def test_candidates_that_a_server_does_not_load_leave_the_search(network):
     assert left(server="transformers")["up_proj"] == {"3b-g64", "3b-pc"}  # rows of 128
     assert left(server="transformers")["down_proj"] == {"3b-g64", "3b-pc", "4b-g96"}
     assert left(server="vllm")["down_proj"] == {"3b-g64", "3b-pc", "7b-pc"}
+    assert left(server="llama.cpp")["o_proj"] == {"3b-g64", "3b-pc", "7b-pc"}
     split = left(server="vllm", tensor_parallel=2)
     assert split["down_proj"] == {"3b-pc", "7b-pc"}  # slices of 96
     assert split["o_proj"] == {"3b-g64", "3b-pc", "7b-pc"}
@@ -146,7 +153,6 @@ def test_candidates_that_a_server_does_not_load_leave_the_search(network):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"server": "llama.cpp"}, "GGUF"),
         ({"tensor_parallel": 2}, "search.server=vllm"),
         ({"server": "vllm", "independent": True}, "independent"),
     ],

