@@ -160,8 +160,8 @@ def _say_what_is_added(tokenizer: Any, special: Any) -> None:
     first, last = found[: len(found) - len(plain)], found[len(plain) :]
     ids = special.special_token_ids
     special.add_special_token = {
-        "bos": bool(first) and first[0] == ids.get("bos") and found != plain,
-        "eos": bool(last) and last[-1] == ids.get("eos") and found != plain,
+        "bos": bool(first) and first[0] == ids.get("bos"),
+        "eos": bool(last) and last[-1] == ids.get("eos"),
     }
 
 
