@@ -14,7 +14,7 @@ from quantforge.export.servers import (
     network_problems,
     violations,
 )
-from quantforge.format.checkpoint import TensorReader, open_checkpoint
+from quantforge.format.checkpoint import TensorReader, open_checkpoint, read_shape
 from quantforge.outcomes import CheckReport
 from quantforge.types import LayerInfo, QuantSpec
 
@@ -43,10 +43,10 @@ def check(checkpoint: str | Path, *, server: str = "vllm", tensor_parallel: int 
     reader = TensorReader()
     tied = bool(opened.config.get("tie_word_embeddings", False))
     layers: list[LayerInfo] = []
-    assignment: dict[str, QuantSpec | None] = dict(opened.specs())
-    for name in assignment:
-        shape = reader.load(opened.entries[f"{name}.weight_shape"]).tolist()
-        layers.append(_layer(name, *shape, tied=tied))
+    assignment: dict[str, QuantSpec | None] = {}
+    for name, spec in opened.specs().items():
+        assignment[name] = spec
+        layers.append(_layer(name, *read_shape(opened, name, spec, reader), tied=tied))
     for name, entry in opened.entries.items():
         layer = name.removesuffix(".weight")
         if layer != name and len(entry.shape) == 2:

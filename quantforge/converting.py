@@ -33,6 +33,7 @@ from quantforge.format.checkpoint import (
 )
 from quantforge.format.container import ContainerWriter
 from quantforge.format.manifest import tool_versions
+from quantforge.load.weights import PICKLED
 from quantforge.outcomes import ConvertReport
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.types import QuantSpec
@@ -111,7 +112,7 @@ def convert(
         write_json(folder / CONFIG_NAME, {**opened.config, "quantization_config": block})
         write_json(folder / QUANTIZE_CONFIG, block)
         for file in sorted(opened.folder.iterdir()):
-            if file.is_file() and file.name not in _LEFT and file.suffix != ".safetensors":
+            if file.is_file() and _belongs(file):
                 shutil.copyfile(file, folder / file.name)
         _verify(job, folder)
         size = sum(file.stat().st_size for file in folder.iterdir())
@@ -125,13 +126,22 @@ def convert(
     )
 
 
+def _belongs(file: Path) -> bool:
+    """Whether a file of the source goes into the output as it is; pickled weights do not."""
+    weights = file.suffix == ".safetensors" or any(file.match(pattern) for pattern in PICKLED)
+    return file.name not in _LEFT and not weights
+
+
 def _refuse_other_parts(opened: Checkpoint, specs: dict[str, QuantSpec]) -> None:
     """The layout means every linear of a block and nothing else."""
     for name in specs:
         if name.rpartition(".")[2] in EMBEDDINGS or not _IN_A_BLOCK.search(name):
             raise InputError(f"{name} is quantized, which the GPTQ layout has for blocks alone")
     block: dict[str, Any] = opened.config["quantization_config"]
-    for name in block.get("ignore") or ():
+    ignored = block.get("ignore") or []
+    if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
+        raise InputError(f"{opened.folder}: config.json's ignore is no list of layer names")
+    for name in ignored:
         if _IN_A_BLOCK.search(name):
             raise InputError(f"{name} is kept in 16 bits; the GPTQ layout takes all linears")
 

@@ -5,11 +5,24 @@ A message is one line: what is wrong, where, and what to do about it.
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 1000
+_LONGEST_END = 300
+
 
 class QuantforgeError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
+    """Base of all errors raised on purpose; `exit_code` is what the command line returns.
+
+    A message is one line whatever it quotes: line breaks become spaces, and of a very long one,
+    which quotes a very long name or value, beginning and end are kept.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        text = " ".join(message.split())
+        if len(text) > LONGEST_MESSAGE:
+            text = f"{text[: LONGEST_MESSAGE - _LONGEST_END]} … {text[-_LONGEST_END:]}"
+        super().__init__(text)
 
 
 class UsageError(QuantforgeError):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +14,17 @@ from quantforge.delivery import planned_layer
 from quantforge.errors import InputError
 from quantforge.evaluate.generate import stream
 from quantforge.evaluate.quality import ReferenceOutputs, measure, paired
-from quantforge.format.checkpoint import TensorReader, open_checkpoint
+from quantforge.files import parse_json
+from quantforge.format.checkpoint import TensorReader, open_checkpoint, read_shape
 from quantforge.format.manifest import read_manifest, tool_versions
 from quantforge.format.sizes import size_report
 from quantforge.load.huggingface import load_tokenizer
-from quantforge.load.text import DEFAULT_EVALUATION, describe_windows, evaluation_windows
+from quantforge.load.text import (
+    DEFAULT_EVALUATION,
+    check_vocabulary,
+    describe_windows,
+    evaluation_windows,
+)
 from quantforge.loading import load_source
 from quantforge.models import Architecture, shape_of
 from quantforge.outcomes import EvaluationReport, InspectReport
@@ -177,7 +182,7 @@ def inspect(checkpoint: str | Path) -> InspectReport:
     reader = TensorReader()
     rows = []
     for name, spec in opened.specs().items():
-        out_features, in_features = reader.load(opened.entries[f"{name}.weight_shape"]).tolist()
+        out_features, in_features = read_shape(opened, name, spec, reader)
         layer = LayerInfo(
             name=name,
             out_features=out_features,
@@ -190,7 +195,7 @@ def inspect(checkpoint: str | Path) -> InspectReport:
     kept = [name.removesuffix(".weight") for name in opened.entries if name.endswith(".weight")]
     return InspectReport(
         path=str(checkpoint),
-        model=", ".join(opened.config.get("architectures") or ["unknown"]),
+        model=_classes(opened.config),
         format="compressed-tensors pack-quantized",
         budget="" if manifest is None else manifest.plan.budget,
         layers=tuple(rows),
@@ -198,6 +203,14 @@ def inspect(checkpoint: str | Path) -> InspectReport:
         sizes=size_report(Path(checkpoint)),
         versions={} if manifest is None else manifest.versions,
     )
+
+
+def _classes(config: Mapping[str, Any]) -> str:
+    """The model's classes as config.json names them."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names:
+        return "unknown"
+    return ", ".join(map(str, names))
 
 
 def _reference(
@@ -216,6 +229,7 @@ def _reference(
     windows, length = shape
     _check_context(model.module, length)
     tokens = evaluation_windows(where, model.tokenizer, windows=windows, length=length)
+    check_vocabulary(tokens, model, where)
     outputs = ReferenceOutputs.collect(
         model.module,
         model.architecture,
@@ -241,7 +255,7 @@ def _is_quantized(path: Path) -> bool:
     if not config.is_file():
         return False
     try:
-        return "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+        return "quantization_config" in parse_json(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{config} is not JSON ({error})") from error
 
@@ -269,7 +283,7 @@ def _source_of(checkpoint: Path) -> str:
     if not record.is_file():
         raise InputError(f"{checkpoint} does not say which model it came from; give --reference")
     try:
-        location = str(json.loads(record.read_text(encoding="utf-8"))["source"]["location"])
+        location = str(parse_json(record.read_text(encoding="utf-8"))["source"]["location"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{record} is damaged ({error!r}); give --reference") from None
     if not location:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 CACHE_VARIABLE = "QUANTFORGE_CACHE"
+LONGEST_NAME = 255  # bytes, of a file on all common systems
 
 
 def cache_root() -> Path:
@@ -29,6 +30,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_plain_name(text: Any) -> bool:
+    """Whether `text` names a file in a folder and nowhere else: no path, and not too long."""
+    if not isinstance(text, str) or text in ("", ".", "..") or "\0" in text or "\\" in text:
+        return False
+    return Path(text).name == text and len(os.fsencode(text)) <= LONGEST_NAME
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: UTF-8 where it is bytes.
+        options: of `json.loads`.
+
+    Raises:
+        ValueError: it is not JSON, not UTF-8, nested too deeply, or has a number without end.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def canonical_json(value: Any) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantforge import strict_yaml
 from quantforge.errors import InputError, UsageError
-from quantforge.files import write_json
+from quantforge.files import parse_json, write_json
 from quantforge.format.manifest import KEPT
 from quantforge.search.budget import Budget
 from quantforge.search.latency import LatencyModel, MeasuredTable, Roofline
@@ -142,7 +141,7 @@ def read_table(path: Path) -> MeasuredTable:
         InputError: the file is missing, damaged or of another version.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
         if document["format_version"] != TABLE_VERSION:
             raise InputError(f"{path}: format {document['format_version']} of a profile is unknown")
         batch = int(document["batch"])
@@ -153,6 +152,6 @@ def read_table(path: Path) -> MeasuredTable:
             times[key] = float(row["median_s"])
     except OSError as error:
         raise InputError(f"cannot read the profile {path}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path} is no table of quantforge profile ({error!r})") from error
     return MeasuredTable(name=path.name, times=times)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quantforge.errors import InputError
+from quantforge.files import parse_json
 from quantforge.format.manifest import KEPT
 from quantforge.types import BitPlan, LayerInfo, QuantSpec
 
@@ -91,10 +92,10 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 
     try:
         text = path.read_text(encoding="utf-8")
-        document = json.loads(text, object_pairs_hook=unique)
+        document = parse_json(text, object_pairs_hook=unique)
     except OSError as error:
         raise InputError(f"cannot read the plan {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON
+    except ValueError as error:  # bad UTF-8, bad JSON
         raise InputError(f"the plan {path} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise InputError(f"{path} holds no plan: it is no JSON object")

@@ -79,8 +79,11 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def _load(text: str, where: str) -> Any:
-    loader = _StrictLoader(text)
+    loader: _StrictLoader | None = None
     try:
+        loader = _StrictLoader(
+            text
+        )  # reads as far as the first characters that YAML does not allow
         return loader.get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -90,7 +93,8 @@ def _load(text: str, where: str) -> Any:
     except (ValueError, OverflowError) as error:
         raise UsageError(f"{where}: {error}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

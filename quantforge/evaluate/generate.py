@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantforge.errors import InputError, UsageError
+from quantforge.foreign import encode
 from quantforge.models.cache import cache_arguments, cache_of
 
 _UNFINISHED = "�"
@@ -146,12 +147,18 @@ def _check_options(tokens: int, temperature: float, top_p: float) -> None:
 
 
 def _encode(module: nn.Module, tokenizer: Any, prompt: str) -> list[int]:
-    prefix = [int(token) for token in tokenizer(prompt)["input_ids"]]
+    prefix = encode(tokenizer, prompt)
     if not prefix:
         start = getattr(tokenizer, "bos_token_id", None)
         if start is None:
             raise InputError("the prompt has no tokens and the tokenizer no start token; give text")
         prefix = [int(start)]
+    size = getattr(getattr(module, "config", None), "vocab_size", None)
+    if size is not None and max(prefix) >= size:
+        raise InputError(
+            f"the prompt has the token id {max(prefix)}, the model's vocabulary has {size}: the "
+            "tokenizer does not belong to this model"
+        )
     positions = getattr(getattr(module, "config", None), "max_position_embeddings", None)
     if positions is not None and len(prefix) > positions:
         raise InputError(

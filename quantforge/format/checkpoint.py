@@ -6,7 +6,6 @@ each other; no tensor is loaded, no code is run, and a name in an index can neve
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantforge.errors import InputError
+from quantforge.files import is_plain_name, parse_json
 from quantforge.format import compressed
 from quantforge.format.container import TensorEntry, read_header
 from quantforge.format.manifest import Manifest, read_manifest
@@ -131,8 +131,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map")
     for name, file in weight_map.items():
-        plain = isinstance(file, str) and file == Path(file).name and file not in ("", ".", "..")
-        if not plain:
+        if not is_plain_name(file):
             raise InputError(f"{index} places {name} in {file!r}, not a file of the folder")
     return weight_map
 
@@ -160,14 +159,34 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: the file is missing, unreadable, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, absurd numbers
+    except ValueError as error:  # bad UTF-8, bad JSON, absurd numbers
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds no JSON object")
     return value
+
+
+def read_shape(
+    checkpoint: Checkpoint, name: str, spec: QuantSpec, reader: TensorReader
+) -> tuple[int, int]:
+    """(out, in) of one quantized layer; of its tensors only `weight_shape` is loaded.
+
+    Raises:
+        InputError: it is not stored, does not fit the spec, or the codes are of another shape.
+    """
+    entries = checkpoint.layer_entries(name)
+    for suffix in (compressed.SHAPE, compressed.PACKED):
+        if suffix not in entries:
+            raise InputError(f"{checkpoint.folder}: {name} has no {suffix}")
+    shape = compressed.layer_shape(name, reader.load(entries[compressed.SHAPE]), spec)
+    stored = entries[compressed.PACKED].shape
+    wanted = compressed.stored_shapes(*shape, spec)[compressed.PACKED][1]
+    if stored != wanted:
+        raise InputError(f"{checkpoint.folder}: {name} has codes of {stored}, expected {wanted}")
+    return shape
 
 
 def read_layer(

@@ -109,18 +109,27 @@ def check_tensors(name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> 
             f"{name} ({spec}) needs the tensors {', '.join(sorted(wanted))}, "
             f"the checkpoint has {', '.join(sorted(tensors)) or 'none'}"
         )
-    shape = tensors[SHAPE]
-    if shape.dtype != torch.int64 or tuple(shape.shape) != (2,) or int(shape.min()) < 1:
-        raise InputError(f"{name}.{SHAPE} must be two positive int64 numbers, got {shape!r}")
-    out_features, in_features = (int(extent) for extent in shape)
-    if not spec.divides(in_features):
-        raise InputError(f"{name}: groups of {spec.group_size} do not divide {in_features} columns")
+    out_features, in_features = layer_shape(name, tensors[SHAPE], spec)
     groups, words = spec.groups(in_features), packed_words(in_features, spec.bits)
     _expect(name, tensors, PACKED, (torch.int32,), (out_features, words))
     _expect(name, tensors, SCALE, (torch.bfloat16, torch.float16), (out_features, groups))
     if not spec.symmetric:
         rows = packed_words(out_features, spec.bits)
         _expect(name, tensors, ZERO_POINT, (torch.int32,), (rows, groups))
+    return out_features, in_features
+
+
+def layer_shape(name: str, shape: Tensor, spec: QuantSpec) -> tuple[int, int]:
+    """(out, in) of a layer, from its `weight_shape`.
+
+    Raises:
+        InputError: it holds something else, or a row that the spec's groups do not divide.
+    """
+    if shape.dtype != torch.int64 or tuple(shape.shape) != (2,) or int(shape.min()) < 1:
+        raise InputError(f"{name}.{SHAPE} must be two positive int64 numbers, got {shape!r}")
+    out_features, in_features = (int(extent) for extent in shape)
+    if not spec.divides(in_features):
+        raise InputError(f"{name}: groups of {spec.group_size} do not divide {in_features} columns")
     return out_features, in_features
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from quantforge.errors import InputError
+from quantforge.files import parse_json
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -100,8 +101,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        header = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, absurd numbers
+        header = parse_json(text, object_pairs_hook=unique)
+    except ValueError as error:  # bad UTF-8, bad JSON, absurd numbers
         raise InputError(f"{path} is damaged: its header is not JSON; fetch it again") from error
     if not isinstance(header, dict):
         _refuse(path, "is damaged: its header is not a JSON object")

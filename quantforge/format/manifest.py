@@ -5,7 +5,6 @@ It holds no time, no host and no path, so that the same inputs give the same byt
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -15,7 +14,7 @@ from typing import Any
 from quantforge_kernels.layout import LAYOUT_VERSION
 
 from quantforge.errors import InputError
-from quantforge.files import write_json
+from quantforge.files import parse_json, write_json
 from quantforge.types import BitPlan, QuantSpec
 
 FORMAT_VERSION = 1
@@ -131,9 +130,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_text(encoding="utf-8"))
         versions = (fields["format_version"], fields["layout_version"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: it is not a manifest; write it again") from error
     if versions != (FORMAT_VERSION, LAYOUT_VERSION):
         raise InputError(

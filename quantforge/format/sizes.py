@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from quantforge.errors import InputError
 from quantforge.format import compressed
-from quantforge.format.checkpoint import TensorReader, open_checkpoint
+from quantforge.format.checkpoint import TensorReader, open_checkpoint, read_shape
 from quantforge.results import SizeReport
 from quantforge.types import KEPT_BITS
 
@@ -28,10 +29,9 @@ def size_report(folder: str | Path) -> SizeReport:
     owned: set[str] = set()
     fixed = checkpoint.manifest.plan.fixed if checkpoint.manifest else ()
     for name, spec in checkpoint.specs().items():
+        weights = math.prod(read_shape(checkpoint, name, spec, reader))
         entries = checkpoint.layer_entries(name)
-        if compressed.SHAPE not in entries:
-            raise InputError(f"{folder}: {name} has no {compressed.SHAPE}")
-        weights = int(reader.load(entries.pop(compressed.SHAPE)).prod())
+        del entries[compressed.SHAPE]  # not counted
         if name in fixed:
             kept += weights
         else:

@@ -8,16 +8,16 @@ chat template.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from quantforge.errors import InputError
+from quantforge.files import parse_json
+from quantforge.foreign import MALFORMED, malformed, one_line
 from quantforge.load.silence import quiet
 from quantforge.load.source import HUB_ID, HUB_TIMEOUT_S
-from quantforge.load.wording import one_line
 
 ChatTemplate = Literal["auto", "always", "never"]
 PLAIN_SUFFIXES = (".txt", ".text", ".md")
@@ -84,7 +84,7 @@ def documents(
         content = _content(row, where, column)
         chat = content.chat and has_template(tokenizer) and chat_template == "auto"
         templated = chat or chat_template == "always"
-        text = _templated(content, tokenizer, where) if templated else content.plain
+        text = through_template(content.messages, tokenizer, where) if templated else content.plain
         if text.strip():
             yield Document(text=text, templated=templated)
 
@@ -136,14 +136,15 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             for number, line in enumerate(stream, start=1):
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                row = parse_json(line)
                 if not isinstance(row, dict):
                     raise InputError(f"{path} row {number} is not a JSON object")
                 yield number, row
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} row {number} is not JSON ({error.msg}): correct it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({one_line(error)})") from None
+    except ValueError as error:
+        reason = getattr(error, "msg", error)
+        raise InputError(f"{path} row {number} is not JSON ({reason}): correct it") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -157,7 +158,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, *MALFORMED) as error:
         raise InputError(
             f"{path} cannot be read as parquet ({one_line(error)}): get it again"
         ) from None
@@ -242,10 +243,17 @@ def _chat(value: Any, where: str, column: str) -> _Content:
     return _Content(messages, chat=True)
 
 
-def _templated(content: _Content, tokenizer: Any, where: str) -> str:
+def through_template(messages: list[dict[str, str]], tokenizer: Any, where: str) -> str:
+    """Messages as the tokenizer's chat template writes them.
+
+    Raises:
+        InputError: the template is malformed, or refuses them.
+    """
     from jinja2 import TemplateError
 
+    complaint = f"{where} does not fit the chat template"
     try:
-        return str(tokenizer.apply_chat_template(content.messages, tokenize=False))
-    except (TemplateError, TypeError, ValueError) as error:
-        raise InputError(f"{where} does not fit the chat template ({one_line(error)})") from None
+        with malformed(complaint):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError as error:
+        raise InputError(f"{complaint}: {one_line(error)}") from None

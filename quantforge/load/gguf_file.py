@@ -18,30 +18,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from quantforge.errors import InputError, ResourceError
 from quantforge.files import cache_root, write_json
+from quantforge.foreign import malformed
 from quantforge.load.silence import quiet
 from quantforge.load.weights import INDEX_FILE, SINGLE_FILE, weight_files
-from quantforge.load.wording import one_line, some
+from quantforge.load.wording import some
 from quantforge.models import ARCHITECTURES
+from quantforge.models.sizes import require_plausible
 
 CONVERSION = "gguf-float32-1"
 SHARD_BYTES = 2 << 30
 GGUF_ARCHITECTURES = ("llama",)
-METADATA_ERRORS = (
-    ValueError,
-    OSError,
-    KeyError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    StrictDataclassError,
-)
-PARSE_ERRORS = (ValueError, OSError, KeyError, IndexError, OverflowError, MemoryError)
+# Longer arrays of metadata are none: the largest vocabularies have 300,000 tokens.
+LONGEST_ARRAY = 1 << 20
 
 
 def converted_folder(path: Path, fingerprint: str) -> Path:
@@ -102,12 +96,12 @@ def _staging(folder: Path) -> Iterator[Path]:
 def _convert(path: Path, folder: Path) -> None:
     """Write config, tokenizer and weights of the GGUF at `path` into `folder`."""
     reader = _open(path)
-    architecture = _field(reader, "general.architecture")
+    architecture = _field(path, reader, "general.architecture")
     if architecture not in GGUF_ARCHITECTURES:
         known = ", ".join(GGUF_ARCHITECTURES)
         raise InputError(f"{path} has the GGUF architecture {architecture!r}; supported: {known}")
     _refuse_rope_scaling(path, reader)
-    network = _empty_network(path)
+    network = _empty_network(path, reader)
     names = _tensor_names(path, reader, network)
     _write_weights(path, reader, names, network, folder)
     network.config.save_pretrained(folder)
@@ -118,24 +112,40 @@ def _convert(path: Path, folder: Path) -> None:
 
 
 def _open(path: Path) -> Any:
-    from gguf import GGUFReader
+    """A strict reader: gguf's own takes what lies beyond the file's end as empty, and goes on.
 
-    try:
-        return GGUFReader(path)
-    except PARSE_ERRORS as error:
-        raise InputError(
-            f"{path} is truncated or not a GGUF file ({one_line(error)}): get the file again"
-        ) from None
+    With a count of 2**40 it goes on until the memory is full.
+    """
+    from gguf import GGUFReader, GGUFValueType
+
+    class StrictReader(GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
+            found = super()._get(offset, dtype, count, *rest, **named)
+            if len(found) != int(count):
+                raise ValueError(f"{count} values at byte {offset} are beyond the end of the file")
+            return found
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == GGUFValueType.ARRAY:
+                kind = self._get(orig_offs, "uint32")[0]
+                count = self._get(orig_offs + 4, "uint64")[0]
+                if kind == GGUFValueType.ARRAY or count > LONGEST_ARRAY:
+                    raise ValueError(f"an array of {count} values of kind {kind}")
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    with malformed(f"{path} is truncated or not a GGUF file; get the file again"):
+        return StrictReader(path)
 
 
-def _field(reader: Any, name: str) -> Any:
+def _field(path: Path, reader: Any, name: str) -> Any:
     field = reader.fields.get(name)
-    return None if field is None else field.contents()
+    with malformed(f"{path}: {name} cannot be read"):
+        return None if field is None else field.contents()
 
 
 def _refuse_rope_scaling(path: Path, reader: Any) -> None:
     """Scaled rotary frequencies of a GGUF are lost in transformers: another network would load."""
-    scaling = _field(reader, "llama.rope.scaling.type")
+    scaling = _field(path, reader, "llama.rope.scaling.type")
     scaled = scaling not in (None, "none")
     if scaled or any(tensor.name.startswith("rope_") for tensor in reader.tensors):
         raise InputError(
@@ -144,21 +154,20 @@ def _refuse_rope_scaling(path: Path, reader: Any) -> None:
         )
 
 
-def _empty_network(path: Path) -> Any:
+def _empty_network(path: Path, reader: Any) -> Any:
     """The network on the meta device, from the file's metadata."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
 
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-            with torch.device("meta"):
-                network = auto.from_config(config, dtype=torch.float32)
-    except METADATA_ERRORS as error:
-        raise InputError(
-            f"the metadata of {path} describe no known network ({one_line(error)})"
-        ) from None
+    complaint = f"the metadata of {path} describe no known network"
+    with malformed(complaint), quiet():
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        sizes = config.to_dict()
+    size = path.stat().st_size
+    require_plausible(sizes, tensors=len(reader.tensors), stored_bytes=size, where=str(path))
+    with malformed(complaint), quiet(), torch.device("meta"):
+        network = auto.from_config(config, dtype=torch.float32)
     name = type(network).__name__
     if not any(name in entry.classes for entry in ARCHITECTURES.values()):
         raise InputError(f"{path} is a {name}, which is not a known architecture")
@@ -235,26 +244,21 @@ def _dequantize(path: Path, tensor: Any, name: str, config: Any) -> Tensor:
     """One tensor as float32 in the row order of transformers."""
     from gguf import dequantize
 
-    try:
+    # numpy warns of values that are not finite; they are refused once the network is loaded
+    complaint = f"{path}: {tensor.name} cannot be dequantized"
+    with malformed(complaint), np.errstate(all="ignore"):
         values = dequantize(tensor.data, tensor.tensor_type)
-    except (NotImplementedError, ValueError) as error:
-        raise InputError(
-            f"{path}: {tensor.name} cannot be dequantized ({one_line(error)})"
-        ) from None
-    weight = torch.from_numpy(values.astype("float32", copy=True))
-    if name.endswith(("q_proj.weight", "q_proj.bias")):
-        return unpermute(weight, config.num_attention_heads).contiguous()
-    if name.endswith(("k_proj.weight", "k_proj.bias")):
-        return unpermute(weight, config.num_key_value_heads).contiguous()
-    return weight
+        weight = torch.from_numpy(values.astype("float32", copy=True))
+        if name.endswith(("q_proj.weight", "q_proj.bias")):
+            return unpermute(weight, config.num_attention_heads).contiguous()
+        if name.endswith(("k_proj.weight", "k_proj.bias")):
+            return unpermute(weight, config.num_key_value_heads).contiguous()
+        return weight
 
 
 def _write_tokenizer(path: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-            tokenizer.save_pretrained(folder)
-    except (*METADATA_ERRORS, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"the tokenizer in {path} cannot be read ({one_line(error)})") from None
+    with malformed(f"the tokenizer in {path} cannot be read"), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer.save_pretrained(folder)

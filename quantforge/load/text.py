@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quantforge.config import Config
 from quantforge.errors import InputError
+from quantforge.foreign import encode
 from quantforge.load.batches import cut, from_batches, make_set, split_rows
 from quantforge.load.documents import (
     PLAIN_SUFFIXES,
@@ -39,6 +40,7 @@ __all__ = [
     "CalibrationConfig",
     "bos_rule",
     "calibration_set",
+    "check_vocabulary",
     "describe_windows",
     "evaluation_windows",
     "from_batches",
@@ -129,7 +131,7 @@ def calibration_set(
         else:
             rows, text = _external(config, count, source, _tokenizer(model))
         fitting, held_out = split_rows(rows, share)
-    _check_vocabulary(torch.cat([fitting, held_out]), model, source)
+    check_vocabulary(torch.cat([fitting, held_out]), model, source)
     counts = f"{len(fitting)} fitting and {len(held_out)} held-out sequences of {length} tokens"
     return make_set(fitting, held_out, f"{text}: {counts}")
 
@@ -172,7 +174,7 @@ def describe_windows(source: str, tokenizer: Any, windows: Tensor) -> str:
 
 def bos_rule(tokenizer: Any) -> str:
     """Which special tokens the tokenizer adds to a text by itself."""
-    added = [int(token) for token in tokenizer("")["input_ids"]]
+    added = encode(tokenizer, "")
     if not added:
         return "no BOS (the tokenizer adds none)"
     names = " ".join(str(token) for token in tokenizer.convert_ids_to_tokens(added))
@@ -201,7 +203,12 @@ def _check_context(config: CalibrationConfig, model: Model) -> None:
         )
 
 
-def _check_vocabulary(rows: Tensor, model: Model, source: str) -> None:
+def check_vocabulary(rows: Tensor, model: Model, source: str) -> None:
+    """Refuse tokens that the model does not know.
+
+    Raises:
+        InputError: an id is not below the size of its vocabulary.
+    """
     embedding: Any = model.module.get_submodule(model.architecture.embedding)
     size, highest = int(embedding.num_embeddings), int(rows.max())
     if highest >= size:
@@ -298,6 +305,6 @@ def _tokenise(texts: list[Document], tokenizer: Any) -> Tensor:
     """[tokens] of all documents, one after another; templated ones bring their special tokens."""
     ids: list[int] = []
     for document in texts:
-        encoded = tokenizer(document.text, add_special_tokens=not document.templated, verbose=False)
-        ids.extend(encoded["input_ids"])
+        special = not document.templated
+        ids += encode(tokenizer, document.text, add_special_tokens=special, verbose=False)
     return torch.tensor(ids, dtype=torch.int64)

@@ -6,12 +6,14 @@ weights is refused before any tensor is touched.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from quantforge.errors import InputError
-from quantforge.load.wording import one_line, some
+from quantforge.files import is_plain_name, parse_json
+from quantforge.foreign import one_line
+from quantforge.load.wording import some
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -26,7 +28,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         InputError: the file is missing, unreadable or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: a model folder needs it") from None
     except (OSError, ValueError) as error:
@@ -80,6 +82,15 @@ def weight_files(folder: Path) -> list[Path]:
     raise InputError(_nothing_found(folder))
 
 
+def stored(files: Iterable[Path]) -> dict[str, int]:
+    """How many `tensors` safetensors files hold, and their `stored_bytes`."""
+    paths = list(files)
+    return {
+        "tensors": sum(len(_check_header(path)) for path in paths),
+        "stored_bytes": sum(path.stat().st_size for path in paths),
+    }
+
+
 def _nothing_found(folder: Path) -> str:
     if list(folder.glob("model-*-of-*.safetensors")):
         return f"{folder} has shards but no {INDEX_FILE}: get the index file as well"
@@ -98,7 +109,7 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
         raise InputError(f"{index} has no weight_map: get the index file again")
     shards: dict[str, set[str]] = {}
     for tensor, shard in mapping.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not is_plain_name(shard):
             raise InputError(f"{index} places {tensor} outside the folder ({shard!r})")
         shards.setdefault(shard, set()).add(tensor)
     for shard, expected in sorted(shards.items()):

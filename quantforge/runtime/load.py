@@ -18,9 +18,16 @@ from quantforge_kernels import BackendError, Request, choose_backend
 from torch import nn
 
 from quantforge.errors import InputError, ResourceError, UsageError
+from quantforge.foreign import malformed
 from quantforge.format import compressed
-from quantforge.format.checkpoint import Checkpoint, TensorReader, open_checkpoint
+from quantforge.format.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    TensorReader,
+    open_checkpoint,
+)
 from quantforge.methods.rtn import minmax_scale, round_to_nearest
+from quantforge.models.sizes import require_plausible
 from quantforge.runtime.linear import PackedWeight, QuantEmbedding, QuantLinear
 from quantforge.types import QuantSpec
 
@@ -134,7 +141,6 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The model class of config.json: parameters on meta, buffers real."""
     import transformers
     from accelerate import init_empty_weights
-    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     fields = copy.deepcopy(dict(checkpoint.config))
@@ -149,14 +155,17 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         model_class, transformers.PreTrainedModel
     ):
         raise InputError(f"{checkpoint.folder}: transformers has no model class {name!r}")
+    require_plausible(
+        fields,
+        tensors=len(checkpoint.entries),
+        stored_bytes=sum(entry.size_bytes for entry in checkpoint.entries.values()),
+        where=f"{checkpoint.folder / CONFIG_NAME}",
+    )
     make: Any = model_class._from_config
-    try:
+    with malformed(f"{checkpoint.folder}: config.json makes no {name}"):
         config = CONFIG_MAPPING[model_type].from_dict(fields)
         with init_empty_weights(include_buffers=False):
             model: nn.Module = make(config, dtype=dtype)
-    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{checkpoint.folder}: config.json makes no {name}: {reason}") from error
     return model
 
 
@@ -312,7 +321,5 @@ def _set_generation_config(model: Any, folder: Path) -> None:
     if (folder / GENERATION_CONFIG_NAME).is_file():
         from transformers import GenerationConfig
 
-        try:
+        with malformed(f"{folder / GENERATION_CONFIG_NAME} is damaged"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder / GENERATION_CONFIG_NAME} is damaged: {error}") from error

@@ -107,6 +107,8 @@ def test_quantized_folder_names_its_method(folder):
 
 def test_malformed_config_values_are_one_line(folder):
     edit_config(folder, num_attention_heads="many")
+    refused(folder, "num_attention_heads must be a positive integer, got 'many'")
+    edit_config(folder, num_attention_heads=4, hidden_act="martian")
     refused(folder, "cannot be loaded")
 
 

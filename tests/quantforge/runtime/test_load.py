@@ -263,7 +263,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda f: reconfigure(f, architectures=["Martian"]), "no model class 'Martian'"),
         (lambda f: reconfigure(f, architectures=["AutoConfig"]), "no model class 'AutoConfig'"),
         (lambda f: reconfigure(f, quantization_config=None), "has no quantization_config"),
-        (lambda f: reconfigure(f, num_attention_heads="x"), "config.json makes no"),
+        (lambda f: reconfigure(f, num_attention_heads="x"), "must be a positive integer, got 'x'"),
+        (lambda f: reconfigure(f, hidden_act="martian"), "config.json makes no"),
         (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json is"),
     ],
 )

@@ -1,0 +1,60 @@
+"""Whether a configuration describes a network that its files can hold.
+
+A network is built before its weights are read, with as many blocks and as wide as the configuration
+says. A damaged one says ten billion, and building that ends in no memory, or never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantforge.errors import InputError
+
+_BLOCKS = ("num_hidden_layers", "n_layer", "num_layers")
+_EXTENTS = ("vocab_size", "intermediate_size", "head_dim", "num_attention_heads",
+            "num_key_value_heads")  # fmt: skip
+_POSITIONS = "max_position_embeddings"
+_MOST_POSITIONS = 1 << 31
+
+
+def require_plausible(
+    config: Mapping[str, Any], *, tensors: int, stored_bytes: int, where: str
+) -> None:
+    """Refuse sizes that are none, or that the files cannot hold, before a network is built.
+
+    Every block has a tensor, and every extent is one side of a matrix whose other side is the
+    hidden size; no weight takes less than a bit.
+
+    Args:
+        config: of the network, as in its config.json.
+        tensors: that the files hold.
+        stored_bytes: of the files.
+        where: the folder or file, for the message.
+
+    Raises:
+        InputError: a size is not a positive integer, or too large.
+    """
+    hidden = config.get("hidden_size", 1)
+    bounds = dict.fromkeys(_BLOCKS, tensors)
+    bounds |= {"hidden_size": 8 * stored_bytes, _POSITIONS: _MOST_POSITIONS}
+    if type(hidden) is int and hidden > 0:
+        bounds |= dict.fromkeys(_EXTENTS, 8 * stored_bytes // hidden)
+    for name, most in bounds.items():
+        value = config.get(name)
+        if value is None or isinstance(value, list):  # some have one for every block
+            continue
+        if type(value) is not int or value < 1:
+            text = repr(value)[:60]
+            raise InputError(f"{where}: {name} must be a positive integer, got {text}")
+        if value > most:
+            raise InputError(
+                f"{where}: {name} is {_short(value)}, but {tensors} tensors of {stored_bytes} "
+                f"bytes hold at most {most}: the configuration is damaged"
+            )
+
+
+def _short(value: int) -> str:
+    """Digits of a number, or how many there are."""
+    text = str(value)
+    return text if len(text) <= 20 else f"a number of {len(text)} digits"
