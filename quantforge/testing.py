@@ -70,8 +70,10 @@ def train(module: nn.Module, *, steps: int = 150, seed: int = 0, vocabulary: int
     return module.eval()
 
 
-def save_tiny_checkpoint(folder: Path, *, shards: int = 1, seed: int = 0, **shape: Any) -> Path:
-    """Write a trained tiny Llama with a byte-level tokenizer as a Hugging Face folder."""
+def save_tiny_checkpoint(
+    folder: Path, *, shards: int = 1, seed: int = 0, steps: int = 150, **shape: Any
+) -> Path:
+    """Write a tiny Llama, trained for `steps`, with a byte-level tokenizer as a folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,9 +82,11 @@ def save_tiny_checkpoint(folder: Path, *, shards: int = 1, seed: int = 0, **shap
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    module = train(tiny_llama(seed=seed, vocabulary=256, **shape), vocabulary=256, seed=seed)
+    module: Any = tiny_llama(seed=seed, vocabulary=256, **shape)
+    if steps:
+        train(module, steps=steps, vocabulary=256, seed=seed)
     size = sum(p.numel() * 4 for p in module.parameters())
-    module.save_pretrained(folder, max_shard_size=size // shards + 4096)  # type: ignore[operator]
+    module.save_pretrained(folder, max_shard_size=size // shards + 4096)
     wrapped: Any = PreTrainedTokenizerFast
     wrapped(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
