@@ -25,6 +25,7 @@ from quantforge.errors import InputError, ResourceError
 from quantforge.export import gguf_network as network
 from quantforge.export.gguf_tokenizer import GgufTokenizer, read_tokenizer
 from quantforge.export.writer import disk_errors
+from quantforge.foreign import malformed
 from quantforge.format import compressed, gguf_blocks
 from quantforge.format.checkpoint import Checkpoint, TensorReader, read_layer
 from quantforge.load.silence import quiet
@@ -178,12 +179,8 @@ def _network_config(opened: Checkpoint) -> Any:
     described = {k: v for k, v in opened.config.items() if k != "quantization_config"}
     kind = described.pop("model_type", None)
     auto: Any = AutoConfig
-    try:
-        with quiet():
-            return auto.for_model(kind, **described)
-    except Exception as error:  # whatever a configuration class does not like
-        line = " ".join(str(error).split())
-        raise InputError(f"{opened.folder} describes no network that is known: {line}") from None
+    with malformed(f"{opened.folder} describes no network that is known"), quiet():
+        return auto.for_model(kind, **described)
 
 
 def _window(config: Any) -> tuple[str, ...]:

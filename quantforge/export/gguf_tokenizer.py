@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quantforge.errors import InputError
+from quantforge.foreign import malformed
 from quantforge.format.checkpoint import read_json
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -104,12 +105,9 @@ def read_tokenizer(folder: Path, size: int) -> GgufTokenizer:
     from gguf import SpecialVocab
     from tokenizers import Tokenizer
 
-    try:
+    with malformed(f"the tokenizer in {file} cannot be read"):
         tokenizer = Tokenizer.from_file(str(file))
         special = SpecialVocab(folder, load_merges=True, n_vocab=size)
-    except Exception as error:  # tokenizers raises nothing narrower
-        line = " ".join(str(error).split())
-        raise InputError(f"the tokenizer in {file} cannot be read ({line})") from None
     tokens, kinds = _tokens(file, tokenizer, size)
     _say_what_is_added(tokenizer, special)
     rules, warnings = _rules(tokenizer, described)

@@ -107,7 +107,7 @@ def _convert(path: Path, folder: Path) -> None:
     network.config.save_pretrained(folder)
     if network.generation_config is not None:
         network.generation_config.save_pretrained(folder)
-    if _field(reader, "tokenizer.ggml.model") not in (None, "none"):
+    if _field(path, reader, "tokenizer.ggml.model") not in (None, "none"):
         _write_tokenizer(path, folder)
 
 
