@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantforge.calibrate.candidates import float_weight, weight_errors
@@ -25,48 +22,17 @@ from quantforge.quantize.sequential import put_weight
 from quantforge.types import BitPlan, LayerInfo, QuantSpec
 
 
-class OwnWeights(Mapping[str, Tensor]):
-    """Layer name → [out, in] weight as it was, in files of a folder or in memory.
-
-    Args:
-        folder: where; None keeps them in memory, where they are as much again as the network.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-        self._kept: dict[str, Tensor | Path] = {}
-
-    def keep(self, name: str, weight: Tensor) -> None:
-        """Take a copy of one weight."""
-        if self._folder is None:
-            self._kept[name] = weight.detach().clone()
-            return
-        path = self._folder / f"{len(self._kept)}.safetensors"
-        save_file({"weight": weight.detach().contiguous()}, path)
-        self._kept[name] = path
-
-    def __getitem__(self, name: str) -> Tensor:
-        kept = self._kept[name]
-        return kept if isinstance(kept, Tensor) else load_file(kept)["weight"]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._kept)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-
 @dataclass(frozen=True, slots=True)
 class Loan:
     """A network whose weights are changed for a while.
 
     Attributes:
         model: the network.
-        own: weights as they were, of the layers that were changed.
+        own: layer name → [out, in] weight as it was, of the layers that were changed.
     """
 
     model: Model
-    own: OwnWeights
+    own: dict[str, Tensor] = field(default_factory=dict)
 
     def put(self, weights: Mapping[str, Tensor | None]) -> None:
         """Give layers other weights, in place.
@@ -78,25 +44,19 @@ class Loan:
         for name, weight in weights.items():
             if name not in self.own:
                 module: Any = self.model.module.get_submodule(name)
-                self.own.keep(name, module.weight)
+                self.own[name] = module.weight.detach().clone()
             put_weight(self.model, name, self.own[name] if weight is None else weight)
 
 
 @contextmanager
-def changed_weights(model: Model, scratch: Path | None = None) -> Iterator[Loan]:
-    """A loan of the network; every layer has its own weight again however the body ends.
-
-    Args:
-        model: the network.
-        scratch: folder for the weights meanwhile; None keeps them in memory.
-    """
-    with nullcontext() if scratch is None else TemporaryDirectory(dir=scratch) as folder:
-        loan = Loan(model, OwnWeights(None if folder is None else Path(folder)))
-        try:
-            yield loan
-        finally:  # an interrupt must not leave a caller's network in memory changed
-            for name, weight in loan.own.items():
-                put_weight(model, name, weight)
+def changed_weights(model: Model) -> Iterator[Loan]:
+    """A loan of the network; every layer has its own weight again however the body ends."""
+    loan = Loan(model)
+    try:
+        yield loan
+    finally:  # an interrupt must not leave a caller's network in memory changed
+        for name, weight in loan.own.items():
+            put_weight(model, name, weight)
 
 
 class StoredWeights(Mapping[str, Tensor | None]):
@@ -151,13 +111,12 @@ def derivatives(
         the last along the difference of the float weight. 0 for candidates that do not fit.
     """
     product = product_dtype(options.precision)
-    with changed_weights(model, store.folder) as loan:
+    with changed_weights(model) as loan:
         loan.put(StoredWeights(plan, store))
         differences = weight_errors(model, specs, store, product)
 
         def errors(layer: LayerInfo) -> Tensor:
-            weight = float_weight(model, layer)
-            back = loan.own[layer.name].to(weight) - weight
+            back = loan.own[layer.name] - float_weight(model, layer)
             return torch.cat([differences(layer), back.to(product).unsqueeze(0)])
 
         found = gradient_statistics(

@@ -205,7 +205,7 @@ class Calibrator:
         """Everything that does not depend on the estimator."""
         shape = Shape.of(self.model, self.calibration, self.recipe)
         integers = block_candidate_bytes(self.model.layers, specs)
-        size = states_bytes(shape, self.recipe, networks=True) + integers
+        size = states_bytes(shape, self.recipe) + integers
         require_room(size, folder, folder / CANDIDATES, folder / OUTPUT_GRAMS)
         evidence = self._evidence(specs, store, folder)
         release_freed()  # hidden states and gradients, before networks are put together

@@ -106,8 +106,15 @@ def _block_calls(
         return record
 
     recorders = {block: recorder(index, block) for index, block in enumerate(blocks)}
-    with _forwards_replaced(recorders), suppress(_StopForward):
-        module(input_ids=tokens, use_cache=False)
+    try:
+        with _forwards_replaced(recorders), suppress(_StopForward):
+            module(input_ids=tokens, use_cache=False)
+    except (TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise InputError(
+            f"the blocks of {type(module).__name__} hand on more than hidden states ({said}): such "
+            "networks cannot be walked through"
+        ) from None
     return calls[0][0], [kwargs for _, kwargs in calls]
 
 

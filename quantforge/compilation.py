@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -347,7 +346,6 @@ class Job:
             count=len(plans),
             all_windows=all_windows,
             note=lambda index, quality: journal.write(entries[missing[index]], {}, asdict(quality)),
-            scratch=store.folder,
         )
         found = iter(made)
         return [next(found) if quality is None else quality for quality in known]
@@ -361,7 +359,6 @@ class Job:
         count: int = 0,
         all_windows: bool = False,
         note: Callable[[int, Quality], None] | None = None,
-        scratch: Path | None = None,
     ) -> list[Quality]:
         """Held-out quality of networks with other weights; the network is restored.
 
@@ -373,13 +370,12 @@ class Job:
             count: of all networks, likewise.
             all_windows: take every held-out sequence instead of `evaluate.curve_windows`.
             note: is told of every network, by its place among these, as it is measured.
-            scratch: folder for the network's own weights meanwhile; None keeps them in memory.
         """
         _ = self.float_continuations  # before anything changes the network
         windows = None if all_windows else self.recipe.evaluate.curve_windows
         text = self.calibration.description
         qualities = []
-        with changed_weights(self.model, scratch) as loan:
+        with changed_weights(self.model) as loan:
             for index, weights in enumerate(networks):
                 loan.put(weights)
                 qualities.append(self.measure_held_out(windows, text=text))

@@ -223,8 +223,7 @@ def dry_run(
     if sensitivity is not None:
         losses = known_losses(sensitivity, assignment)
         errors = known_errors(sensitivity, assignment)
-        scratch = candidate_bytes(sensitivity)
-        scratch += states_bytes(shape, job.recipe, networks=True)
+        scratch = candidate_bytes(sensitivity) + states_bytes(shape, job.recipe)
     else:
         scratch = states_bytes(
             shape, job.recipe, gradients=needs.gradients, hidden=needs.final_hidden

@@ -129,12 +129,7 @@ def multiply_adds(shape: Shape, recipe: Recipe) -> int:
 
 
 def states_bytes(
-    shape: Shape,
-    recipe: Recipe,
-    *,
-    gradients: bool = True,
-    hidden: bool = True,
-    networks: bool = False,
+    shape: Shape, recipe: Recipe, *, gradients: bool = True, hidden: bool = True
 ) -> int:
     """Disk that calibration takes at its peak beside the candidates' integers.
 
@@ -144,8 +139,6 @@ def states_bytes(
         gradients: there is a backward pass: what enters every block on the way to it, the gradients
             noted for a resumed run, and the output grams and tokens' squares that it leaves.
         hidden: what enters the head is kept.
-        networks: others are measured in the place of the float one, whose weights are written away;
-            by then nothing enters blocks any more.
     """
     options = recipe.calibrate
     head = 2 * shape.fitting * shape.hidden if hidden else 0
@@ -155,8 +148,6 @@ def states_bytes(
     tokens = min(options.gradient_sequences * shape.length, shape.fitting)
     blocks = len({layer.block for layer in shape.layers})
     entrances = (blocks * size + 4) * tokens * shape.hidden
-    if networks:
-        entrances = max(entrances, 4 * shape.weights)
     grams = 0
     if recipe.quantize.needs_output_grams:
         grams = 2 * sum(

@@ -154,6 +154,8 @@ def curvature(
     monitor = Monitor(progress=progress, cancel=cancel)
     loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
     chosen = _chosen(loaded, layers, heads)
+    if at is not None and not any(at.divides(one.in_features) for one in chosen):
+        raise UsageError(f"{spec} divides no row of the chosen layers: give another --spec")
     data = calibration_set(recipe.calibration, loaded, seed=seed, monitor=monitor)
     text = data.fitting[:sequences]
     generator = torch.Generator(loaded.device).manual_seed(seed)
@@ -226,4 +228,5 @@ def _check(
         check_file(path, force=force)
     for name, (value, least) in numbers.items():
         if value < least:
-            raise UsageError(f"{name} must be {least} or more, got {value}")
+            why = " with activations" if name == "sequences" and least > 1 else ""
+            raise UsageError(f"{name} must be {least} or more{why}, got {value}")

@@ -63,6 +63,7 @@ from quantforge.recipe import Recipe
 from quantforge.results import CurvePoint, Quality
 from quantforge.search.allocate import uniform_plans
 from quantforge.search.budget import Budget
+from quantforge.search.config import SearchConfig
 from quantforge.search.solvers import SOLVERS
 from quantforge.types import BitPlan, QuantSpec, Sensitivity
 
@@ -179,7 +180,7 @@ class Maker:
         self, plan: BitPlan, measurement: Measurement
     ) -> tuple[dict[str, Quality], float]:
         _, store = measurement.needed_for_search()
-        with changed_weights(self.job.model, store.folder) as loan:
+        with changed_weights(self.job.model) as loan:
             with cpu_timer() as spent:
                 loan.put(StoredWeights(plan, store))
             return self._qualities(), spent[0]
@@ -249,7 +250,7 @@ def recipe_of(base: Recipe, method: str, rounds: int) -> Recipe:
     return base.model_copy(
         update={
             "calibrate": base.calibrate.model_copy(update={"estimator": estimator}),
-            "search": base.search.model_copy(update=search),
+            "search": SearchConfig.model_validate(base.search.model_dump() | search),
         }
     )
 

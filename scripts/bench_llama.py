@@ -48,7 +48,8 @@ def network(options: argparse.Namespace) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     module = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    return module.eval()
+    module.train(False)
+    return module
 
 
 def write_gguf(path: Path, module: Any) -> None:
@@ -115,6 +116,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    if len(options.bits) != len(options.types) or options.hidden < 256:
+        parser.error("give one of --types for each of --bits, and a --hidden of 256 or more")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         module = network(options)

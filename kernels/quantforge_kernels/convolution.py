@@ -64,6 +64,8 @@ def qconv2d(
             f"x must be a floating point [batch, in, height, width], got {x.dtype} {tuple(x.shape)}"
         )
     _check_numbers(kernel, stride, padding, dilation)
+    if words.dim() != 2:
+        raise ValueError(f"words must be int32 [out, n], got {words.dtype} {tuple(words.shape)}")
     if groups < 1 or x.shape[1] % groups or words.shape[0] % groups:
         raise ValueError(
             f"{groups} groups do not divide {x.shape[1]} channels in and {words.shape[0]} out"
@@ -75,6 +77,8 @@ def qconv2d(
             f"bias must be {x.dtype} of shape {(words.shape[0],)}, "
             f"got {bias.dtype} {tuple(bias.shape)}"
         )
+    if bias is not None:
+        check_device(x, bias, "bias")
     for place in (0, 1):
         reach = dilation[place] * (kernel[place] - 1) + 1
         if x.shape[2 + place] + 2 * padding[place] < reach:
@@ -94,8 +98,9 @@ def _check_numbers(
     """Refuse what is no pair, or below its least."""
     named = {"kernel": (kernel, 1), "stride": (stride, 1), "dilation": (dilation, 1)}
     for name, (pair, least) in {**named, "padding": (padding, 0)}.items():
-        if len(pair) != 2 or min(pair) < least:
-            raise ValueError(f"{name} must be two numbers from {least} up, got {tuple(pair)}")
+        whole = isinstance(pair, tuple | list) and all(type(one) is int for one in pair)
+        if not whole or len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{name} must be two whole numbers from {least} up, got {pair}")
 
 
 # What an operator's schema can carry: `grid` is bits, group size and the kernel's height and width,

@@ -241,7 +241,9 @@ def _check_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
         f"{folder} is a {names[0]}, which is not a known architecture, and looking for its blocks"
     )
     with malformed(f"{what} failed"), quiet(), torch.device("meta"):
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        shape = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         network = auto.from_config(shape, trust_remote_code=trust_remote_code)
         made = type(network).__name__
     try:

@@ -8,11 +8,14 @@ does more, that scales or caps them, is refused, because every measurement rests
 
 What cannot be known by looking is left out or taken with care: linears that a block runs more than
 once, or not at all, or on other shapes than [batch, length, in] stay as they are; layers that read
-one tensor share a spec, since servers may fuse them; nothing is folded into norms.
+one tensor share a spec, since servers may fuse them; nothing is folded into norms. A network most
+of whose weights would be left out (experts in one tensor), that looks ahead (encoders), or whose
+head adds a bias is refused: what follows would be wrong about it, or pointless.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +29,8 @@ from quantforge.errors import InputError
 from quantforge.models.architecture import ARCHITECTURES, Architecture, architecture_of
 
 TOKENS = 4
+# Of the matrices of the blocks, so much has to be layers that can be planned.
+LEAST_COVERED = 0.8
 logger = logging.getLogger(__name__)
 
 
@@ -72,13 +77,15 @@ def discover(module: nn.Module) -> Discovery:
         module: a transformers causal language model with its weights, in evaluation mode.
 
     Raises:
-        InputError: it is no decoder whose blocks run one after the other, or its logits are not
-            what its head makes of a norm of the last block's output.
+        InputError: it is no decoder whose blocks run one after the other, its logits are not what
+            its head makes of a norm of the last block's output, or little of it can be planned.
     """
     path = block_list_path(module)
     embedding, head = _ends(module)
+    _check_body(module, path, head)
     with _watched(module, path, head) as seen:
-        logits = _run(module)
+        logits = _run(module, 0)
+    _check_causal(module, logits)
     layers = _layers(module, path, seen)
     final = _final_norm(module, path, seen)
     _check_logits(module, seen, final, head, logits)
@@ -89,6 +96,7 @@ def discover(module: nn.Module) -> Discovery:
         raise InputError(f"no linear layer of {path}.0 runs once on [batch, length, features]")
     members = {name for names in stages.values() for name in names}
     blocks: Any = module.get_submodule(path)
+    _check_coverage(module, blocks[0], members)
     linears = [name for name, child in blocks[0].named_modules() if _is_linear(child)]
     grouped = tuple(tuple(names) for names in stages.values())
     return Discovery(
@@ -182,10 +190,40 @@ def _watched(module: nn.Module, path: str, head: str) -> Iterator[_Seen]:
             handle.remove()
 
 
+def _check_coverage(module: nn.Module, block: nn.Module, members: set[str]) -> None:
+    """Refuse a network most of whose blocks' matrices are no layers that can be planned."""
+    whole = sum(p.numel() for p in block.parameters() if p.dim() > 1)
+    layers: list[Any] = [block.get_submodule(name) for name in members]
+    planned = sum(layer.in_features * layer.out_features for layer in layers)
+    if planned < LEAST_COVERED * whole:
+        raise InputError(
+            f"only {planned / whole:.0%} of the weights of a block of {type(module).__name__} are "
+            "linear layers that run once on [batch, length, features]"
+        )
+
+
+def _check_body(module: nn.Module, path: str, head: str) -> None:
+    """Refuse a body that does not take token ids, and a head that adds a bias."""
+    body = module.get_submodule(path.rpartition(".")[0])
+    if "input_ids" not in inspect.signature(body.forward).parameters:
+        raise InputError(f"{type(body).__name__}, which runs the blocks, takes no token ids")
+    if getattr(module.get_submodule(head), "bias", None) is not None:
+        raise InputError(f"{head} adds a bias to the logits, which gradients do not know yet")
+
+
+def _check_causal(module: nn.Module, logits: Tensor) -> None:
+    """Refuse a network in which a token changes what comes before it."""
+    other = _run(module, 1)
+    earlier = (logits[:, :-1].float() - other[:, :-1].float()).abs().max()
+    if float(earlier) > 1e-4 * float(logits.float().abs().max()):
+        raise InputError(f"{type(module).__name__} looks ahead: it is no decoder")
+
+
 @torch.no_grad()
-def _run(module: Any) -> Tensor:
-    """Logits [1, TOKENS, vocabulary] of a few tokens."""
+def _run(module: Any, change: int) -> Tensor:
+    """Logits [1, TOKENS, vocabulary] of a few tokens, the last of them changed by so much."""
     tokens = torch.arange(TOKENS, device=next(module.parameters()).device)[None]
+    tokens[0, -1] += change
     try:
         logits: Tensor = module(input_ids=tokens, use_cache=False).logits
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
@@ -256,7 +294,11 @@ def _final_norm(module: nn.Module, path: str, seen: _Seen) -> str:
 def _check_logits(module: nn.Module, seen: _Seen, final: str, head: str, logits: Tensor) -> None:
     """Refuse a network whose logits are more than its head of its last norm."""
     norm, projection = module.get_submodule(final), module.get_submodule(head)
-    formed = projection(norm(seen.last)).float()
+    try:
+        formed = projection(norm(seen.last)).float()
+    except (RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"{final} does not read the last block's output: {said}") from None
     largest = float(logits.float().abs().max())
     # A cap changes small logits by little, but the same operations give the same numbers.
     far = formed.shape != logits.shape or float((formed - logits).abs().max()) > 1e-6 * largest

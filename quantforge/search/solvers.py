@@ -6,7 +6,7 @@
 | integer-program | the least loss within any number of limits, by HiGHS |
 | lagrangian | the corner of the frontier's hull before the limit, and single exchanges after it |
 | pareto | HAWQ-V2's enumeration, thinned where it grows too large |
-| ordering | a prefix of the list of steps by loss saved a cost (Schaefer et al. 2023) |
+| ordering | steps in the order of loss saved a cost, while they fit (Schaefer et al. 2023) |
 | uniform | one candidate for all items |
 """
 
@@ -30,8 +30,7 @@ from quantforge.search.choice import (
 from quantforge.search.frontier import additive_bound, sweep
 from quantforge.search.integer_program import integer_program
 from quantforge.search.knapsack import solve
-from quantforge.search.objective import GramObjective
-from quantforge.search.ordering import augmented_choice
+from quantforge.search.ordering import additive_steps
 from quantforge.search.pareto import cheapest_loss
 
 Solver = Callable[[Losses, Costs, Limits], Choice | None]
@@ -49,7 +48,7 @@ def only_limit(costs: Costs, limits: Limits, name: str) -> tuple[Costs, float]:
     if len(limits) != 1:
         raise UsageError(
             f"search.solver={name} takes one limit, not {len(limits)}; "
-            "use search.solver=integer-program"
+            "use search.solver=integer-program, without interactions"
         )
     return costs[0], limits[0]
 
@@ -95,10 +94,12 @@ def pareto(loss: Losses, costs: Costs, limits: Limits) -> Choice | None:
 
 @SOLVERS.register("ordering")
 def ordering(loss: Losses, costs: Costs, limits: Limits) -> Choice | None:
-    """See `augmented_choice`; here for losses that add up."""
+    """See `ordering.augmented_choice`; here for losses that add up."""
     require_problem(loss, costs, limits)
-    alone = GramObjective(loss=loss, projections=np.zeros((0, *loss.shape)), weight=0.0)
-    return augmented_choice(alone, *only_limit(costs, limits, "ordering"))
+    picks = additive_steps(loss, *only_limit(costs, limits, "ordering"))
+    if picks is None:
+        return None
+    return additive_choice(loss, costs, picks, bound=additive_bound(loss, costs, limits))
 
 
 @SOLVERS.register("uniform")

@@ -115,6 +115,24 @@ def test_public_names_are_documented(path: Path) -> None:
     assert undocumented == []
 
 
+def test_hessians_are_named_where_the_loss_is_meant() -> None:
+    """The inputs' second moment, which GPTQ's papers call Hessian, is the gram here."""
+    about_the_loss = re.compile(r"curvature|landscape|spectra")
+    named = {
+        f"{relative(path)}: {name}"
+        for path in LIBRARY
+        if not about_the_loss.search(relative(path))
+        for node in ast.walk(tree(path))
+        for name in (
+            getattr(node, "name", None),
+            getattr(node, "id", None),
+            getattr(node, "arg", None),
+        )
+        if isinstance(name, str) and "hessian" in name.lower() and name != "LossHessian"
+    }
+    assert not named
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=relative)
 def test_nothing_dangerous_is_called(path: Path) -> None:
     found = forbidden(tree(path))

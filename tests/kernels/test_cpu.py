@@ -170,16 +170,18 @@ def test_compiles_into_one_graph() -> None:
     torch.testing.assert_close(compiled(x), torch.tanh(x @ dense.t()).sum(-1), rtol=0, atol=1e-5)
 
 
-def test_wide_scales_are_kept() -> None:
-    words, _, zero = random_words(40, 96, 5, 32, symmetric=False)
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, True), (3, False), (5, False)])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_wide_scales_are_kept(bits: int, symmetric: bool, rows: int) -> None:
+    words, _, zero = random_words(40, 96, bits, 32, symmetric=symmetric)
     scale = torch.randn(40, 3, generator=torch.Generator().manual_seed(3))
-    geometry = Geometry(out_features=40, in_features=96, bits=5, group_size=32)
+    geometry = Geometry(out_features=40, in_features=96, bits=bits, group_size=32)
     for dtype in (torch.float32, torch.bfloat16):
         weight = prepare(words, scale, zero, geometry, dtype, backend="cpu")
         assert weight is not None
-        dense = dequantize(words, scale, zero, 5, 32, (40, 96), dtype)
+        dense = dequantize(words, scale, zero, bits, 32, (40, 96), dtype)
         assert torch.equal(qembedding_prepared(torch.arange(40), weight, dtype), dense)
-        x = torch.randn(2, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
         expected = x.double() @ dense.double().t()
         y = qlinear_prepared(x, weight).double()
         torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-4)

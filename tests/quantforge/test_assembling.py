@@ -19,12 +19,9 @@ def model():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("on_disk", [False, True])
 def test_weights_are_decoded_when_asked_for_and_the_network_gets_its_own_back(
-    model, tmp_path, monkeypatch, on_disk
+    model, tmp_path, monkeypatch
 ):
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
     store = CandidateStore(tmp_path)
     before = {name: p.clone() for name, p in model.module.named_parameters()}
     layers = {layer.name: model.module.get_submodule(layer.name) for layer in model.layers}
@@ -44,10 +41,7 @@ def test_weights_are_decoded_when_asked_for_and_the_network_gets_its_own_back(
     )
     weights = StoredWeights(plan, store)
     assert (len(weights), list(weights), read) == (len(layers), list(layers), [])
-    with (
-        pytest.raises(RuntimeError, match="stop"),
-        changed_weights(model, scratch if on_disk else None) as loan,
-    ):
+    with pytest.raises(RuntimeError, match="stop"), changed_weights(model) as loan:
         for index, (name, weight) in enumerate(weights.items()):
             assert len(read) == index + (name != kept) - (index > 0)
             loan.put({name: weight})
@@ -55,11 +49,6 @@ def test_weights_are_decoded_when_asked_for_and_the_network_gets_its_own_back(
                 assert torch.equal(layers[name].weight, before[f"{name}.weight"])
             else:
                 assert torch.equal(layers[name].weight, get(store, name, SPEC).dequantize())
-        assert torch.equal(loan.own[name], before[f"{name}.weight"])
-        written = [path.stat().st_size for path in scratch.rglob("*.safetensors")]
-        weights_size = sum(4 * layer.numel for layer in model.layers)
-        assert (sum(written) > weights_size) == on_disk
         raise RuntimeError("stop")
     after = dict(model.module.named_parameters())
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert not list(scratch.iterdir())

@@ -155,7 +155,7 @@ def test_wrong_arguments_are_named_before_anything_is_loaded(source, tmp_path):
         ({"output": tmp_path}, r"is no \.json file"),
         ({"labels": "fisher"}, "unknown labels 'fisher'; known: true, sampled, expected"),
         ({"heads": True}, "give --labels expected or sampled"),
-        ({"activations": True}, "sequences must be 2 or more, got 1"),
+        ({"activations": True}, "sequences must be 2 or more with activations, got 1"),
         ({"spec": "3bit"}, "not a spec: '3bit'"),
     ):
         with pytest.raises(UsageError, match=said):
@@ -166,6 +166,8 @@ def test_wrong_layers_are_named_before_a_text_is_read(source, tmp_path):
     nowhere = tmp_path / "missing.txt"
     with pytest.raises(UsageError, match=r"no layer matches 'x\*'; one is model.layers.0"):
         quantforge.curvature(str(source), calibration=nowhere, layers="x*")
+    with pytest.raises(UsageError, match="3b-g7 divides no row of the chosen layers"):
+        quantforge.curvature(str(source), calibration=nowhere, spec="3b-g7")
     with pytest.raises(UsageError, match=r"no layer of '\*\.mlp\.\*' is a query projection"):
         quantforge.curvature(
             str(source), calibration=nowhere, layers="*.mlp.*", heads=True, labels="sampled"

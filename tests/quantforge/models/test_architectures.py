@@ -11,7 +11,7 @@ from quantforge.calibrate.backward import backward_blocks
 from quantforge.capture import BlockWalk
 from quantforge.errors import InputError
 from quantforge.load.huggingface import from_module
-from quantforge.models import ARCHITECTURES
+from quantforge.models import ARCHITECTURES, discovery
 from quantforge.models.discovery import discover
 from quantforge.runtime.decode import obstacle
 from quantforge.testing import markov_tokens, train
@@ -180,6 +180,10 @@ def test_looking_finds_what_was_described(name):
         (lambda: transformers.Gemma2Config(**SHAPE), "scaled, capped"),
         (lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96),
          "no list of equal blocks"),
+        (lambda: transformers.MixtralConfig(**SHAPE, num_local_experts=4),
+         "only 1.% of the weights of a block"),
+        (lambda: transformers.PhiConfig(**SHAPE), "lm_head adds a bias"),
+        (lambda: transformers.BertConfig(**PLAIN), "takes no token ids"),
         (lambda: transformers.FalconConfig(
             hidden_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=96
         ), "no list of equal blocks"),
@@ -192,7 +196,8 @@ def test_what_cannot_be_measured_is_refused(config, said):
         from_module(module)
 
 
-def test_a_linear_that_runs_twice_and_one_that_does_not_run_are_left_alone(caplog):
+def test_a_linear_that_runs_twice_and_one_that_does_not_run_are_left_alone(caplog, monkeypatch):
+    monkeypatch.setattr(discovery, "LEAST_COVERED", 0.7)
     module = network("GPTNeoXForCausalLM")
     for block in module.gpt_neox.layers:
         block.mlp.register_module("spare", torch.nn.Linear(64, 64))
@@ -202,6 +207,9 @@ def test_a_linear_that_runs_twice_and_one_that_does_not_run_are_left_alone(caplo
     model = from_module(module)
     names = {layer.name.partition(".layers.")[2][2:] for layer in model.layers}
     assert names == {"attention.query_key_value", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}
+    monkeypatch.setattr(discovery, "LEAST_COVERED", 0.9)
+    with pytest.raises(InputError, match=r"only 7.% of the weights"):
+        from_module(module)
     assert caplog.messages[0].endswith("left in 16 bits: attention.dense, mlp.spare")
 
 

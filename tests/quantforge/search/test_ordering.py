@@ -8,6 +8,7 @@ import pytest
 
 from quantforge.search.objective import GramObjective, PairwiseObjective
 from quantforge.search.ordering import (
+    additive_steps,
     augmented_choice,
     augmented_order,
     bisect_prefix,
@@ -106,6 +107,22 @@ def test_a_step_that_does_not_fit_is_passed_over():
     loss = np.array([[9.0, 0.0], [1.0, 0.0]])
     alone = GramObjective(loss=loss, projections=np.zeros((0, 2, 2)), weight=0.0)
     assert augmented_choice(alone, np.array([[1, 9], [1, 2]]), 4).picks == (0, 1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_steps_of_losses_that_add_up_are_the_same(seed, tables):
+    loss, costs = tables(seed, 8, 5)
+    alone = GramObjective(loss=loss, projections=np.zeros((0, 8, 5)), weight=0.0)
+    low, high = costs[0].min(axis=1).sum(), costs[0].max(axis=1).sum()
+    for limit in np.linspace(low, high, 7):
+        choice, picks = (
+            augmented_choice(alone, costs[0], limit),
+            additive_steps(loss, costs[0], limit),
+        )
+        if choice is None:
+            assert picks is None
+        else:
+            assert choice.picks == tuple(picks)
 
 
 @pytest.mark.parametrize("seed", range(5))
