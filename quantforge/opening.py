@@ -25,6 +25,7 @@ from quantforge.progress import Monitor
 from quantforge.recipe import Recipe, Target, compose, resolve_target
 from quantforge.search.budget import Budget
 from quantforge.search.settled import needed_budget
+from quantforge.search.solvers import solver_for
 from quantforge.search.vocabulary import given_candidates, vocabulary_candidates
 
 Source = str | Path | nn.Module
@@ -67,11 +68,14 @@ def limit_of(recipe: Recipe, budget: str | None, plan: GivenPlan | None) -> Budg
 
     Raises:
         InputError: the plan is a file that does not exist.
-        UsageError: there is both a plan and a budget, or neither though one is needed, or the
-            budget has a target of quality and its plan is to be refined.
+        UsageError: there is both a plan and a budget, or neither though one is needed; the budget
+            has a target of quality and its plan is to be refined; or it has more limits than the
+            solver takes.
     """
     if plan is None:
         limit = needed_budget(recipe.budget, recipe.search)
+        if limit is not None:
+            solver_for(recipe.search.solver, 1 + len(limit.latency))
         if limit is not None and limit.targets and recipe.search.refine:
             raise UsageError(
                 f"search.refine={recipe.search.refine} does not go with {limit.text}: plans for a "

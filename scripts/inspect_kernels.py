@@ -22,8 +22,8 @@ from quantforge_kernels.triton.launch import Device, Launch, choose_launch
 from quantforge_kernels.triton.machine_code import Code, read_code, warps_resident
 
 DEVICES = {
-    "sm_80": Device(name="A100", backend="cuda", processors=108),
-    "sm_90": Device(name="H100", backend="cuda", processors=132),
+    "sm_80": Device(name="A100", backend="cuda", processors=108, capability=80),
+    "sm_90": Device(name="H100", backend="cuda", processors=132, capability=90),
     "gfx942": Device(name="MI300X", backend="hip", processors=304),
 }
 # m, n, k of a decoding and a prefill product of a model of eight billion weights

@@ -18,7 +18,7 @@ from quantforge.search.interactions import pair_loss, pairwise_objective
 from quantforge.search.latency import LatencyModel, Times
 from quantforge.search.ordering import augmented_choice
 from quantforge.search.pairwise import least
-from quantforge.search.solvers import SOLVERS, only_limit
+from quantforge.search.solvers import SOLVERS, only_limit, solver_for
 from quantforge.types import KEPT_BITS, BitPlan, LayerInfo, QuantSpec, Sensitivity
 
 
@@ -248,14 +248,12 @@ def _solve(
         limits: [resources].
         config: names the solver.
     """
-    solver = config.solver
+    solver = solver_for(config.solver, len(limits))
     if sensitivity.interactions is not None:
         objective = pairwise_objective(loss, sensitivity.interactions, items)
         if solver == "ordering":
-            return solver, augmented_choice(objective, *only_limit(costs, limits, solver))
+            return solver, augmented_choice(objective, *only_limit(costs, limits))
         return "pairwise", least(objective, costs, limits)
-    if solver == "dynamic-program" and len(limits) > 1:
-        solver = "integer-program"
     apart = [row for row, group in enumerate(items) if sensitivity.layers[group[0]].outside]
     if solver == "uniform" and apart:
         return solver, _uniform_beside(loss, costs, limits, apart)

@@ -43,21 +43,37 @@ INTEGER_PROGRAM_SECONDS = 60.0
 PARETO_STATES = 20_000_000
 
 
-def only_limit(costs: Costs, limits: Limits, name: str) -> tuple[Costs, float]:
-    """The single resource of a solver that takes one."""
-    if len(limits) != 1:
-        raise UsageError(
-            f"search.solver={name} takes one limit, not {len(limits)}; "
-            "use search.solver=integer-program, without interactions"
-        )
-    return costs[0], limits[0]
+# Those that cannot hold two resources at once.
+_ONE_LIMIT = frozenset({"dynamic-program", "lagrangian", "pareto", "ordering"})
+
+
+def solver_for(name: str, limits: int) -> str:
+    """Name of the solver that is used where `name` was asked for.
+
+    Raises:
+        UsageError: there are several limits, and no other solver does the same for them.
+    """
+    if limits == 1 or name not in _ONE_LIMIT:
+        return name
+    if name == "dynamic-program":  # exact, as this one is
+        return "integer-program"
+    raise UsageError(
+        f"search.solver={name} takes one limit, not {limits}, of which every latency is one; "
+        "leave it out or use search.solver=integer-program, without interactions"
+    )
+
+
+def only_limit(costs: Costs, limits: Limits) -> tuple[Costs, float]:
+    """The single resource of a solver that takes one, as `solver_for` has seen to."""
+    (cost,), (limit,) = costs, limits
+    return cost, limit
 
 
 @SOLVERS.register("dynamic-program")
 def dynamic_program(loss: Losses, costs: Costs, limits: Limits) -> Choice | None:
     """See `knapsack.solve`."""
     require_problem(loss, costs, limits)
-    return solve(loss, *only_limit(costs, limits, "dynamic-program"))
+    return solve(loss, *only_limit(costs, limits))
 
 
 @SOLVERS.register("integer-program")
@@ -76,7 +92,7 @@ def mixed_integer_program(loss: Losses, costs: Costs, limits: Limits) -> Choice 
 def lagrangian(loss: Losses, costs: Costs, limits: Limits) -> Choice | None:
     """The hull's corner before the limit, and what single exchanges make of the rest."""
     require_problem(loss, costs, limits)
-    cost, limit = only_limit(costs, limits, "lagrangian")
+    cost, limit = only_limit(costs, limits)
     frontier = sweep(loss, cost)
     if frontier is None or frontier.corner(limit) < 0:
         return None
@@ -88,7 +104,7 @@ def lagrangian(loss: Losses, costs: Costs, limits: Limits) -> Choice | None:
 def pareto(loss: Losses, costs: Costs, limits: Limits) -> Choice | None:
     """See `pareto.cheapest_loss`."""
     require_problem(loss, costs, limits)
-    cost, limit = only_limit(costs, limits, "pareto")
+    cost, limit = only_limit(costs, limits)
     return cheapest_loss(loss, cost, limit, most=max(2, PARETO_STATES // max(1, len(loss))))
 
 
@@ -96,7 +112,7 @@ def pareto(loss: Losses, costs: Costs, limits: Limits) -> Choice | None:
 def ordering(loss: Losses, costs: Costs, limits: Limits) -> Choice | None:
     """See `ordering.augmented_choice`; here for losses that add up."""
     require_problem(loss, costs, limits)
-    picks = additive_steps(loss, *only_limit(costs, limits, "ordering"))
+    picks = additive_steps(loss, *only_limit(costs, limits))
     if picks is None:
         return None
     return additive_choice(loss, costs, picks, bound=additive_bound(loss, costs, limits))

@@ -280,6 +280,9 @@ def test_what_refinement_does_not_go_with_is_said():
     recipe = configure("llama", budget="kl:0.1", settings={"search.refine": 2})
     with pytest.raises(UsageError, match=r"search.refine=2 does not go with kl:0.1"):
         limit_of(recipe, "kl:0.1", None)
+    recipe = configure("llama", budget="3bit, latency:-25%", settings={"search.solver": "ordering"})
+    with pytest.raises(UsageError, match=r"search.solver=ordering takes one limit, not 2"):
+        limit_of(recipe, "3bit, latency:-25%", None)
     with pytest.raises(UsageError, match="refine exchanges the grids of layers"):
         configure("llama", settings={"search.refine": 1, "search.solver": "uniform"})
 

@@ -23,6 +23,7 @@ TUNED = Path(__file__).resolve().parent / "tuned"
 GEMV_ROWS = 16  # rows of input up to which decoding's kernel is taken
 
 _WARPS_IN_FLIGHT = 8  # a multiprocessor: 8 warps of 8 loads of 512 bytes are twice what HBM3 needs
+_WARP_GROUPS = 90  # compute capability from which matrix operands are read from shared memory
 _FEWEST_UNITS = 4  # column tiles that a split must be left with
 
 
@@ -34,11 +35,13 @@ class Device:
         name: as the driver says, e.g. "NVIDIA H100 80GB HBM3".
         backend: "cuda" or "hip".
         processors: multiprocessors or compute units.
+        capability: NVIDIA's compute capability times ten, e.g. 90; 0 elsewhere.
     """
 
     name: str
     backend: str
     processors: int
+    capability: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,11 +165,15 @@ def choose_launch(
         return Launch(
             kernel="gemv", rows=rows, tiles=tiles, warps=1, stages=stages, split=split, unroll=1
         )
-    most = _most_rows(bits, gcd(group, TILE_COLUMNS), asymmetric=asymmetric)
+    fold = gcd(group, TILE_COLUMNS)
+    most = _most_rows(bits, fold, device, asymmetric=asymmetric, integer=integer)
     rows = next((size for size in (16, 32) if m <= size), most)
     programs = -(-m // rows) * -(-row_tiles // 4)
     split = _split(programs, device.processors, units)
-    return Launch(kernel="gemm", rows=rows, tiles=4, warps=4, stages=3, split=split, unroll=1)
+    # A third stage's addresses are what does not fit the registers of these.
+    crowded = _reads_registers(device) and integer and bits >= 6 and fold < TILE_COLUMNS
+    stages = 2 if crowded else 3
+    return Launch(kernel="gemm", rows=rows, tiles=4, warps=4, stages=stages, split=split, unroll=1)
 
 
 def candidates(m: int, bits: int) -> tuple[Launch, ...]:
@@ -268,17 +275,24 @@ def _rows(path: Path) -> dict[Problem, dict[str, Any]]:
     return found
 
 
-def _most_rows(bits: int, fold: int, *, asymmetric: bool) -> int:
+def _most_rows(bits: int, fold: int, device: Device, *, asymmetric: bool, integer: bool) -> int:
     """Rows of input of a program of "gemm" whose sums leave registers for everything else.
 
     A thread holds the result and a group's sum. With 64 rows these are 128 of its 255 registers:
     too many at 8 bits, where two operands are alive, where a tile of columns has four groups, and
-    where it has two and either zero-points or six words a lane. Such kernels spill with 64 rows
-    on sm_80 or sm_90, and with 32 they do not.
+    where it has two and either zero-points or six words a lane; four words, where the matrix
+    instruction takes 16-bit operands from registers, as NVIDIA's does before Hopper. Such kernels
+    spill with 64 rows on sm_80 or sm_90, and with 32 they do not.
     """
-    parted = fold < TILE_COLUMNS and (asymmetric or bits >= 6)
+    wide = 4 if _reads_registers(device) and not integer else 6
+    parted = fold < TILE_COLUMNS and (asymmetric or bits >= wide)
     crowded = bits == 8 or fold == GROUP_STEP or parted
     return 32 if crowded else 64
+
+
+def _reads_registers(device: Device) -> bool:
+    """Whether matrix instructions take all operands from registers: NVIDIA's before Hopper."""
+    return device.backend == "cuda" and device.capability < _WARP_GROUPS
 
 
 def _split(programs: int, wanted: int, units: int) -> int:

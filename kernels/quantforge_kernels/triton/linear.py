@@ -259,9 +259,12 @@ def describe(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(name=device.type, backend="cuda", processors=1)
     properties = torch.cuda.get_device_properties(device)
-    backend = "hip" if torch.version.hip else "cuda"
+    hip = bool(torch.version.hip)
     return Device(
-        name=properties.name, backend=backend, processors=properties.multi_processor_count
+        name=properties.name,
+        backend="hip" if hip else "cuda",
+        processors=properties.multi_processor_count,
+        capability=0 if hip else 10 * properties.major + properties.minor,
     )
 
 

@@ -15,7 +15,8 @@ from quantforge_kernels.triton.launch import (
     write_table,
 )
 
-H100 = Device(name="NVIDIA H100 80GB HBM3", backend="cuda", processors=132)
+H100 = Device(name="NVIDIA H100 80GB HBM3", backend="cuda", processors=132, capability=90)
+A100 = Device(name="NVIDIA A100-SXM4-80GB", backend="cuda", processors=108, capability=80)
 MI300 = Device(name="AMD Instinct MI300X", backend="hip", processors=304)
 
 
@@ -61,6 +62,22 @@ def test_small_groups_take_fewer_rows_so_that_sums_fit_the_registers(
     assert (launch.kernel, launch.rows) == ("gemm", rows)
     six = choose_launch(2048, 4096, 4608, 6, group, H100, asymmetric=asymmetric)
     assert six.rows == (64 if group == 128 else 32)
+
+
+@pytest.mark.parametrize(
+    ("bits", "integer", "rows"), [(3, False, 64), (4, False, 32), (4, True, 64)]
+)
+def test_operands_in_registers_leave_fewer_rows_before_hopper(bits, integer, rows):
+    assert choose_launch(2048, 4096, 4608, bits, 64, A100, integer=integer).rows == rows
+    assert choose_launch(2048, 4096, 4608, bits, 64, H100, integer=integer).rows == 64
+    assert choose_launch(2048, 4096, 4608, bits, 128, A100, integer=integer).rows == 64
+
+
+def test_a_third_stage_does_not_fit_int8_products_of_wide_codes_in_small_groups_on_an_a100():
+    for group, bits, stages in [(64, 6, 2), (32, 8, 2), (128, 8, 3), (64, 5, 3)]:
+        assert choose_launch(64, 4096, 4608, bits, group, A100, integer=True).stages == stages
+        assert choose_launch(64, 4096, 4608, bits, group, H100, integer=True).stages == 3
+        assert choose_launch(64, 4096, 4608, bits, group, A100).stages == 3
 
 
 def test_amd_takes_sixteen_rows_and_four_tiles_and_loads_into_registers():

@@ -101,10 +101,13 @@ def test_every_part_of_a_unit_that_shares_a_scale_compiles(kernel, group, asymme
     ("kernel", "target", "group", "bits", "asymmetric"),
     [
         ("gemm", "sm_80", 32, 7, True),
+        ("gemm", "sm_80", 64, 3, False),  # the widest that keeps 64 rows
+        ("gemm", "sm_80", 64, 4, False),
         ("gemm", "sm_80", 64, 7, True),
         ("gemm", "sm_90", 64, 6, False),
         ("gemm", "sm_90", 64, 5, False),  # the widest that keeps 64 rows
         ("gemm int8", "sm_80", 32, 7, True),
+        ("gemm int8", "sm_80", 64, 8, False),
         ("gemm int8", "sm_80", 64, 5, False),
     ],
 )
@@ -118,8 +121,8 @@ def test_tiles_for_small_groups_do_not_spill(kernel, target, group, bits, asymme
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("group", [32, 64])
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("kernel", ["gemm", "gemm int8"])
+@pytest.mark.parametrize("target", list(TARGETS))
+@pytest.mark.parametrize("kernel", ["gemv", "gemm", "gemm int8"])
 def test_no_small_group_spills(kernel, target, group, bits, dtype, asymmetric, inspected):
     row = built(inspected, kernel, target, bits, group=group, dtype=dtype, asymmetric=asymmetric)
     assert row["spills"] == 0

@@ -10,7 +10,7 @@ from quantforge.search import solvers
 from quantforge.search.config import SolverName
 from quantforge.search.frontier import sweep
 from quantforge.search.integer_program import ProgramResult
-from quantforge.search.solvers import SOLVERS
+from quantforge.search.solvers import SOLVERS, solver_for
 
 EXACT = ("dynamic-program", "integer-program", "pareto")
 
@@ -69,11 +69,17 @@ def test_uniform_is_the_best_of_one_candidate_for_all():
     assert SOLVERS["uniform"](loss, costs, [5, 10]).picks == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["dynamic-program", "lagrangian", "pareto"])
-def test_a_solver_of_one_limit_names_the_one_of_several(name, tables):
-    loss, costs = tables(0, 3, 3, resources=2)
-    with pytest.raises(UsageError, match=f"{name} takes one limit, not 2; .*integer-program"):
-        SOLVERS[name](loss, costs, [10, 10])
+@pytest.mark.parametrize("name", ["lagrangian", "pareto", "ordering"])
+def test_a_solver_of_one_limit_names_the_one_of_several(name):
+    assert solver_for(name, 1) == name
+    with pytest.raises(UsageError, match=f"{name} takes one limit, not 2.*integer-program"):
+        solver_for(name, 2)
+
+
+def test_the_dynamic_program_leaves_several_limits_to_the_integer_program():
+    assert solver_for("dynamic-program", 1) == "dynamic-program"
+    assert solver_for("dynamic-program", 2) == "integer-program"
+    assert solver_for("integer-program", 3) == "integer-program"
 
 
 def test_a_program_that_finds_nothing_in_time_is_an_error(monkeypatch, tables):
