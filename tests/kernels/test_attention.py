@@ -1,11 +1,8 @@
 """Fused causal attention against its definition in float64, and what it must refuse."""
 
 import math
-import os
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -252,43 +249,18 @@ def test_a_processor_without_the_instructions_is_told_apart(tmp_path):
 
 
 _UNDER_SANITIZER = """
-import sys
-sys.path.insert(0, {tests!r})
 import ctypes, torch
 from quantforge_kernels import attention
-library = ctypes.CDLL({library!r})
-attention._library = lambda: library
+kernel = ctypes.CDLL(library)
+attention._library = lambda: kernel
 import test_attention
 for shape in test_attention.SHAPES:
     test_attention.check(shape)
     test_attention.check(shape, (torch.float32, torch.float32, torch.bfloat16))
-print("clean")
 """
 
 
 @with_kernel
 @pytest.mark.full
-def test_runs_under_the_address_sanitizer(tmp_path: Path) -> None:
-    compiler = native.find_compiler().path
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the sanitizer is used with gcc or clang on Linux")
-    answer = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
-    )
-    runtime = Path(answer.stdout.strip())
-    if not runtime.is_absolute() or not runtime.exists():
-        pytest.skip("the compiler has no address sanitizer runtime")
-    options = replace(attention.OPTIONS, extra=("-O1", "-g", "-fsanitize=address"))
-    library = native.build(native.SOURCES / "attention.cpp", tmp_path, options)
-    code = _UNDER_SANITIZER.format(tests=str(Path(__file__).parent), library=str(library))
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": str(runtime),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "OMP_NUM_THREADS": "2",
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.strip() == "clean"
+def test_runs_under_the_sanitizers(sanitized) -> None:
+    sanitized("attention.cpp", attention.OPTIONS, _UNDER_SANITIZER)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -235,45 +231,19 @@ def test_what_makes_no_sense_is_refused():
 
 
 _UNDER_SANITIZER = """
-import sys
-sys.path.insert(0, {tests!r})
 import ctypes, torch
 from quantforge_kernels import soft_grid
-library = ctypes.CDLL({library!r})
-library.qf_soft_weight.restype = library.qf_soft_gradients.restype = None
-soft_grid._library = lambda: library
+kernel = ctypes.CDLL(library)
+kernel.qf_soft_weight.restype = kernel.qf_soft_gradients.restype = None
+soft_grid._library = lambda: kernel
 import test_soft_grid
 for shape in test_soft_grid.SHAPES:
     for dtype in (torch.float32, torch.bfloat16):
         test_soft_grid.check_native(*shape, 0.35, 0.6, dtype, dtype)
         test_soft_grid.check_native(*shape, 0.0, 1.0, dtype, dtype)
-print("clean")
 """
 
 
 @pytest.mark.full
-def test_runs_under_the_address_sanitizer(tmp_path: Path) -> None:
-    compiler = native.find_compiler().path
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the sanitizer is used with gcc or clang on Linux")
-    answer = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
-    )
-    runtime = Path(answer.stdout.strip())
-    if not runtime.is_absolute() or not runtime.exists():
-        pytest.skip("the compiler has no address sanitizer runtime")
-    options = replace(module.OPTIONS, extra=("-O1", "-g", "-fsanitize=address,undefined"))
-    library = native.build(native.SOURCES / "soft_grid.cpp", tmp_path, options)
-    code = _UNDER_SANITIZER.format(tests=str(Path(__file__).parent), library=str(library))
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": str(runtime),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "OMP_NUM_THREADS": "2",
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "runtime error" not in run.stderr, run.stderr[-2000:]
-    assert run.stdout.strip() == "clean"
+def test_runs_under_the_sanitizers(sanitized) -> None:
+    sanitized("soft_grid.cpp", module.OPTIONS, _UNDER_SANITIZER)
