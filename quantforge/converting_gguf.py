@@ -28,9 +28,9 @@ from quantforge.export.writer import disk_errors
 from quantforge.foreign import malformed
 from quantforge.format import compressed, gguf_blocks
 from quantforge.format.checkpoint import Checkpoint, TensorReader, read_layer
-from quantforge.load.silence import quiet
 from quantforge.outcomes import ConvertReport, GgufType
 from quantforge.progress import Monitor
+from quantforge.silence import quiet
 from quantforge.types import QuantSpec
 from quantforge.workspace import staging_file
 

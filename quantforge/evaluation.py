@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from quantforge.delivery import planned_layer
-from quantforge.errors import InputError
+from quantforge.errors import InputError, UsageError
 from quantforge.evaluate.generate import stream
 from quantforge.evaluate.quality import ReferenceOutputs, measure, paired
+from quantforge.evaluate.tasks import compared, require_tasks, run_tasks
 from quantforge.files import parse_json
 from quantforge.format.checkpoint import TensorReader, open_checkpoint, read_shape
 from quantforge.format.manifest import read_manifest, tool_versions
@@ -27,10 +28,10 @@ from quantforge.load.text import (
 )
 from quantforge.loading import load_source
 from quantforge.models import Architecture, shape_of
-from quantforge.outcomes import EvaluationReport, InspectReport
+from quantforge.outcomes import EvaluationReport, InspectReport, TasksReport
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.recipe import compose, resolve_target
-from quantforge.results import Quality, SizeReport
+from quantforge.results import Quality, SizeReport, TaskScore
 from quantforge.runtime.decode import Decoder, obstacle
 from quantforge.runtime.load import load as load_packed
 from quantforge.types import LayerInfo
@@ -124,6 +125,63 @@ def evaluate(
         against_quality=other,
         difference=None if other is None else paired(quality, other),
         precision=precision,
+        versions=tool_versions(),
+    )
+
+
+def evaluate_tasks(
+    checkpoint: str | Path,
+    tasks: Sequence[str | Path],
+    *,
+    limit: int | None = None,
+    shots: int = 0,
+    batch_size: int = 1,
+    against: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    cancel: threading.Event | None = None,
+) -> TasksReport:
+    """Score a network on zero-shot tasks, through lm-eval.
+
+    Args:
+        checkpoint: folder written by `quantize`, or any float model.
+        tasks: names that lm-eval knows, or .jsonl files (`quantforge.evaluate.tasks`).
+        limit: questions of every task; None takes all.
+        shots: solved examples before every question.
+        batch_size: sequences a forward pass.
+        against: a second network, on the same questions; the float model shows what is lost.
+        seed: of the choice of examples.
+        device: where the networks run.
+        trust_remote_code: let a hub model bring its own code.
+        progress: called after every step.
+        cancel: once set, stops with `CancelledError`.
+
+    Raises:
+        InputError: a folder, model or task is missing, unknown or broken.
+        UsageError: lm-eval is not installed, or no task is named.
+    """
+    if not tasks:
+        raise UsageError("no task is named; give names that lm-eval knows, or .jsonl files")
+    monitor = Monitor(progress=progress, cancel=cancel)
+
+    def scored(path: str | Path) -> tuple[TaskScore, ...]:
+        module, tokenizer = _with_tokenizer(path, device, trust_remote_code, monitor)
+        return run_tasks(
+            module, tokenizer, [str(task) for task in tasks],
+            limit=limit, shots=shots, batch_size=batch_size, seed=seed, monitor=monitor,
+        )  # fmt: skip
+
+    require_tasks([str(task) for task in tasks], shots)  # before a network is loaded
+    scores = scored(checkpoint)
+    others = () if against is None else scored(against)
+    return TasksReport(
+        model=str(checkpoint),
+        scores=scores,
+        against="" if against is None else str(against),
+        against_scores=others,
+        differences=compared(scores, others) if others else (),
         versions=tool_versions(),
     )
 
@@ -273,6 +331,25 @@ def _network(
     recipe = compose(resolve_target(path))
     model = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
     return model.module, model.architecture
+
+
+def _with_tokenizer(
+    path: str | Path, device: str, trust_remote_code: bool, monitor: Monitor
+) -> tuple[Any, Any]:
+    """A network, packed where it is quantized, and its tokenizer.
+
+    Raises:
+        InputError: it has none.
+    """
+    if _is_quantized(Path(path)):
+        module, tokenizer = load(path, device=device), load_tokenizer(Path(path))
+    else:
+        recipe = compose(resolve_target(path))
+        model = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
+        module, tokenizer = model.module, model.tokenizer
+    if tokenizer is None:
+        raise InputError(f"{path} has no tokenizer, which tasks need; add its files")
+    return module, tokenizer
 
 
 def _source_of(checkpoint: Path) -> str:

@@ -18,6 +18,8 @@ from quantforge.results import (
     RefinementRound,
     SizeReport,
     TargetOutcome,
+    TaskDifference,
+    TaskScore,
 )
 from quantforge.types import BitPlan
 
@@ -289,6 +291,27 @@ class EvaluationReport:
     precision: str = "float32"
     versions: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TasksReport:
+    """The outcome of `evaluate_tasks`.
+
+    Attributes:
+        model: what was measured.
+        scores: one for each metric of each task.
+        against: a second network on the same questions; empty if none.
+        against_scores: its scores, in the same order.
+        differences: `model` minus `against`, likewise.
+        versions: library versions.
+    """
+
+    model: str
+    scores: tuple[TaskScore, ...]
+    against: str = ""
+    against_scores: tuple[TaskScore, ...] = ()
+    differences: tuple[TaskDifference, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

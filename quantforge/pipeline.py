@@ -22,7 +22,7 @@ from quantforge.checking import check
 from quantforge.converting import convert
 from quantforge.delivery import deliver, dry_run
 from quantforge.errors import UsageError
-from quantforge.evaluation import evaluate, generate, inspect, load
+from quantforge.evaluation import evaluate, evaluate_tasks, generate, inspect, load
 from quantforge.frontier import frontier_report, write_frontier
 from quantforge.landscape import curvature
 from quantforge.opening import Source, configure, limit_of, open_job, target_of
@@ -39,6 +39,7 @@ __all__ = [
     "convert",
     "curvature",
     "evaluate",
+    "evaluate_tasks",
     "generate",
     "inspect",
     "load",

@@ -38,6 +38,44 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScore:
+    """How a network answers a task's questions.
+
+    Attributes:
+        task: its name.
+        metric: as lm-eval calls it, e.g. "acc".
+        value: over all questions.
+        stderr: standard error over questions; not a number where they have no scores of their own.
+        questions: number of them.
+        answers: score of every question, in order; empty where the metric is not a mean of them.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float
+    questions: int
+    answers: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskDifference:
+    """Difference of two networks on the same questions (first minus second).
+
+    Attributes:
+        task: its name.
+        metric: as lm-eval calls it.
+        value: of the scores.
+        stderr: its standard error over questions; not a number where they have no scores.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PairedDifference:
     """Difference of two networks over the same windows (first minus second).
 

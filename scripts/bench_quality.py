@@ -23,7 +23,9 @@ Linears only: embeddings, norms and the head stay float on both sides. A text is
                               be a target ("plan:kl:0.1", "plan:ppl:+5%")
     fast:BUDGET               one-pass integers, without tuning
     weights:SPEC@FILE         dequantized linears that another program made on that grid, which only
-                              gives the stored bits; `bench_peers.py --keep` writes such files
+                              gives the stored bits; `bench_peers.py --keep` writes such files. In
+                              place of SPEC a number, the stored bits of a format without such a
+                              grid ("weights:2.625@FILE", see `peers/ggml_weights.py`)
 
 A row's columns: stored bits; CPU seconds to make it; peak memory meanwhile in GB; per text KL with
 its standard error over windows, perplexity and agreement in the first token; per text the paired
@@ -46,6 +48,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -252,17 +255,22 @@ def make(job: Job, name: str, searched: Measurement | None, shared: Measurement 
 def put_given(job: Job, what: str) -> float:
     """Put another program's weights, `SPEC@FILE`, into the job's model; return their stored bits.
 
+    In place of the SPEC may be those bits themselves.
+
     Raises:
         SystemExit: the file's layers are not those that a plan covers, or not of that grid.
     """
     grid, _, path = what.partition("@")
-    spec, weights = QuantSpec.parse(grid), load_file(path)
+    bits = float(grid) if re.fullmatch(r"\d+(\.\d+)?", grid) else None
+    spec, weights = None if bits is not None else QuantSpec.parse(grid), load_file(path)
     floats = {
         layer.name: job.model.module.get_submodule(layer.name).weight for layer in job.model.layers
     }
     check_weights(Path(path).name, weights, floats, spec)
     for name, weight in weights.items():
         put_weight(job.model, name, weight)
+    if spec is None:
+        return bits or 0.0
     return stored_bits([tuple(weight.shape) for weight in floats.values()], spec)
 
 

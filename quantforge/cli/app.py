@@ -52,6 +52,14 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         ),
     ),
     (
+        examining.tasks,
+        "tasks",
+        (
+            "quantforge tasks out arc_easy lambada_openai --limit 200",
+            "quantforge tasks out my-questions.jsonl --against llama",
+        ),
+    ),
+    (
         commands.generate,
         "generate",
         (

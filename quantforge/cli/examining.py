@@ -138,3 +138,55 @@ def doctor(json: Json = False) -> None:
     print_result("doctor", report, json, partial(render_machine.show_doctor, report))
     if not report.usable:
         raise typer.Exit(ResourceError.exit_code)
+
+
+def tasks(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", show_default=False, help="Folder to read, or any float model."
+        ),
+    ],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TASK...",
+            show_default=False,
+            help="Names that lm-eval knows, or .jsonl files: questions with choices and the right "
+            "one's index (query, choices, gold), or texts (context, continuation).",
+        ),
+    ],
+    *,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of every task; default: all.")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Solved examples before a question.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")] = 1,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Second network, compared question by question."),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    json: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Score a checkpoint on zero-shot tasks, through lm-eval (the extra 'tasks')."""
+    from quantforge.cli import render_machine
+
+    with watched() as monitoring:
+        from quantforge import pipeline
+
+        report = pipeline.evaluate_tasks(
+            checkpoint,
+            names,
+            limit=limit,
+            shots=shots,
+            batch_size=batch,
+            against=against,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            **monitoring,
+        )
+    print_result("tasks", report, json, partial(render_machine.show_tasks, report))

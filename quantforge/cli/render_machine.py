@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
     from quantforge.landscape import CurvatureReport
     from quantforge.latency import ProfileReport
-    from quantforge.outcomes import BenchReport, CheckReport, ConvertReport, DoctorReport
+    from quantforge.outcomes import (
+        BenchReport,
+        CheckReport,
+        ConvertReport,
+        DoctorReport,
+        TasksReport,
+    )
 
 
 def show_bench(report: BenchReport, out: Console) -> None:
@@ -171,3 +177,20 @@ def show_curvature(report: CurvatureReport, out: Console) -> None:
         print_table(heads, out)
     if report.output:
         out.print(f"written to {one_line(report.output)}")
+
+
+def show_tasks(report: TasksReport, out: Console) -> None:
+    """Scores, and beside them those of a second network on the same questions."""
+    pairs([("model", report.model)] + [("against", report.against)] * bool(report.against), out)
+    columns = ("against", "difference") if report.against else ()
+    table = table_of("task", "metric", "questions", "score", *columns)
+    others = {(one.task, one.metric): one for one in report.against_scores}
+    gaps = {(one.task, one.metric): one for one in report.differences}
+    for score in report.scores:
+        key = (score.task, score.metric)
+        cells = [score.metric, str(score.questions), with_error(score.value, score.stderr)]
+        if report.against:
+            cells.append(with_error(others[key].value, others[key].stderr))
+            cells.append(with_error(gaps[key].value, gaps[key].stderr))
+        add_row(table, score.task, *cells)
+    print_table(table, out)

@@ -216,7 +216,7 @@ def _quality(
         perplexity=_exp(float(window_nll.mean())),
         reference_perplexity=_exp(float(reference_nll.mean(dim=-1).mean())),
         kl=float(window_kl.mean()),
-        kl_stderr=_standard_error(window_kl if count > 1 else kl[0]),
+        kl_stderr=standard_error(window_kl if count > 1 else kl[0]),
         top1=float(agreement.mean()),
         window_kl=tuple(window_kl.tolist()),
         window_nll=tuple(window_nll.tolist()),
@@ -248,9 +248,9 @@ def paired(first: Quality, second: Quality) -> PairedDifference:
     )
     return PairedDifference(
         kl=float(kl.mean()),
-        kl_stderr=_standard_error(kl),
+        kl_stderr=standard_error(kl),
         nll=float(nll.mean()),
-        nll_stderr=_standard_error(nll),
+        nll_stderr=standard_error(nll),
     )
 
 
@@ -368,7 +368,7 @@ def _checked_windows(module: nn.Module, architecture: Architecture, windows: Ten
     return tokens
 
 
-def _standard_error(samples: Tensor) -> float:
+def standard_error(samples: Tensor) -> float:
     """Standard error of the mean of independent samples; infinite for a single one."""
     if len(samples) < 2:
         return math.inf

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from quantforge.errors import InputError
 from quantforge.files import parse_json
 from quantforge.foreign import MALFORMED, malformed, one_line
-from quantforge.load.silence import quiet
 from quantforge.load.source import HUB_ID, HUB_TIMEOUT_S
+from quantforge.silence import quiet
 
 ChatTemplate = Literal["auto", "always", "never"]
 PLAIN_SUFFIXES = (".txt", ".text", ".md")

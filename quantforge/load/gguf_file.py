@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from quantforge.errors import InputError, ResourceError
 from quantforge.files import cache_root, write_json
 from quantforge.foreign import malformed
-from quantforge.load.silence import quiet
 from quantforge.load.weights import INDEX_FILE, SINGLE_FILE, weight_files
 from quantforge.load.wording import some
 from quantforge.models import ARCHITECTURES
 from quantforge.models.sizes import require_plausible
+from quantforge.silence import quiet
 
 CONVERSION = "gguf-float32-1"
 SHARD_BYTES = 2 << 30

@@ -17,7 +17,6 @@ from quantforge.errors import InputError
 from quantforge.files import fingerprint
 from quantforge.foreign import encode, malformed
 from quantforge.load.gguf_file import converted_folder
-from quantforge.load.silence import quiet
 from quantforge.load.source import hub_folder
 from quantforge.load.weights import read_config, stored, weight_files
 from quantforge.load.wording import some
@@ -30,6 +29,7 @@ from quantforge.models import (
     shape_of,
 )
 from quantforge.models.sizes import require_plausible
+from quantforge.silence import quiet
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -121,7 +121,7 @@ def hub_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    from quantforge.load.silence import quiet
+    from quantforge.silence import quiet
 
     try:
         with quiet():

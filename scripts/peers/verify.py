@@ -48,7 +48,7 @@ def stored_bits(shapes: Sequence[tuple[int, ...]], spec: QuantSpec) -> float:
 
 @torch.no_grad()
 def check_weights(
-    name: str, weights: Mapping[str, Tensor], floats: Mapping[str, Tensor], spec: QuantSpec
+    name: str, weights: Mapping[str, Tensor], floats: Mapping[str, Tensor], spec: QuantSpec | None
 ) -> float:
     """Refuse weights that cannot be a quantization of `floats`; see the module's header.
 
@@ -56,7 +56,8 @@ def check_weights(
         name: of the row, for the message.
         weights: layer → dequantized [out, in].
         floats: layer → original [out, in].
-        spec: the grid that was asked for.
+        spec: the grid that was asked for; None for a format that has none, of which only the
+            layers and a weight error below 1 are asked.
 
     Returns:
         ‖Ŵ − W‖² / ‖W‖² over all layers.
@@ -75,16 +76,20 @@ def check_weights(
         error = float((weight - original).square().sum(dtype=torch.float64))
         if error == 0:
             raise BrokenRowError(f"{name}: {layer} holds the original weights")
+        squared += error
+        reference += float(original.square().sum(dtype=torch.float64))
+        if spec is None:
+            continue
         allowed = groups_of(weight.shape[1], spec) << spec.bits
         found = most_distinct(weight)
         if found > allowed:
             raise BrokenRowError(
                 f"{name}: a row of {layer} has {found} distinct values, {spec} has {allowed}"
             )
-        squared += error
         rounding += rounding_error(original, spec)
-        reference += float(original.square().sum(dtype=torch.float64))
-    if squared > ERROR_LIMIT * rounding:
+    if spec is None and squared >= reference:
+        raise BrokenRowError(f"{name}: the weights are farther from the original ones than zeros")
+    if spec is not None and squared > ERROR_LIMIT * rounding:
         raise BrokenRowError(
             f"{name}: the squared error of the weights is {squared / rounding:.1f} times that of "
             "plain rounding: were they dequantized as they were quantized?"

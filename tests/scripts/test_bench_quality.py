@@ -190,6 +190,20 @@ def test_weights_of_another_program_are_measured_like_ours(bench, tmp_path):
         bench(f"weights:3b-g32@{file}")
 
 
+def test_a_format_without_a_grid_says_its_bits_and_cannot_be_worse_than_nothing(bench, tmp_path):
+    floats = load_file(bench.folder / "model" / "model.safetensors")
+    linears = {name: one for name, one in floats.items() if name.endswith("_proj.weight")}
+    file = tmp_path / "theirs.safetensors"
+    halved = {name.removesuffix(".weight"): one / 2 for name, one in linears.items()}
+    save_file(halved, file)
+    ((row, kl),) = bench(f"weights:2.625@{file}")
+    assert row["stored_bits"] == 2.625
+    assert kl > 0
+    save_file({name: -one for name, one in halved.items()}, file)
+    with pytest.raises(SystemExit, match="farther from the original ones than zeros"):
+        bench(f"weights:2.625@{file}")
+
+
 def test_any_two_rows_can_be_paired(bench, capsys):
     names = ["rtn:2b-g32", "rtn:3b-g32", "gptq:3b-g32"]
     found = bench(*names, extra=["--pair", names[2], names[1]])

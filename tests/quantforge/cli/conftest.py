@@ -1,6 +1,7 @@
 """A pipeline that records its calls and returns fixed reports, and a way to run commands on it."""
 
 import dataclasses
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from quantforge.outcomes import (
     Report,
     ServerSupport,
     SpeedRow,
+    TasksReport,
     UniformPlan,
     WorkEstimate,
 )
@@ -42,6 +44,8 @@ from quantforge.results import (
     RefinementRound,
     SizeReport,
     TargetOutcome,
+    TaskDifference,
+    TaskScore,
 )
 from quantforge.spectra import LayerSpectrum
 from quantforge.types import BitPlan, QuantSpec
@@ -259,6 +263,22 @@ def curvature_report() -> CurvatureReport:
     )  # fmt: skip
 
 
+def tasks_report() -> TasksReport:
+    def score(metric: str, value: float, stderr: float) -> TaskScore:
+        return TaskScore(task="copa", metric=metric, value=value, stderr=stderr, questions=4)
+
+    return TasksReport(
+        model="out",
+        scores=(score("acc", 0.75, 0.25), score("acc_norm", 0.5, math.nan)),
+        against="llama",
+        against_scores=(score("acc", 1.0, 0.0), score("acc_norm", 0.5, 0.25)),
+        differences=(
+            TaskDifference(task="copa", metric="acc", value=-0.25, stderr=0.25),
+            TaskDifference(task="copa", metric="acc_norm", value=0.0, stderr=math.nan),
+        ),
+    )
+
+
 def bench_report() -> BenchReport:
     packed = SpeedRow(
         name="packed, exact",
@@ -293,7 +313,7 @@ def reports() -> types.SimpleNamespace:
     """The fixed reports, by name."""
     makers = (
         quantized_report, plan_report, pareto_report, evaluation_report, inspect_report,
-        profile_report, bench_report, check_report, curvature_report, gguf_report,
+        profile_report, bench_report, check_report, curvature_report, gguf_report, tasks_report,
     )  # fmt: skip
     return types.SimpleNamespace(**{maker.__name__: maker for maker in makers})
 
@@ -361,6 +381,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
         ("plan", plan_report),
         ("pareto", pareto_report),
         ("evaluate", evaluation_report),
+        ("evaluate_tasks", tasks_report),
         ("inspect", inspect_report),
         ("profile", profile_report),
         ("bench", bench_report),

@@ -7,7 +7,7 @@ import pytest
 
 COMMANDS = (
     "plan", "pareto", "quantize", "eval", "generate", "inspect", "profile", "bench", "convert",
-    "curvature", "check", "doctor", "fetch",
+    "curvature", "check", "doctor", "fetch", "tasks",
 )  # fmt: skip
 DEFAULTS = {
     "budget": "3bit",
@@ -114,6 +114,26 @@ def test_pareto_passes_its_own_options_and_no_budget(command, pipeline) -> None:
     }  # fmt: skip
     assert command("pareto", "llama", "--sensitivity", "guess").code == 2
     assert command("pareto", "llama", "--points", "1").code == 2
+
+
+def test_tasks_options_reach_the_pipeline(command, pipeline) -> None:
+    options = ["--limit", "5", "--shots", "2", "--batch", "3", "--against", "llama", "--seed", "4"]
+    assert command("tasks", "out", "arc_easy", "mine.jsonl", *options).code == 0
+    assert passed(pipeline) == (
+        "evaluate_tasks",
+        ("out", ["arc_easy", "mine.jsonl"]),
+        {
+            "limit": 5,
+            "shots": 2,
+            "batch_size": 3,
+            "against": "llama",
+            "seed": 4,
+            "device": "cpu",
+            "trust_remote_code": False,
+        },
+    )
+    assert command("tasks", "out").code == 2
+    assert command("tasks", "out", "arc_easy", "--limit", "0").code == 2
 
 
 def test_curvature_options_reach_the_pipeline(command, pipeline) -> None:

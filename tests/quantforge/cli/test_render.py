@@ -79,6 +79,13 @@ def test_profile_as_a_table(reports) -> None:
     assert lines[-1] == "written to here.json: give it to --latency-device"
 
 
+def test_tasks_as_a_table_beside_a_second_network(reports) -> None:
+    lines = drawn(render_machine.show_tasks, reports.tasks_report())
+    assert "task metric questions score against difference" in lines
+    assert "copa acc 4 0.75 ± 0.25 1 -0.25 ± 0.25" in lines
+    assert lines[-1] == "copa acc_norm 4 0.5 0.50 ± 0.25 0"
+
+
 def test_curvature_as_tables_the_most_curved_layer_first(reports) -> None:
     lines = drawn(render_machine.show_curvature, reports.curvature_report())
     common = "0.00025 0.25 -0.125 0.5 0.375 ± 0.010"
