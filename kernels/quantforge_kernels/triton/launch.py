@@ -155,7 +155,9 @@ def choose_launch(
         # Two tiles a warp halve what is not unpacking; one, where rows are too few for the device.
         # AMD's warps of 64 lanes need two tiles for loads of 128 bits, four to have enough of them.
         many = row_tiles >= 2 * device.processors or units < 2 * _FEWEST_UNITS
-        tiles = 4 if device.backend == "hip" else 2 if many else 1
+        # Seven words a lane, four scales and four zeros a tile: two tiles' do not fit registers.
+        heavy = bits >= 7 and asymmetric and gcd(group, TILE_COLUMNS) == GROUP_STEP
+        tiles = 4 if device.backend == "hip" else 2 if many and not heavy else 1
         # Asynchronous copies put a whole iteration's loads in flight without a register for each.
         # Three stages would have them arrive during the iteration before, at 1.52 instructions a
         # weight (4 bits, sm_90) instead of 1.47: `candidates` has both.

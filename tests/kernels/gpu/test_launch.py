@@ -73,6 +73,14 @@ def test_operands_in_registers_leave_fewer_rows_before_hopper(bits, integer, row
     assert choose_launch(2048, 4096, 4608, bits, 128, A100, integer=integer).rows == 64
 
 
+def test_zero_points_of_wide_codes_in_groups_of_32_take_one_tile_a_warp():
+    for bits, group, asymmetric, tiles in [
+        (7, 32, True, 1), (8, 96, True, 1), (6, 32, True, 2), (7, 32, False, 2), (7, 64, True, 2)
+    ]:  # fmt: skip
+        launch = choose_launch(1, 14336, 4608, bits, group, H100, asymmetric=asymmetric)
+        assert (launch.kernel, launch.tiles) == ("gemv", tiles)
+
+
 def test_a_third_stage_does_not_fit_int8_products_of_wide_codes_in_small_groups_on_an_a100():
     for group, bits, stages in [(64, 6, 2), (32, 8, 2), (128, 8, 3), (64, 5, 3)]:
         assert choose_launch(64, 4096, 4608, bits, group, A100, integer=True).stages == stages

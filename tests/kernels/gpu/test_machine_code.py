@@ -100,6 +100,7 @@ def test_every_part_of_a_unit_that_shares_a_scale_compiles(kernel, group, asymme
 @pytest.mark.parametrize(
     ("kernel", "target", "group", "bits", "asymmetric"),
     [
+        ("gemv", "sm_90", 32, 7, True),
         ("gemm", "sm_80", 32, 7, True),
         ("gemm", "sm_80", 64, 3, False),  # the widest that keeps 64 rows
         ("gemm", "sm_80", 64, 4, False),
