@@ -193,13 +193,12 @@ def _at_last_output(
     model: Model, hidden: Tensor, rows: slice, precision: Precision, head_gradient: HeadGradient
 ) -> Tensor:
     """[batch, length, hidden] float32: the loss's gradient at the last block's output."""
-    projection: Any = model.module.get_submodule(model.architecture.head)
-    head = projection.weight.detach().to(product_dtype(precision))
+    head = model.architecture.output_head(model.module).rounded(product_dtype(precision))
     norm = model.module.get_submodule(model.architecture.final_norm)
     start = hidden.detach().requires_grad_()
     with torch.enable_grad():
         normed: Tensor = norm(start)
-    flat = normed.detach().flatten(0, 1).to(head.dtype)
+    flat = normed.detach().flatten(0, 1).to(head.weight.dtype)
     gradient = head_gradient(rows, flat, head).view_as(normed).to(normed.dtype)
     (found,) = torch.autograd.grad(normed, start, gradient)
     return found

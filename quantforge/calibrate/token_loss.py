@@ -17,13 +17,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quantforge.models import Head
 from quantforge.numerics import draw_categorical
 
 HEAD_CHUNK = 512
 
-HeadGradient = Callable[[slice, Tensor, Tensor], Tensor]
-"""Rows of a batch among all sequences, head inputs [tokens, hidden] and head [vocabulary, hidden]
-to the gradient [tokens, hidden] of the loss's sum over tokens, in the inputs' dtype."""
+HeadGradient = Callable[[slice, Tensor, Head], Tensor]
+"""Rows of a batch among all sequences, head inputs [tokens, hidden] and the head to the gradient
+[tokens, hidden] of the loss's sum over tokens, in the inputs' dtype."""
 
 # Tokens of the chunk and their probabilities [tokens, vocabulary], to be changed to p − target.
 _Residual = Callable[[slice, Tensor], Tensor]
@@ -34,16 +35,16 @@ def sampled_labels(generator: torch.Generator) -> HeadGradient:
     return lambda _, hidden, head: sampled_label_gradient(hidden, head, generator)
 
 
-def sampled_label_gradient(hidden: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
+def sampled_label_gradient(hidden: Tensor, head: Head, generator: torch.Generator) -> Tensor:
     """Gradient of Σ_t −log p(y_t) with y_t ~ p, with respect to the head's input.
 
     Args:
         hidden: [tokens, hidden] input of the head.
-        head: [vocabulary, hidden] weight of the head.
+        head: of the network.
         generator: draws the labels; of the device of `hidden`.
 
     Returns:
-        [tokens, hidden] (p − onehot(y)) · head, in the dtype of `hidden`.
+        [tokens, hidden] in the dtype of `hidden`; (p − onehot(y)) · W where the head is W alone.
     """
 
     def residual(_: slice, probability: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def following_tokens(tokens: Tensor) -> HeadGradient:
         tokens: [sequences, length] int64, all that are run.
     """
 
-    def gradient(rows: slice, hidden: Tensor, head: Tensor) -> Tensor:
+    def gradient(rows: slice, hidden: Tensor, head: Head) -> Tensor:
         following = tokens[rows].to(hidden.device).roll(-1, dims=1).flatten()
         predicting = torch.ones_like(tokens[rows], dtype=torch.bool, device=hidden.device)
         predicting[:, -1] = False
@@ -78,28 +79,28 @@ def following_tokens(tokens: Tensor) -> HeadGradient:
 
 
 def toward(target: Tensor) -> HeadGradient:
-    """The divergence from a network whose head has the same weight: Σ_t KL(target ‖ this).
+    """The divergence from a network that has the same head: Σ_t KL(target ‖ this).
 
     Args:
         target: [sequences, length, hidden] that network's head inputs for all that is run.
     """
 
-    def gradient(rows: slice, hidden: Tensor, head: Tensor) -> Tensor:
+    def gradient(rows: slice, hidden: Tensor, head: Head) -> Tensor:
         wanted = target[rows].to(hidden.device, hidden.dtype).flatten(0, 1)
 
         def residual(chunk: slice, probability: Tensor) -> Tensor:
-            return probability - torch.softmax((wanted[chunk] @ head.T).float(), -1)
+            return probability.sub_(torch.softmax(head.logits(wanted[chunk]), -1))
 
         return _through_head(hidden, head, residual)
 
     return gradient
 
 
-def _through_head(hidden: Tensor, head: Tensor, residual: _Residual) -> Tensor:
-    """[tokens, hidden] residuals times the head, in the dtype of `hidden`."""
+def _through_head(hidden: Tensor, head: Head, residual: _Residual) -> Tensor:
+    """[tokens, hidden] residuals taken back through the head, in the dtype of `hidden`."""
     pieces = []
     for first in range(0, len(hidden), HEAD_CHUNK):
         chunk = slice(first, first + HEAD_CHUNK)
-        probability = torch.softmax((hidden[chunk] @ head.T).float(), -1)
-        pieces.append(residual(chunk, probability).to(head.dtype) @ head)
+        probability, slope = head.distribution(hidden[chunk])
+        pieces.append(head.input_gradient(residual(chunk, probability), slope))
     return torch.cat(pieces).to(hidden.dtype)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from quantforge.capture import Precision, compute_in
 from quantforge.errors import InputError
 from quantforge.evaluate.scoring import (
+    AnyHead,
     LinearHead,
     ModuleHead,
     ReferenceScores,
@@ -35,7 +36,7 @@ from quantforge.evaluate.scoring import (
     reference_scores,
     shared_head_scores,
 )
-from quantforge.models import Architecture
+from quantforge.models import Architecture, Head
 from quantforge.numerics import OVERFLOW, require_finite
 from quantforge.progress import Monitor
 from quantforge.results import PairedDifference, Quality
@@ -52,10 +53,9 @@ class ReferenceOutputs:
         hidden: [windows, length - 1, hidden] output of the final norm at the scored positions, in
             the storage dtype.
         scores: of the scored positions, flattened to [windows * (length - 1), ...].
-        head: [vocabulary, hidden] weight of the reference's head; the model's own tensor unless
-            there is a copy (`with_own_head`).
-        head_version: in-place changes the head had seen, by torch's count.
-        bias: [vocabulary] of the head, or None.
+        head: the reference's; its weight is the model's own tensor unless there is a copy
+            (`with_own_head`), its bias is a copy.
+        head_version: in-place changes the head's weight had seen, by torch's count.
         batch: windows the decoder ran at one time; `measure` uses the same, so that the reference
             measured against itself gives exactly zero.
     """
@@ -63,9 +63,8 @@ class ReferenceOutputs:
     windows: Tensor
     hidden: Tensor
     scores: ReferenceScores
-    head: Tensor
+    head: Head
     head_version: int
-    bias: Tensor | None
     batch: int
 
     @classmethod
@@ -102,10 +101,10 @@ class ReferenceOutputs:
                 that the architecture does not describe.
         """
         tokens = _checked_windows(module, architecture, windows)
-        head = _linear_head(module, architecture, tokens)
+        head = _checked_head(module, architecture, tokens)
         count, length = tokens.shape
-        hidden = torch.empty(count, length - 1, head.in_features, dtype=storage)
-        linear, parts = LinearHead(head.weight, head.bias), []
+        hidden = torch.empty(count, length - 1, head.weight.shape[1], dtype=storage)
+        linear, parts = LinearHead(head), []
         for start, state in _final_states(module, architecture, tokens, batch, precision):
             rows = slice(start, start + len(state))
             following = tokens[rows, 1:].flatten().to(state.device)
@@ -114,27 +113,21 @@ class ReferenceOutputs:
             hidden[rows] = state
             if monitor is not None:
                 monitor.step("reference", min(start + batch, count), count)
-        weight = head.weight.detach()
+        bias = None if head.bias is None else head.bias.clone()
         made = cls(
             windows=tokens,
             hidden=hidden,
             scores=ReferenceScores.joined(parts),
-            head=weight,
-            head_version=weight._version,
-            bias=None if head.bias is None else head.bias.detach(),
+            head=replace(head, bias=bias),
+            head_version=head.weight._version,
             batch=batch,
         )
         return made.with_own_head() if keep_head_copy else made
 
     def with_own_head(self) -> ReferenceOutputs:
         """The same with a copy of the head, for a network whose own will be changed in place."""
-        weight, bias = self.head.clone(), self.bias
-        return replace(
-            self,
-            head=weight,
-            head_version=weight._version,
-            bias=None if bias is None else bias.clone(),
-        )
+        head = replace(self.head, weight=self.head.weight.clone())
+        return replace(self, head=head, head_version=head.weight._version)
 
     @property
     def window_nll(self) -> tuple[float, ...]:
@@ -258,20 +251,22 @@ def _scorer(
     head: nn.Module, reference: ReferenceOutputs
 ) -> Callable[[Tensor, Tensor, slice], TokenScores]:
     """How tokens are scored: through the one head both share, or each through its own."""
-    if reference.head._version != reference.head_version:
+    if reference.head.weight._version != reference.head_version:
         raise InputError(
             "the reference's head was changed in place after it was collected; "
             "collect it with keep_head_copy=True"
         )
-    linear = LinearHead(reference.head, reference.bias)
-    if isinstance(head, nn.Linear) and _same_head(head, reference):
+    linear, form = LinearHead(reference.head), reference.head.form
+    if isinstance(head, nn.Linear) and form.cap is None and _same_head(head, reference.head):
 
         def shared(hidden: Tensor, following: Tensor, rows: slice) -> TokenScores:
             scores, _ = reference.rows(rows, hidden.device)
             return shared_head_scores(hidden, linear, following.to(hidden.device), scores)
 
         return shared
-    own = LinearHead(head.weight, head.bias) if isinstance(head, nn.Linear) else ModuleHead(head)
+    own: AnyHead = ModuleHead(head, form)
+    if isinstance(head, nn.Linear):
+        own = LinearHead(Head(weight=head.weight, bias=head.bias, form=form))
 
     def separate(hidden: Tensor, following: Tensor, rows: slice) -> TokenScores:
         _, expected = reference.rows(rows, hidden.device)
@@ -280,11 +275,11 @@ def _scorer(
     return separate
 
 
-def _same_head(head: nn.Linear, reference: ReferenceOutputs) -> bool:
+def _same_head(head: nn.Linear, reference: Head) -> bool:
     """Whether a head equals the reference's, bit for bit."""
     if (head.bias is None) != (reference.bias is None):
         return False
-    pairs = [(head.weight, reference.head)]
+    pairs = [(head.weight, reference.weight)]
     if head.bias is not None and reference.bias is not None:
         pairs.append((head.bias, reference.bias))
     return all(
@@ -330,22 +325,19 @@ def _final_states(
 
 
 @torch.no_grad()
-def _linear_head(module: nn.Module, architecture: Architecture, tokens: Tensor) -> nn.Linear:
+def _checked_head(module: nn.Module, architecture: Architecture, tokens: Tensor) -> Head:
     """The head, which must give the network's logits when applied to the final norm's output."""
-    head = module.get_submodule(architecture.head)
-    if not isinstance(head, nn.Linear):
-        kind = type(head).__name__
-        raise InputError(f"{architecture.head} of the reference is a {kind}, expected a Linear")
+    head = architecture.output_head(module)
     few = tokens[:1, : min(8, tokens.shape[1])]
     _, state = next(_final_states(module, architecture, few, 1, "float32"))
     expected = module(input_ids=few.to(state.device), use_cache=False).logits[:, :-1].float()
     require_finite(expected, f"the logits of {type(module).__name__}", OVERFLOW)
-    difference = float((head(state).float() - expected).abs().max())
+    difference = float((head.logits(state) - expected).abs().max())
     if not difference <= _HEAD_TOLERANCE * max(1.0, float(expected.abs().max())):
         raise InputError(
             f"logits of {type(module).__name__} are not {architecture.head} applied to "
-            f"{architecture.final_norm} (they differ by {difference:.2g}); networks that scale or "
-            "cap their logits cannot be evaluated"
+            f"{architecture.final_norm} (they differ by {difference:.2g}): the architecture "
+            f"{architecture.name} does not say what else is done to them"
         )
     return head
 

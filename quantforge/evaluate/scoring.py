@@ -7,9 +7,11 @@ With logits `l = W h` and `Λ = log Σ_v exp(l_v)`, the log-probability of `v` i
 when model (primed) and reference share the head. `m` has the size of a hidden state and does not
 depend on the model, so it is worked out once; every further network costs one product with the head
 and one pass for Λ', instead of two products and the passes of two log-softmaxes. The same formula
-on the same state gives exactly zero. A head bias adds `Σ_v p_v b_v` to both brackets and cancels.
+on the same state gives exactly zero. A head bias adds `Σ_v p_v b_v` to both brackets and cancels; a
+factor on the logits goes into `m`.
 
-Where the heads differ, both distributions are formed and compared.
+Where the heads differ, or cap their logits, which are then not linear in `h`, both distributions
+are formed and compared.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from quantforge.errors import InputError
+from quantforge.models import Head, LogitForm
 
 TOKEN_CHUNK = 256
 """Most tokens whose logits exist at one time."""
@@ -48,8 +51,9 @@ class ReferenceScores:
     """What is kept of the reference at every scored token.
 
     Attributes:
-        expectation: [tokens, hidden] `m`, the head's rows averaged under the reference.
-        bracket: [tokens] float64, `Λ − m·h`.
+        expectation: [tokens, hidden] `m`, the head's rows averaged under the reference; [tokens, 0]
+            where logits are capped.
+        bracket: [tokens] float64, `Λ − m·h`; `Λ` there.
         nll: [tokens] float64, cross-entropy in nats.
         first: [tokens] int64, the most likely token.
     """
@@ -80,11 +84,11 @@ class ReferenceScores:
 
 
 class LinearHead:
-    """Logits of a token chunk through a linear, into one buffer that is used again."""
+    """Logits of a token chunk through a linear head, into one buffer that is used again."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight = weight.detach().float()
-        self.bias = None if bias is None else bias.detach().float()
+    def __init__(self, head: Head) -> None:
+        self.weight, self.form = head.weight.detach().float(), head.form
+        self.bias = None if head.bias is None else head.bias.detach().float()
         self._buffer: Tensor | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -92,22 +96,22 @@ class LinearHead:
         if self._buffer is None:
             self._buffer = hidden.new_empty(TOKEN_CHUNK, len(self.weight))
         out = torch.mm(hidden, self.weight.t(), out=self._buffer[: len(hidden)])
-        return out if self.bias is None else out.add_(self.bias)
+        return self.form.form_(out if self.bias is None else out.add_(self.bias))
 
 
 class ModuleHead:
     """Logits of a token chunk through any module, e.g. a packed one."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, form: LogitForm) -> None:
+        self.module, self.form = module, form
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] float32 → [tokens, vocabulary] float32."""
         made: Tensor = self.module(hidden)
-        return made.float()
+        return self.form.form_(made.float())
 
 
-Head = Callable[[Tensor], Tensor]
+AnyHead = Callable[[Tensor], Tensor]
 
 
 def reference_scores(
@@ -127,9 +131,12 @@ def reference_scores(
         log_sum, _ = _log_sum(logits)
         nll = log_sum - _picked(logits, following[rows])
         first = logits.argmax(-1)
-        share = logits.sub_(log_sum.float().unsqueeze(1)).exp_()
-        expectation = (share @ head.weight).to(storage)
-        bracket = log_sum - _dots(expectation, hidden[rows])
+        if head.form.cap is None:
+            share = logits.sub_(log_sum.float().unsqueeze(1)).exp_()
+            expectation = (share @ head.weight).mul_(head.form.scale).to(storage)
+            bracket = log_sum - _dots(expectation, hidden[rows])
+        else:
+            expectation, bracket = hidden.new_empty(len(log_sum), 0, dtype=storage), log_sum
         pieces.append((expectation, bracket, nll, first))
     expectation, bracket, nll, first = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return ReferenceScores(expectation=expectation, bracket=bracket, nll=nll, first=first)
@@ -138,7 +145,7 @@ def reference_scores(
 def shared_head_scores(
     hidden: Tensor, head: LinearHead, following: Tensor, reference: ReferenceScores
 ) -> TokenScores:
-    """Score a model whose head is the reference's.
+    """Score a model whose head is the reference's and caps nothing.
 
     Args:
         hidden: [tokens, hidden] float32 that enters the model's head.
@@ -158,7 +165,11 @@ def shared_head_scores(
 
 
 def own_head_scores(
-    hidden: Tensor, head: Head, following: Tensor, reference_hidden: Tensor, reference_head: Head
+    hidden: Tensor,
+    head: AnyHead,
+    following: Tensor,
+    reference_hidden: Tensor,
+    reference_head: AnyHead,
 ) -> TokenScores:
     """Score a model whose head is its own, by forming both distributions.
 

@@ -8,12 +8,15 @@ from quantforge.models.architecture import (
     architecture_of,
 )
 from quantforge.models.discovery import block_list_path, shape_of
+from quantforge.models.head import Head, LogitForm
 from quantforge.models.llama import LLAMA
 
 __all__ = [
     "ARCHITECTURES",
     "LLAMA",
     "Architecture",
+    "Head",
+    "LogitForm",
     "Model",
     "ModelSource",
     "architecture_of",

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from quantforge.errors import InputError
+from quantforge.models.head import NO_ENTRIES, Head, LogitEntries, LogitForm
 from quantforge.registry import Registry
 from quantforge.types import LayerInfo
 
@@ -38,6 +39,7 @@ class Architecture:
         rotary: path of the module that gives cosines and sines of positions, where the block is
             Llama's: norms before both halves, rotated queries and keys, a gated feed-forward, its
             four stages in this order. Empty for any other block.
+        logits: entries of the configuration that say what becomes of the head's output.
     """
 
     name: str
@@ -50,6 +52,27 @@ class Architecture:
     head: str
     folds: tuple[tuple[str, int], ...] = ()
     rotary: str = ""
+    logits: LogitEntries = NO_ENTRIES
+
+    def logit_form(self, module: nn.Module) -> LogitForm:
+        """What `module` makes of its head's output."""
+        return self.logits.form(module.config)
+
+    def output_head(self, module: nn.Module) -> Head:
+        """The head of `module`, which shares its tensors.
+
+        Raises:
+            InputError: it is no linear.
+        """
+        linear = module.get_submodule(self.head)
+        if not isinstance(linear, nn.Linear):
+            kind = type(linear).__name__
+            raise InputError(f"{self.head} is a {kind}, expected a float Linear")
+        return Head(
+            weight=linear.weight.detach(),
+            bias=None if linear.bias is None else linear.bias.detach(),
+            form=self.logit_form(module),
+        )
 
     def block_list(self, module: nn.Module) -> nn.ModuleList:
         """The decoder blocks of `module`."""

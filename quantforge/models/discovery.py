@@ -2,15 +2,17 @@
 
 The blocks are the list of equal modules that is as long as the configuration says, or the one with
 the most weights. One pass over four tokens, with hooks, then tells which linears of a block read
-the same tensor and in what order, and which module makes what the head reads. At the end the logits
-are formed anew from the last block's output, through that module and the head alone: a network that
-does more, that scales or caps them, is refused, because every measurement rests on this.
+the same tensor and in what order, and which module makes what the head reads. At the end what the
+head gives is formed anew from the last block's output, through that module and the head alone, and
+known numbers in the place of the head's output show what the network makes of that. It may scale
+and cap it as its configuration says in an entry known here; a network that does more is refused,
+because every measurement rests on this.
 
 What cannot be known by looking is left out or taken with care: linears that a block runs more than
 once, or not at all, or on other shapes than [batch, length, in] stay as they are; layers that read
 one tensor share a spec, since servers may fuse them; nothing is folded into norms. A network most
-of whose weights would be left out (experts in one tensor), that looks ahead (encoders), or whose
-head adds a bias is refused: what follows would be wrong about it, or pointless.
+of whose weights would be left out (experts in one tensor), or that looks ahead (encoders), is
+refused: what follows would be wrong about it, or pointless.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -27,10 +30,19 @@ from torch import Tensor, nn
 
 from quantforge.errors import InputError
 from quantforge.models.architecture import ARCHITECTURES, Architecture, architecture_of
+from quantforge.models.head import LogitEntries
 
 TOKENS = 4
 # Of the matrices of the blocks, so much has to be layers that can be planned.
 LEAST_COVERED = 0.8
+# What is tried as `LogitEntries`, by field.
+LOGIT_ENTRIES = {
+    "multiplier": ("logit_scale", "output_multiplier", "logits_scaling"),
+    "divisor": ("logits_scaling",),
+    "cap": ("final_logit_softcapping", "logits_soft_cap"),
+}
+# So large that no cap in use leaves it as it is.
+LARGEST_LOGIT = 60.0
 logger = logging.getLogger(__name__)
 
 
@@ -82,13 +94,13 @@ def discover(module: nn.Module) -> Discovery:
     """
     path = block_list_path(module)
     embedding, head = _ends(module)
-    _check_body(module, path, head)
+    _check_body(module, path)
     with _watched(module, path, head) as seen:
         logits = _run(module, 0)
     _check_causal(module, logits)
     layers = _layers(module, path, seen)
     final = _final_norm(module, path, seen)
-    _check_logits(module, seen, final, head, logits)
+    _check_head(module, seen, final, head)
     stages: dict[tuple[Any, ...], list[str]] = {}
     for name, key in layers:
         stages.setdefault(key, []).append(name)
@@ -109,6 +121,7 @@ def discover(module: nn.Module) -> Discovery:
             embedding=embedding,
             final_norm=final,
             head=head,
+            logits=_logit_entries(module, head),
         ),
         left_out=tuple(name for name in linears if name not in members),
     )
@@ -202,13 +215,11 @@ def _check_coverage(module: nn.Module, block: nn.Module, members: set[str]) -> N
         )
 
 
-def _check_body(module: nn.Module, path: str, head: str) -> None:
-    """Refuse a body that does not take token ids, and a head that adds a bias."""
+def _check_body(module: nn.Module, path: str) -> None:
+    """Refuse a body that does not take token ids."""
     body = module.get_submodule(path.rpartition(".")[0])
     if "input_ids" not in inspect.signature(body.forward).parameters:
         raise InputError(f"{type(body).__name__}, which runs the blocks, takes no token ids")
-    if getattr(module.get_submodule(head), "bias", None) is not None:
-        raise InputError(f"{head} adds a bias to the logits, which gradients do not know yet")
 
 
 def _check_causal(module: nn.Module, logits: Tensor) -> None:
@@ -291,22 +302,61 @@ def _final_norm(module: nn.Module, path: str, seen: _Seen) -> str:
 
 
 @torch.no_grad()
-def _check_logits(module: nn.Module, seen: _Seen, final: str, head: str, logits: Tensor) -> None:
-    """Refuse a network whose logits are more than its head of its last norm."""
+def _check_head(module: nn.Module, seen: _Seen, final: str, head: str) -> None:
+    """Refuse a network whose head reads more than its last norm of the last block's output."""
     norm, projection = module.get_submodule(final), module.get_submodule(head)
     try:
         formed = projection(norm(seen.last)).float()
     except (RuntimeError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())
         raise InputError(f"{final} does not read the last block's output: {said}") from None
-    largest = float(logits.float().abs().max())
-    # A cap changes small logits by little, but the same operations give the same numbers.
-    far = formed.shape != logits.shape or float((formed - logits).abs().max()) > 1e-6 * largest
-    if far or getattr(getattr(module, "config", None), "final_logit_softcapping", None):
+    if not _equal(formed, projection(seen.head_input)):
         raise InputError(
-            f"the logits of {type(module).__name__} are not what {head} makes of {final}: they are "
-            "scaled, capped or made of more, which is not supported"
+            f"what {head} of {type(module).__name__} reads is not what {final} makes of the last "
+            "block's output"
         )
+
+
+def _logit_entries(module: nn.Module, head: str) -> LogitEntries:
+    """Where the configuration says what the network makes of its head's output.
+
+    Raises:
+        InputError: no entries of its configuration say so.
+    """
+    given = torch.linspace(-LARGEST_LOGIT, LARGEST_LOGIT, TOKENS)
+    hook = module.get_submodule(head).register_forward_hook(
+        lambda _, __, output: given.to(output).view(1, TOKENS, 1).expand(output.shape).clone()
+    )
+    try:
+        logits = _run(module, 0)
+    finally:
+        hook.remove()
+    config = getattr(module, "config", None)
+    choices = [
+        ["", *(name for name in names if isinstance(getattr(config, name, None), int | float))]
+        for names in LOGIT_ENTRIES.values()
+    ]
+    for chosen in product(*choices):
+        entries = LogitEntries(**dict(zip(LOGIT_ENTRIES, chosen, strict=True)))
+        try:
+            form = entries.form(config)
+        except InputError:  # a number that is none
+            continue
+        formed = form.form_(given.view(1, TOKENS, 1).expand(logits.shape).clone())
+        if _equal(formed.to(logits.device), logits):
+            return entries
+    raise InputError(
+        f"the logits of {type(module).__name__} are not what {head} gives: they are scaled, capped "
+        "or made of more, in a way that its configuration does not name as known networks do"
+    )
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    """Equal but for the order of operations; a cap changes small numbers by little, but by more."""
+    largest = float(expected.float().abs().max())
+    return found.shape == expected.shape and (
+        float((found.float() - expected.float()).abs().max()) <= 1e-6 * largest
+    )
 
 
 def shape_of(module: nn.Module) -> Architecture:

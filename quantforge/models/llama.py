@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from quantforge.models.architecture import ARCHITECTURES, Architecture
+from quantforge.models.head import NO_ENTRIES, LogitEntries
 
 LLAMA = Architecture(
     name="llama",
@@ -37,13 +38,59 @@ QWEN2 = replace(LLAMA, name="qwen2", classes=("Qwen2ForCausalLM",))
 # Norms over the queries and keys of every head.
 QWEN3 = replace(LLAMA, name="qwen3", classes=("Qwen3ForCausalLM",), rotary="")
 # Norms behind both halves too, and each norm multiplies by one more than its weight, so a weight
-# cannot take up a factor; some blocks look back over a window, with other rotary frequencies.
+# cannot take up a factor; some blocks look back over a window (Gemma 3's with other rotary
+# frequencies).
 GEMMA3 = replace(
     LLAMA,
     name="gemma3",
     classes=("Gemma3ForCausalLM",),
     rotary="",
     folds=(("self_attn.v_proj", 1), ("mlp.up_proj", 3)),
+    logits=LogitEntries(cap="final_logit_softcapping"),
+)
+GEMMA2 = replace(GEMMA3, name="gemma2", classes=("Gemma2ForCausalLM",))
+# Multiplies embeddings, attention scores and both halves' outputs by constants of its own.
+GRANITE = replace(
+    LLAMA,
+    name="granite",
+    classes=("GraniteForCausalLM",),
+    rotary="",
+    logits=LogitEntries(divisor="logits_scaling"),
+)
+# Both halves read the same norm, side by side.
+COHERE = replace(
+    LLAMA,
+    name="cohere",
+    classes=("CohereForCausalLM", "Cohere2ForCausalLM"),
+    stages=(
+        (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        ),
+        ("self_attn.o_proj",),
+        ("mlp.down_proj",),
+    ),
+    rotary="",
+    folds=(("input_layernorm", 0), ("self_attn.v_proj", 1), ("mlp.up_proj", 2)),
+    logits=LogitEntries(multiplier="logit_scale"),
+)
+# Phi 1 and 2: side by side too, without gates, biases everywhere, the head included.
+PHI = replace(
+    COHERE,
+    name="phi",
+    classes=("PhiForCausalLM",),
+    stages=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"),
+        ("self_attn.dense",),
+        ("mlp.fc2",),
+    ),
+    fused=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),),
+    final_norm="model.final_layernorm",
+    folds=(("input_layernorm", 0), ("self_attn.v_proj", 1)),
+    logits=NO_ENTRIES,
 )
 # One matrix for queries, keys and values, one for gate and up.
 PHI3 = replace(
@@ -61,5 +108,5 @@ PHI3 = replace(
     folds=(("input_layernorm", 0), ("post_attention_layernorm", 2)),
 )
 
-for _one in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, PHI3):
+for _one in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, GRANITE, COHERE, PHI, PHI3):
     ARCHITECTURES.register(_one.name)(_one)

@@ -9,8 +9,8 @@ without changing an integer or the size of the file. The caller keeps the result
 Updates of scales are relative: a scale is base · (1 + change). Adam runs on the changes and on the
 norm weights themselves, with a short warm-up and a linear decay. The float distribution comes from
 stored final hidden states, logits of both networks are formed for a few hundred tokens at a time,
-and the gradient at the head's input is written down directly, (q − p) W, so no [tokens, vocabulary]
-graph exists.
+and the gradient at the head's input is written down directly, (q − p) W where the head is W alone,
+so no [tokens, vocabulary] graph exists.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from quantforge.capture import compute_in, recomputed
 from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.memory import release_freed
 from quantforge.methods.scaled_linear import ScaledLinear
-from quantforge.models import Model
+from quantforge.models import Head, Model
+from quantforge.models.head import wide
 from quantforge.progress import Monitor, resumed
 from quantforge.quantize.config import TuningConfig
 from quantforge.quantize.resume import read_tuning, write_tuning
 from quantforge.types import QuantizedWeight
 
-# Tokens whose logits are formed at a time: three [tokens, vocabulary] float32 matrices are held.
+# Tokens whose logits are formed at a time: three [tokens, vocabulary] float32 matrices are held,
+# four where logits are capped.
 HEAD_CHUNK = 128
 
 
@@ -43,7 +45,7 @@ def tune_scales(
     teacher: Tensor,
     config: TuningConfig,
     *,
-    float_head: Tensor | None = None,
+    float_head: Head | None = None,
     generator: torch.Generator,
     monitor: Monitor,
     journal: Journal = NO_JOURNAL,
@@ -57,8 +59,7 @@ def tune_scales(
         tokens: [sequences, length] fitting tokens.
         teacher: [sequences, length, hidden] the float network's head input on them.
         config: steps and step sizes.
-        float_head: [vocabulary, hidden] weight of the float network's head; None where that is the
-            network's own.
+        float_head: of the float network; None where it is the network's own.
         generator: orders the sequences.
         monitor: progress and cancellation.
         journal: gets the state after every step, which takes far less time than the step; where it
@@ -68,13 +69,12 @@ def tune_scales(
         layer name → the same integers with tuned scales.
     """
     module, architecture = model.module, model.architecture
-    projection: Any = module.get_submodule(architecture.head)
-    head = projection.weight.detach().bfloat16()
-    taught = head if float_head is None else float_head.bfloat16()
+    head = architecture.output_head(module).rounded(torch.bfloat16)
+    taught = head if float_head is None else float_head.rounded(torch.bfloat16)
     body = module.get_submodule(architecture.blocks.rpartition(".")[0])
     with (
         _stand_ins(module, weights) as layers,
-        _trainable_norms(module, layers) as norms,
+        _trainable_norms(module, layers, module.get_submodule(architecture.head)) as norms,
         recomputed(architecture.block_list(module), config.recompute),
     ):
         optimizer = torch.optim.Adam(
@@ -94,7 +94,7 @@ def tune_scales(
                 if not order:
                     order = torch.randperm(len(tokens), generator=generator).tolist()
                 index = order.pop()
-                with torch.enable_grad(), compute_in("bfloat16", body, head.device):
+                with torch.enable_grad(), compute_in("bfloat16", body, head.weight.device):
                     output = body(input_ids=tokens[index : index + 1], use_cache=False)
                 hidden = output.last_hidden_state
                 gradient = distillation_gradient(hidden.detach()[0], teacher[index], head, taught)
@@ -156,24 +156,24 @@ def _put(model: Model, weights: Mapping[str, QuantizedWeight]) -> None:
 
 @torch.no_grad()
 def distillation_gradient(
-    student: Tensor, teacher: Tensor, head: Tensor, teacher_head: Tensor | None = None
+    student: Tensor, teacher: Tensor, head: Head, teacher_head: Head | None = None
 ) -> Tensor:
     """Gradient of Σ_t KL(p_t ‖ q_t) with respect to the student's head input, [tokens, hidden].
 
     Args:
         student: [tokens, hidden] head input of the network being tuned.
         teacher: [tokens, hidden] head input of the float network.
-        head: [vocabulary, hidden] weight of the student's head.
-        teacher_head: of the teacher's; None where they share one.
+        head: the student's.
+        teacher_head: the teacher's; None where they share one.
     """
     teacher_head = head if teacher_head is None else teacher_head
     pieces = []
     for ours, theirs in zip(
         torch.split(student, HEAD_CHUNK), torch.split(teacher, HEAD_CHUNK), strict=True
     ):
-        difference = torch.softmax((ours.to(head.dtype) @ head.T).float(), -1)
-        difference -= torch.softmax((theirs.to(head.dtype) @ teacher_head.T).float(), -1)
-        pieces.append((difference.to(head.dtype) @ head).float())
+        difference, slope = head.distribution(ours)
+        difference -= torch.softmax(teacher_head.logits(theirs), -1)
+        pieces.append(wide(head.input_gradient(difference, slope)))
     return torch.cat(pieces)
 
 
@@ -202,11 +202,11 @@ def _stand_ins(
 
 @contextmanager
 def _trainable_norms(
-    module: nn.Module, layers: Mapping[str, ScaledLinear]
+    module: nn.Module, layers: Mapping[str, ScaledLinear], head: nn.Module
 ) -> Iterator[list[nn.Parameter]]:
-    """The one-dimensional parameters outside the layers; only they and the scales get gradients."""
+    """The one-dimensional parameters outside layers and head; they and the scales get gradients."""
     needs = {name: p.requires_grad for name, p in module.named_parameters()}
-    inside = {id(p) for layer in layers.values() for p in layer.parameters()}
+    inside = {id(p) for part in (*layers.values(), head) for p in part.parameters()}
     module.requires_grad_(False)
     norms = [p for p in module.parameters() if p.ndim == 1 and id(p) not in inside]
     trained = [*norms, *(layer.change for layer in layers.values())]

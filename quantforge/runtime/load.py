@@ -300,10 +300,12 @@ def _tie(model: Any, backend: str, mode: str) -> None:
         embedding.out_features,
         embedding.in_features,
         embedding.spec,
+        bias=head.bias is not None,
         backend=backend,
         mode=mode,
     )
     shared.share(embedding)
+    shared.bias = head.bias
     model.set_submodule(name, shared)
 
 

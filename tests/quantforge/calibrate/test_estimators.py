@@ -18,6 +18,7 @@ from quantforge.cli.options import Estimator
 from quantforge.errors import InputError
 from quantforge.format.store import CandidateStore
 from quantforge.load.huggingface import from_module
+from quantforge.models import Head
 from quantforge.progress import Monitor
 from quantforge.results import Quality
 from quantforge.testing import markov_tokens, tiny_llama, train
@@ -90,12 +91,12 @@ def test_losses_at_the_head_have_the_gradients_of_plain_autograd():
         -log_probability[:, :-1].gather(-1, labels).sum(), hidden, retain_graph=True
     )
     flat = hidden.detach().flatten(0, 1)
-    found = following_tokens(tokens)(rows, flat, head).view_as(hidden)
+    found = following_tokens(tokens)(rows, flat, Head(weight=head)).view_as(hidden)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     target = (other[rows] @ head.T).log_softmax(-1)
     divergence = (target.exp() * (target - log_probability)).sum()
     (expected,) = torch.autograd.grad(divergence, hidden)
-    found = toward(other)(rows, flat, head).view_as(hidden)
+    found = toward(other)(rows, flat, Head(weight=head)).view_as(hidden)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -21,6 +21,7 @@ from quantforge.evaluate.quality import ReferenceOutputs
 from quantforge.evaluate.quality import measure as measure_quality
 from quantforge.format.store import CandidateStore
 from quantforge.load.huggingface import from_module
+from quantforge.models import Head
 from quantforge.numerics import draw_categorical, output_error
 from quantforge.progress import Monitor
 from quantforge.testing import markov_tokens, tiny_llama, train
@@ -36,7 +37,9 @@ def test_sampled_label_gradient_is_the_gradient_of_the_sampled_likelihood():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 5, generator=generator, requires_grad=True)
     head = torch.randn(11, 5, generator=generator)
-    found = sampled_label_gradient(hidden.detach(), head, torch.Generator().manual_seed(3))
+    found = sampled_label_gradient(
+        hidden.detach(), Head(weight=head), torch.Generator().manual_seed(3)
+    )
     logits = hidden @ head.T
     labels = draw_categorical(logits.softmax(-1).detach(), torch.Generator().manual_seed(3))
     torch.nn.functional.cross_entropy(logits, labels.squeeze(1), reduction="sum").backward()
@@ -48,7 +51,7 @@ def test_sampled_gradients_have_the_second_moment_of_the_softmax():
     count, logits = 200_000, torch.randn(6, generator=torch.Generator().manual_seed(1))
     p = logits.softmax(0)
     found = sampled_label_gradient(
-        logits.expand(count, -1), torch.eye(6), torch.Generator().manual_seed(2)
+        logits.expand(count, -1), Head(weight=torch.eye(6)), torch.Generator().manual_seed(2)
     ).double()
     residuals = (p - torch.eye(6)).double()
     products = residuals.unsqueeze(2) * residuals.unsqueeze(1)

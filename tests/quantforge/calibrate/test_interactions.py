@@ -95,9 +95,9 @@ def by_gradients(module, tokens, errors):
         inputs = hidden.view_as(gradient)
         for index, row in enumerate(sequences):
             position, label = divmod(row, VOCABULARY)
-            p = torch.softmax(inputs[index, position] @ head.T, -1)
+            p = torch.softmax(inputs[index, position] @ head.weight.T, -1)
             residual = p - torch.nn.functional.one_hot(torch.tensor(label), VOCABULARY)
-            gradient[index, position] = p[label].sqrt() * residual @ head
+            gradient[index, position] = p[label].sqrt() * residual @ head.weight
         return gradient.view_as(hidden)
 
     model = from_module(module)

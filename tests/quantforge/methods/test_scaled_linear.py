@@ -11,6 +11,7 @@ from quantforge.methods.gptq import gptq
 from quantforge.methods.rounding import TrainableWeight
 from quantforge.methods.rtn import minmax_grid, minmax_scale, round_to_nearest
 from quantforge.methods.scaled_linear import ScaledLinear
+from quantforge.models import Head
 from quantforge.numerics import factorize
 from quantforge.progress import Monitor
 from quantforge.quantize.config import RoundingConfig, TuningConfig
@@ -73,7 +74,7 @@ def test_distillation_gradient_is_the_gradient_of_the_kl():
     head = torch.randn(20, 8, generator=generator)
     p, q = (teacher @ head.T).log_softmax(-1), (student @ head.T).log_softmax(-1)
     (p.exp() * (p - q)).sum().backward()
-    found = distillation_gradient(student.detach(), teacher, head)
+    found = distillation_gradient(student.detach(), teacher, Head(weight=head))
     assert torch.allclose(found, student.grad, atol=1e-5)
 
 
