@@ -34,6 +34,7 @@ from quantforge.format.checkpoint import (
 from quantforge.format.container import ContainerWriter
 from quantforge.format.manifest import tool_versions
 from quantforge.load.weights import PICKLED
+from quantforge.models.transposed import TRANSPOSED_CLASSES
 from quantforge.outcomes import ConvertReport
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.types import QuantSpec
@@ -100,6 +101,7 @@ def convert(
         return convert_gguf(
             opened, Path(output), source=str(checkpoint), force=force, monitor=monitor
         )
+    _refuse_transposed(opened)
     specs = opened.specs()
     spec = gptq.only_spec(specs)
     _refuse_other_parts(opened, specs)
@@ -130,6 +132,15 @@ def _belongs(file: Path) -> bool:
     """Whether a file of the source goes into the output as it is; pickled weights do not."""
     weights = file.suffix == ".safetensors" or any(file.match(pattern) for pattern in PICKLED)
     return file.name not in _LEFT and not weights
+
+
+def _refuse_transposed(opened: Checkpoint) -> None:
+    """No reader of the layout was tried on linears that a class stores transposed."""
+    classes = opened.config.get("architectures") or [""]
+    if classes[0] in TRANSPOSED_CLASSES:
+        raise InputError(
+            f"{classes[0]} stores its linears transposed, which the GPTQ layout is not written for"
+        )
 
 
 def _refuse_other_parts(opened: Checkpoint, specs: dict[str, QuantSpec]) -> None:

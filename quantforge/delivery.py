@@ -28,9 +28,15 @@ from quantforge.export.verify import verify_checkpoint
 from quantforge.export.writer import CheckpointWriter
 from quantforge.files import write_json
 from quantforge.format.manifest import plan_to_dict, tool_versions
-from quantforge.load.huggingface import generation_config, model_config, save_tokenizer
+from quantforge.load.huggingface import (
+    described,
+    generation_config,
+    model_config,
+    save_tokenizer,
+)
 from quantforge.machine import machine_traits
 from quantforge.memory import peak_bytes, release_freed
+from quantforge.models.transposed import has_transposed
 from quantforge.outcomes import (
     EstimatorCost,
     LatencyReport,
@@ -102,7 +108,7 @@ def deliver(
         warnings=(
             *chosen.warnings,
             *job.notes,
-            *loading_warnings(job.layers, chosen.plan),
+            *loading_warnings(job, chosen.plan),
             *layer_warnings(rows),
             *held_out_warnings(quality),
             *target_warnings(job, chosen, quality),
@@ -134,7 +140,7 @@ def write_checkpoint(
         shard_bytes=job.recipe.export.shard_bytes,
         dtype=KEPT_DTYPE,
         head=job.model.architecture.head,
-        stock_readable=not asymmetric_layers(plan) and not quantized_embeddings(job.layers, plan),
+        stock_readable=not loading_warnings(job, plan),
     ) as writer:
         for one in layers:
             rows.append(one.report)
@@ -175,7 +181,9 @@ def write_documents(
         save_sensitivity(sensitivity, folder / "sensitivity.json")
     (folder / "recipe.yaml").write_text(strict_yaml.dump(dict(report.settings)), encoding="utf-8")
     (folder / "report.html").write_text(render(report), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+    (folder / "README.md").write_text(
+        model_card(report, transposed=has_transposed(job.model.module)), encoding="utf-8"
+    )
     source = job.model.source
     local = source.kind in ("folder", "gguf")  # absolute: `eval` may run in another folder
     location = str(source.path.absolute()) if local else source.location
@@ -248,11 +256,11 @@ def dry_run(
         scratch_bytes=scratch,
         calibration=job.calibration.description,
         settings=job.recipe.model_dump(mode="json"),
-        warnings=(*loading_warnings(layers, plan), *rivals),
+        warnings=(*loading_warnings(job, plan), *rivals),
         predicted_error=None if measured is None else measured.predicted_error(plan),
         memory=job.footprint.memory_bytes(assignment, memory[0].context) if memory else None,
         targets=decided.targets,
-        servers=server_support(layers, assignment),
+        servers=server_support(layers, assignment, described(job.model.module)),
         work=work,
         latency=latency_rows(job, assignment, budget),
         sensitivity=None if sensitivity is None else estimator_cost(job, sensitivity, work.rate),
@@ -348,16 +356,19 @@ def quantized_embeddings(layers: Iterable[LayerInfo], plan: BitPlan) -> list[str
     ]
 
 
-def loading_warnings(layers: Iterable[LayerInfo], plan: BitPlan) -> list[str]:
+def loading_warnings(job: Job, plan: BitPlan) -> list[str]:
     """One line for every reason why stock tools cannot load what the plan makes."""
     only = (
         "quantforge.load reads the checkpoint, stock transformers with compressed-tensors does not"
     )
     found = []
+    if has_transposed(job.model.module):
+        found.append(f"{type(job.model.module).__name__} stores its linears transposed: {only}")
     names = asymmetric_layers(plan)
     if names:
         found.append(f"{len(names)} layers are asymmetric, first {names[0]}: {only}")
-    found += [f"{x} is {plan.assignment[x]}: {only}" for x in quantized_embeddings(layers, plan)]
+    embeddings = quantized_embeddings(job.layers, plan)
+    found += [f"{x} is {plan.assignment[x]}: {only}" for x in embeddings]
     return found
 
 

@@ -16,7 +16,7 @@ from quantforge.compilation import Job
 from quantforge.errors import InputError, UsageError
 from quantforge.format.footprint import Footprint
 from quantforge.latency import latency_model
-from quantforge.load.huggingface import from_module
+from quantforge.load.huggingface import described, from_module
 from quantforge.load.text import calibration_set, from_batches
 from quantforge.loading import load_source
 from quantforge.plan_file import GivenPlan, read_assignment, read_fixed
@@ -133,8 +133,7 @@ def open_job(
         loaded = from_module(model, tokenizer=tokenizer)
     else:
         loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
-    configuration: Any = loaded.module.config
-    require_split(configuration.to_dict(), recipe.search)
+    require_split(described(loaded.module), recipe.search)
     given = None  # before the text, which may have to be sampled
     matrices = loaded.architecture.vocabulary(loaded.module)
     if plan is None:

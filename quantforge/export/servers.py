@@ -16,6 +16,7 @@ from typing import Any
 
 from quantforge.export.gguf_network import GGUF_ARCHITECTURES
 from quantforge.format.gguf_blocks import grouping, held_exactly
+from quantforge.models.transposed import TRANSPOSED_CLASSES
 from quantforge.outcomes import ServerSupport
 from quantforge.types import PER_CHANNEL, SUPPORTED_BITS, LayerInfo, QuantSpec
 
@@ -53,6 +54,7 @@ class ServerRule:
         head: it loads a quantized head of its own.
         slices: it knows tensor parallelism.
         gguf: it reads GGUF files, which `convert` makes of this form; a type must hold every layer.
+        transposed: it puts packed linears in the place of those that a class stores transposed.
     """
 
     name: str
@@ -66,6 +68,7 @@ class ServerRule:
     head: bool = False
     slices: bool = True
     gguf: bool = False
+    transposed: bool = False
 
 
 _TRANSFORMERS = ServerRule(
@@ -91,6 +94,7 @@ _RULES = (
         tied=True,
         head=True,
         slices=False,
+        transposed=True,
     ),
     _TRANSFORMERS,
     _VLLM,
@@ -194,6 +198,11 @@ def network_problems(rule: ServerRule, config: Mapping[str, Any], parts: int) ->
     if rule.gguf and classes and classes[0] not in GGUF_ARCHITECTURES:
         known = ", ".join(GGUF_ARCHITECTURES)
         found.append(f"{classes[0]} is not written as GGUF; known model classes: {known}")
+    elif classes and classes[0] in TRANSPOSED_CLASSES and not rule.transposed:
+        found.append(
+            f"{classes[0]} stores its linears transposed (Conv1D), which it does not replace by "
+            "packed ones; quantforge.load does"
+        )
     if isinstance(heads, int) and heads % parts:
         found.append(f"{heads} attention heads do not split into {parts}")
     if isinstance(shared, int) and shared % parts and parts % shared:
@@ -229,26 +238,33 @@ def violations(
 
 
 def server_support(
-    layers: Sequence[LayerInfo], assignment: Mapping[str, QuantSpec | None]
+    layers: Sequence[LayerInfo],
+    assignment: Mapping[str, QuantSpec | None],
+    config: Mapping[str, Any] | None = None,
 ) -> tuple[ServerSupport, ...]:
     """What every known program makes of a plan, with the rule that decides.
 
     Args:
         layers: of the network, in forward order.
         assignment: layer name → spec; None where it is kept.
+        config: the network's, as in its config.json; None looks at the plan alone.
     """
-    return tuple(_judge(rule, layers, assignment) for rule in _RULES)
+    return tuple(_judge(rule, layers, assignment, config or {}) for rule in _RULES)
 
 
 def _judge(
-    rule: ServerRule, layers: Sequence[LayerInfo], assignment: Mapping[str, QuantSpec | None]
+    rule: ServerRule,
+    layers: Sequence[LayerInfo],
+    assignment: Mapping[str, QuantSpec | None],
+    config: Mapping[str, Any],
 ) -> ServerSupport:
     specs = {spec for spec in assignment.values() if spec is not None}
     refused = sorted({spec.bits for spec in specs} - set(rule.bits))
     if refused:
         why = f"loads {_listed(rule.bits)} bits, the plan has {_listed(refused)}"
         return ServerSupport(name=rule.name, loads=False, why=why)
-    if found := violations(rule, layers, assignment):
+    found = [*network_problems(rule, config, 1), *violations(rule, layers, assignment)]
+    if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         return ServerSupport(name=rule.name, loads=False, why=found[0] + more)
     return ServerSupport(

@@ -29,6 +29,7 @@ from quantforge.models import (
     shape_of,
 )
 from quantforge.models.sizes import require_plausible
+from quantforge.models.transposed import straighten
 from quantforge.silence import quiet
 
 TOKENIZER_FILES = (
@@ -102,6 +103,7 @@ def load_model(
         )
     _check_loading(folder, module, loading)
     check_finite(module, str(source.location))
+    straighten(module)
     module.train(False).to(device)
     architecture = shape_of(module)
     return Model(
@@ -116,6 +118,8 @@ def load_model(
 def from_module(module: nn.Module, *, name: str = "in-memory", tokenizer: Any = None) -> Model:
     """Wrap a network that is already in memory; it is put into evaluation mode and not copied.
 
+    Linears that its class stores transposed (GPT-2) become ordinary ones.
+
     Raises:
         InputError: unknown architecture, quantized, on the meta device or non-finite weights.
     """
@@ -127,6 +131,7 @@ def from_module(module: nn.Module, *, name: str = "in-memory", tokenizer: Any = 
         if tensor.is_meta:
             raise InputError(f"{name}: {key} has no data (meta device): load the weights first")
     check_finite(module, name)
+    straighten(module)
     module.train(False)
     architecture = shape_of(module)
     layers = architecture.layers(module)
@@ -193,6 +198,13 @@ def model_config(module: nn.Module) -> dict[str, Any]:
     values.pop("quantization_config", None)
     values["architectures"] = [type(module).__name__]
     return values
+
+
+def described(module: nn.Module) -> dict[str, Any]:
+    """The network's whole configuration, with values that are its class's defaults."""
+    config: Any = module.config
+    values: dict[str, Any] = config.to_dict()
+    return {**values, "architectures": [type(module).__name__]}
 
 
 def generation_config(module: nn.Module) -> dict[str, Any] | None:

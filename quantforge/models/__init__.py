@@ -8,11 +8,13 @@ from quantforge.models.architecture import (
     architecture_of,
 )
 from quantforge.models.discovery import block_list_path, shape_of
+from quantforge.models.gpt2 import GPT2
 from quantforge.models.head import Head, LogitForm
 from quantforge.models.llama import LLAMA
 
 __all__ = [
     "ARCHITECTURES",
+    "GPT2",
     "LLAMA",
     "Architecture",
     "Head",

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from quantforge.errors import InputError
 from quantforge.models.architecture import ARCHITECTURES, Architecture, architecture_of
 from quantforge.models.head import LogitEntries
+from quantforge.models.transposed import StraightLinear
 
 TOKENS = 4
 # Of the matrices of the blocks, so much has to be layers that can be planned.
@@ -130,7 +131,7 @@ def discover(module: nn.Module) -> Discovery:
 def _is_linear(module: nn.Module) -> bool:
     """A plain linear or a packed one; not one with a forward pass of its own (FalconLinear)."""
     if isinstance(module, nn.Linear):
-        return type(module) is nn.Linear
+        return type(module) in (nn.Linear, StraightLinear)
     return isinstance(getattr(module, "in_features", None), int) and not list(module.children())
 
 

@@ -12,9 +12,10 @@ from typing import Any
 from quantforge.errors import InputError
 
 _BLOCKS = ("num_hidden_layers", "n_layer", "num_layers")
+_WIDTHS = ("hidden_size", "n_embd")
 _EXTENTS = ("vocab_size", "intermediate_size", "head_dim", "num_attention_heads",
-            "num_key_value_heads")  # fmt: skip
-_POSITIONS = "max_position_embeddings"
+            "num_key_value_heads", "n_inner", "n_head")  # fmt: skip
+_POSITIONS = ("max_position_embeddings", "n_positions")
 _MOST_POSITIONS = 1 << 31
 
 
@@ -35,9 +36,10 @@ def require_plausible(
     Raises:
         InputError: a size is not a positive integer, or too large.
     """
-    hidden = config.get("hidden_size", 1)
+    hidden = next((config[name] for name in _WIDTHS if name in config), 1)
     bounds = dict.fromkeys(_BLOCKS, tensors)
-    bounds |= {"hidden_size": 8 * stored_bytes, _POSITIONS: _MOST_POSITIONS}
+    bounds |= dict.fromkeys(_WIDTHS, 8 * stored_bytes)
+    bounds |= dict.fromkeys(_POSITIONS, _MOST_POSITIONS)
     if type(hidden) is int and hidden > 0:
         bounds |= dict.fromkeys(_EXTENTS, 8 * stored_bytes // hidden)
     for name, most in bounds.items():

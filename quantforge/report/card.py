@@ -17,11 +17,17 @@ from quantforge.report.numbers import (
 )
 
 
-def model_card(report: Report) -> str:
-    """The model card as Markdown with YAML front matter."""
-    sections = (_front_matter(report), _intro(report), _loading(report), _quality(report))
+def model_card(report: Report, *, transposed: bool = False) -> str:
+    """The model card as Markdown with YAML front matter.
+
+    Args:
+        report: of the run.
+        transposed: the network's class stores linears transposed (`models.transposed`).
+    """
+    obstacle = stock_obstacle(report, transposed)
+    sections = (_front_matter(report), _intro(report), _loading(obstacle), _quality(report))
     made = f"## Calibration\n\n{_inline(report.calibration)}\n"
-    return "\n".join((*sections, made, _limits(report)))
+    return "\n".join((*sections, made, _limits(report, obstacle)))
 
 
 def _front_matter(report: Report) -> str:
@@ -62,8 +68,10 @@ def _mixed(report: Report) -> bool:
     return len({layer.spec for layer in report.layers}) > 1
 
 
-def stock_obstacle(report: Report) -> str | None:
+def stock_obstacle(report: Report, transposed: bool = False) -> str | None:
     """Why stock transformers cannot load the checkpoint, or None if it can."""
+    if transposed:
+        return "its layers stand in the place of Conv1D modules, which it would fill with noise"
     specs = [layer for layer in report.layers if layer.spec != KEPT]
     if any(layer.spec.endswith("-asym") for layer in specs):
         return "it holds asymmetric weights"
@@ -72,8 +80,7 @@ def stock_obstacle(report: Report) -> str | None:
     return None
 
 
-def _loading(report: Report) -> str:
-    obstacle = stock_obstacle(report)
+def _loading(obstacle: str | None) -> str:
     own = (
         "With quantforge, which computes on the packed weights (install it from its source; the "
         "package of that name on PyPI is another project):\n\n"
@@ -123,17 +130,18 @@ def _quality(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _limits(report: Report) -> str:
-    return "## Limits\n\n" + "\n".join(f"- {line}" for line in _limit_lines(report)) + "\n"
+def _limits(report: Report, obstacle: str | None) -> str:
+    lines = _limit_lines(report, obstacle)
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 
 
-def _limit_lines(report: Report) -> Iterator[str]:
+def _limit_lines(report: Report, obstacle: str | None) -> Iterator[str]:
     yield (
         "The figures are on text held out from calibration, of the same origin; no task was "
         "measured. Test on your own before use."
     )
     yield "What the float model gets wrong, says unfairly or may not be used for stays so."
-    if stock_obstacle(report) is None and _mixed(report):
+    if obstacle is None and _mixed(report):
         yield (
             "Do not load it with `CompressedTensorsConfig(dequantize=True)`: with several widths "
             "in one file transformers 5.23 then decodes every layer with the first one's."

@@ -18,6 +18,7 @@ from torch import nn
 from quantforge.errors import InputError
 from quantforge.format import compressed
 from quantforge.format.checkpoint import open_checkpoint
+from quantforge.models.transposed import is_transposed
 from quantforge.runtime.linear import QuantLinear
 from quantforge.types import QuantSpec
 
@@ -93,6 +94,9 @@ def _packable(model: Any, files: list[str] | None) -> dict[str, QuantSpec] | Non
 
     They are read from the folder again: transformers' own object of the configuration has lost
     the version of the layout.
+
+    Raises:
+        InputError: the class stores a quantized linear transposed.
     """
     if not files:
         return None
@@ -105,6 +109,11 @@ def _packable(model: Any, files: list[str] | None) -> dict[str, QuantSpec] | Non
             module = model.get_submodule(name)
         except AttributeError:
             return None
+        if is_transposed(module):
+            raise InputError(
+                f"{type(model).__name__} stores {name} transposed, which transformers would fill "
+                "with noise; use quantforge.load"
+            )
         if not isinstance(module, nn.Linear) or not spec.symmetric:
             return None
         if not spec.divides(module.in_features):

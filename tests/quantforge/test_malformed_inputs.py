@@ -126,6 +126,7 @@ def test_json_is_one_kind_of_error():
         ("head_dim", 2**33), ("vocab_size", 2**62), ("intermediate_size", 10**400),
         ("num_attention_heads", 2**31), ("num_key_value_heads", -1), ("vocab_size", "many"),
         ("max_position_embeddings", 2**63), ("hidden_size", True), ("hidden_size", 64.0),
+        ("n_embd", 2**63), ("n_inner", 2**63),
     ],
 )  # fmt: skip
 def test_sizes_that_the_files_cannot_hold(copy, key, value):
