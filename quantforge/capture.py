@@ -24,6 +24,7 @@ from quantforge.attention import fused_attention
 from quantforge.errors import InputError
 from quantforge.models import Architecture
 from quantforge.models.cache import NAMES as CACHE_NAMES
+from quantforge.models.experts import LEAST_TOKENS, reached, without_correlations
 from quantforge.numerics import GramAccumulator
 
 Precision = Literal["float32", "bfloat16"]
@@ -251,10 +252,62 @@ def stage_readers(block: nn.Module, architecture: Architecture) -> dict[str, int
     return readers
 
 
+class StageGram:
+    """Mean x xᵀ of what one stage reads; safe where an expert has seen few tokens.
+
+    Args:
+        features: of the input.
+        device: of the sums.
+        expert: the stage is an expert's: its tokens are counted.
+
+    Attributes:
+        features: of the input.
+    """
+
+    def __init__(self, features: int, device: torch.device, *, expert: bool) -> None:
+        self.features = features
+        self._gram, self._reached = GramAccumulator(features, device), 0 if expert else None
+
+    def add(self, inputs: Tensor, dtype: torch.dtype, weights: Tensor | None = None) -> None:
+        """As `GramAccumulator.add`."""
+        self._gram.add(inputs, dtype, weights)
+        if self._reached is not None:
+            self._reached += reached(inputs)
+
+    @property
+    def starved(self) -> int | None:
+        """Tokens that reached the expert, where they are too few; None otherwise."""
+        few = self._reached is not None and self._reached < LEAST_TOKENS
+        return self._reached if few else None
+
+    def mean(self) -> Tensor:
+        """[in, in] float32; for a starved expert the identity of the same mean."""
+        gram = self._gram.mean()
+        return gram if self.starved is None else without_correlations(gram)
+
+
+def stage_accumulators(
+    readers: Mapping[str, int], architecture: Architecture | None, device: torch.device
+) -> dict[str, StageGram]:
+    """An empty `StageGram` for every reader (path → features).
+
+    Args:
+        readers: of the stages.
+        architecture: knows experts; None takes their grams as they are.
+        device: of the sums.
+    """
+    return {
+        name: StageGram(
+            size, device, expert=architecture is not None and architecture.of_expert(name)
+        )
+        for name, size in readers.items()
+    }
+
+
 def stage_grams(
     walk: BlockWalk, block: nn.Module, architecture: Architecture, *, advance: bool = False
-) -> list[Tensor]:
-    """Mean x xᵀ of every stage's input over the batches; a stage's layers read the same input.
+) -> list[StageGram]:
+    """The gram of every stage's input over the batches; a stage's layers read the same input.
 
     Args:
         walk: stands at the block's entrance.
@@ -264,12 +317,12 @@ def stage_grams(
     """
     readers = stage_readers(block, architecture)
     device, product = walk.hidden[0].device, product_dtype(walk.precision)
-    grams = {name: GramAccumulator(features, device) for name, features in readers.items()}
+    grams = stage_accumulators(readers, architecture, device)
     with input_hooks(block, list(readers), lambda name, inputs: grams[name].add(inputs, product)):
         for index, output in enumerate(walk.outputs(block)):
             if advance:
                 walk.hidden[index] = output
-    return [accumulator.mean() for accumulator in grams.values()]
+    return list(grams.values())
 
 
 @contextmanager

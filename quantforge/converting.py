@@ -34,7 +34,7 @@ from quantforge.format.checkpoint import (
 from quantforge.format.container import ContainerWriter
 from quantforge.format.manifest import tool_versions
 from quantforge.load.weights import PICKLED
-from quantforge.models.transposed import TRANSPOSED_CLASSES
+from quantforge.models.linears import WITHOUT_LINEARS
 from quantforge.outcomes import ConvertReport
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.types import QuantSpec
@@ -101,7 +101,7 @@ def convert(
         return convert_gguf(
             opened, Path(output), source=str(checkpoint), force=force, monitor=monitor
         )
-    _refuse_transposed(opened)
+    _refuse_without_linears(opened)
     specs = opened.specs()
     spec = gptq.only_spec(specs)
     _refuse_other_parts(opened, specs)
@@ -134,12 +134,12 @@ def _belongs(file: Path) -> bool:
     return file.name not in _LEFT and not weights
 
 
-def _refuse_transposed(opened: Checkpoint) -> None:
-    """No reader of the layout was tried on linears that a class stores transposed."""
+def _refuse_without_linears(opened: Checkpoint) -> None:
+    """No reader of the layout was tried where the network's class has no linears."""
     classes = opened.config.get("architectures") or [""]
-    if classes[0] in TRANSPOSED_CLASSES:
+    if classes[0] in WITHOUT_LINEARS:
         raise InputError(
-            f"{classes[0]} stores its linears transposed, which the GPTQ layout is not written for"
+            f"{classes[0]}: {WITHOUT_LINEARS[classes[0]]}, which the GPTQ layout is not written for"
         )
 
 

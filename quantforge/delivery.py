@@ -36,7 +36,8 @@ from quantforge.load.huggingface import (
 )
 from quantforge.machine import machine_traits
 from quantforge.memory import peak_bytes, release_freed
-from quantforge.models.transposed import has_transposed
+from quantforge.models.experts import LEAST_TOKENS, routers
+from quantforge.models.linears import WITHOUT_LINEARS
 from quantforge.outcomes import (
     EstimatorCost,
     LatencyReport,
@@ -45,7 +46,7 @@ from quantforge.outcomes import (
     Report,
     UniformPlan,
 )
-from quantforge.quantize.sequential import QuantizedLayer
+from quantforge.quantize.sequential import FEW_TOKENS, QuantizedLayer
 from quantforge.report.card import model_card
 from quantforge.report.html import render
 from quantforge.results import LayerReport, Quality, SizeReport
@@ -64,6 +65,7 @@ from quantforge.targets import bound
 from quantforge.types import BitPlan, LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
 
 KEPT_DTYPE = torch.bfloat16
+_MOST_NAMES = 16  # of experts, in one warning
 
 
 def deliver(
@@ -135,7 +137,7 @@ def write_checkpoint(
         model_config=model_config(module),
         generation_config=generation_config(module),
         plan=plan,
-        ignore=[name for name in linears if name not in planned],
+        ignore=[*(name for name in linears if name not in planned), *routers(module)],
         seed=job.seed,
         shard_bytes=job.recipe.export.shard_bytes,
         dtype=KEPT_DTYPE,
@@ -182,7 +184,7 @@ def write_documents(
     (folder / "recipe.yaml").write_text(strict_yaml.dump(dict(report.settings)), encoding="utf-8")
     (folder / "report.html").write_text(render(report), encoding="utf-8")
     (folder / "README.md").write_text(
-        model_card(report, transposed=has_transposed(job.model.module)), encoding="utf-8"
+        model_card(report, obstacle=class_obstacle(job)), encoding="utf-8"
     )
     source = job.model.source
     local = source.kind in ("folder", "gguf")  # absolute: `eval` may run in another folder
@@ -356,14 +358,19 @@ def quantized_embeddings(layers: Iterable[LayerInfo], plan: BitPlan) -> list[str
     ]
 
 
+def class_obstacle(job: Job) -> str | None:
+    """Why stock transformers loads no packed weights into the network's class; None if it does."""
+    return WITHOUT_LINEARS.get(type(job.model.module).__name__)
+
+
 def loading_warnings(job: Job, plan: BitPlan) -> list[str]:
     """One line for every reason why stock tools cannot load what the plan makes."""
     only = (
         "quantforge.load reads the checkpoint, stock transformers with compressed-tensors does not"
     )
     found = []
-    if has_transposed(job.model.module):
-        found.append(f"{type(job.model.module).__name__} stores its linears transposed: {only}")
+    if lacks := class_obstacle(job):
+        found.append(f"{type(job.model.module).__name__}: {lacks}; {only}")
     names = asymmetric_layers(plan)
     if names:
         found.append(f"{len(names)} layers are asymmetric, first {names[0]}: {only}")
@@ -403,9 +410,16 @@ def layer_warnings(rows: Iterable[LayerReport]) -> list[str]:
     damped = [row.name for row in rows if "needed damping" in row.note]
     rounded = [row.name for row in rows if "could not be factored" in row.note]
     dead = [row.name for row in rows if row.dead_columns]
+    starved = sorted({row.name.rpartition(".")[0] for row in rows if FEW_TOKENS in row.note})
     found = []
     if rounded:
         found.append(f"{len(rounded)} layers could only be rounded to nearest, first {rounded[0]}")
+    if starved:
+        more = f" and {len(starved) - _MOST_NAMES} more" if len(starved) > _MOST_NAMES else ""
+        found.append(
+            f"experts that fewer than {LEAST_TOKENS} calibration tokens reached were rounded by "
+            f"their weights alone: {', '.join(starved[:_MOST_NAMES])}{more}; give more text"
+        )
     if damped:
         found.append(f"{len(damped)} layers needed more damping, first {damped[0]}")
     if dead:

@@ -25,7 +25,7 @@ from quantforge.errors import UsageError
 from quantforge.evaluation import evaluate, evaluate_tasks, generate, inspect, load
 from quantforge.frontier import frontier_report, write_frontier
 from quantforge.landscape import curvature
-from quantforge.models.transposed import straightened
+from quantforge.models.linears import with_linears
 from quantforge.opening import Source, configure, limit_of, open_job, target_of
 from quantforge.outcomes import ParetoReport, PlanReport, Report
 from quantforge.plan_file import GivenPlan
@@ -259,10 +259,10 @@ def pareto(
 def _borrowed(model: Source) -> Iterator[None]:
     """A network in memory is float32 inside, and as it was before if the body fails.
 
-    Inside, its linears are ordinary ones, after it those of its class.
+    Inside it has a linear for every matrix, after it the modules of its class.
     """
     if not isinstance(model, nn.Module):
         yield
         return
-    with restored_on_error(model), in_float32(model), straightened(model):
+    with restored_on_error(model), in_float32(model), with_linears(model):
         yield

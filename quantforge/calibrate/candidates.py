@@ -116,7 +116,8 @@ def quantize_candidates(
         monitor.step("candidates", index + 1, count)
     for index in range(finished, count):
         block = walk.blocks[index]
-        grams = stage_grams(walk, block, model.architecture, advance=True)
+        stages = stage_grams(walk, block, model.architecture, advance=True)
+        grams = [stage.mean() for stage in stages]
         layers = [one for one in model.layers if one.block == index]
         factors = _factors(layers, grams, config.damping)
         for layer in layers:
@@ -135,6 +136,7 @@ def quantize_candidates(
                     damping=factor.damping,
                     dead=int(factor.dead.sum()),
                     fallback=factor.fallback,
+                    starved=stages[layer.stage].starved,
                 )
                 store.put(layer.name, quantized, made)
             found.append(errors)

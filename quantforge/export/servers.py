@@ -16,7 +16,7 @@ from typing import Any
 
 from quantforge.export.gguf_network import GGUF_ARCHITECTURES
 from quantforge.format.gguf_blocks import grouping, held_exactly
-from quantforge.models.transposed import TRANSPOSED_CLASSES
+from quantforge.models.linears import WITHOUT_LINEARS
 from quantforge.outcomes import ServerSupport
 from quantforge.types import PER_CHANNEL, SUPPORTED_BITS, LayerInfo, QuantSpec
 
@@ -54,7 +54,7 @@ class ServerRule:
         head: it loads a quantized head of its own.
         slices: it knows tensor parallelism.
         gguf: it reads GGUF files, which `convert` makes of this form; a type must hold every layer.
-        transposed: it puts packed linears in the place of those that a class stores transposed.
+        refuses: classes of networks for whose layers it has no packed ones.
     """
 
     name: str
@@ -68,7 +68,7 @@ class ServerRule:
     head: bool = False
     slices: bool = True
     gguf: bool = False
-    transposed: bool = False
+    refuses: tuple[str, ...] = tuple(WITHOUT_LINEARS)
 
 
 _TRANSFORMERS = ServerRule(
@@ -85,6 +85,7 @@ _VLLM = ServerRule(
     multiple=32,
     embedding_bits=(2, 4, 8),
     head=True,
+    refuses=("GPT2LMHeadModel",),
 )
 _RULES = (
     ServerRule(
@@ -94,7 +95,7 @@ _RULES = (
         tied=True,
         head=True,
         slices=False,
-        transposed=True,
+        refuses=(),
     ),
     _TRANSFORMERS,
     _VLLM,
@@ -198,10 +199,10 @@ def network_problems(rule: ServerRule, config: Mapping[str, Any], parts: int) ->
     if rule.gguf and classes and classes[0] not in GGUF_ARCHITECTURES:
         known = ", ".join(GGUF_ARCHITECTURES)
         found.append(f"{classes[0]} is not written as GGUF; known model classes: {known}")
-    elif classes and classes[0] in TRANSPOSED_CLASSES and not rule.transposed:
+    elif classes and classes[0] in rule.refuses:
         found.append(
-            f"{classes[0]} stores its linears transposed (Conv1D), which it does not replace by "
-            "packed ones; quantforge.load does"
+            f"{classes[0]}: {WITHOUT_LINEARS[classes[0]]}, where it puts no packed linears; "
+            "quantforge.load does"
         )
     if isinstance(heads, int) and heads % parts:
         found.append(f"{heads} attention heads do not split into {parts}")

@@ -27,12 +27,14 @@ class Circumstances:
         damping: that was needed.
         dead: input features that were always zero.
         fallback: the gram was of no use, and weights were rounded to nearest.
+        starved: tokens that reached an expert, where they were too few for a gram; None otherwise.
     """
 
     asked: float = math.nan
     damping: float = math.nan
     dead: int = 0
     fallback: bool = False
+    starved: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class CandidateStore:
             damping=float(kept.get("damping", "nan")),
             dead=int(kept.get("dead", "0")),
             fallback=kept.get("fallback") == "True",
+            starved=None if (few := kept.get("starved", "None")) == "None" else int(few),
         )
 
     def get(self, layer: str, spec: QuantSpec) -> QuantizedWeight:

@@ -28,8 +28,8 @@ from quantforge.models import (
     block_list_path,
     shape_of,
 )
+from quantforge.models.linears import give_linears
 from quantforge.models.sizes import require_plausible
-from quantforge.models.transposed import straighten
 from quantforge.silence import quiet
 
 TOKENIZER_FILES = (
@@ -103,7 +103,7 @@ def load_model(
         )
     _check_loading(folder, module, loading)
     check_finite(module, str(source.location))
-    straighten(module)
+    give_linears(module)
     module.train(False).to(device)
     architecture = shape_of(module)
     return Model(
@@ -118,7 +118,7 @@ def load_model(
 def from_module(module: nn.Module, *, name: str = "in-memory", tokenizer: Any = None) -> Model:
     """Wrap a network that is already in memory; it is put into evaluation mode and not copied.
 
-    Linears that its class stores transposed (GPT-2) become ordinary ones.
+    It gets linears where its class has none (`models.linears`).
 
     Raises:
         InputError: unknown architecture, quantized, on the meta device or non-finite weights.
@@ -131,7 +131,7 @@ def from_module(module: nn.Module, *, name: str = "in-memory", tokenizer: Any = 
         if tensor.is_meta:
             raise InputError(f"{name}: {key} has no data (meta device): load the weights first")
     check_finite(module, name)
-    straighten(module)
+    give_linears(module)
     module.train(False)
     architecture = shape_of(module)
     layers = architecture.layers(module)

@@ -5,7 +5,7 @@ A new architecture is one `Architecture(...)`; no stage changes for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,8 @@ class Architecture:
         rotary: path of the module that gives cosines and sines of positions, where the block is
             Llama's: norms before both halves, rotated queries and keys, a gated feed-forward, its
             four stages in this order. Empty for any other block.
+        experts: path of the module in a block that holds experts; in stages, a member with "*" for
+            an expert's number stands for all of them. Its experts share a spec.
         logits: entries of the configuration that say what becomes of the head's output.
     """
 
@@ -52,6 +54,7 @@ class Architecture:
     head: str
     folds: tuple[tuple[str, int], ...] = ()
     rotary: str = ""
+    experts: str = ""
     logits: LogitEntries = NO_ENTRIES
 
     def logit_form(self, module: nn.Module) -> LogitForm:
@@ -73,6 +76,36 @@ class Architecture:
             bias=None if linear.bias is None else linear.bias.detach(),
             form=self.logit_form(module),
         )
+
+    def of_network(self, module: nn.Module) -> Architecture:
+        """The same with the stages of all experts of `module` written out, expert by expert.
+
+        Raises:
+            InputError: a block has no experts where they should be.
+        """
+        if not self.experts:
+            return self
+        counts = set()
+        for block in self.block_list(module):
+            holder = dict(block.named_modules()).get(self.experts)
+            counts.add(getattr(holder, "num_experts", None))
+        count = counts.pop()
+        if counts or count is None:
+            raise InputError(
+                f"the blocks of {type(module).__name__} do not all have the same number of experts "
+                f"at {self.experts}; mixtures with dense blocks are not supported"
+            )
+        own = [stage for stage in self.stages if self.of_expert(stage[0])]
+        written = [
+            tuple(member.replace("*", str(number)) for member in stage)
+            for number in range(count)
+            for stage in own
+        ]
+        return replace(self, stages=(*(s for s in self.stages if s not in own), *written))
+
+    def of_expert(self, member: str) -> bool:
+        """Whether a layer of a block is an expert's."""
+        return bool(self.experts) and member.startswith(f"{self.experts}.")
 
     def block_list(self, module: nn.Module) -> nn.ModuleList:
         """The decoder blocks of `module`."""
@@ -101,13 +134,14 @@ class Architecture:
                         kind = type(linear).__name__
                         raise InputError(f"{name} is a {kind}, expected a float Linear")
                     group = next((g for g in self.fused if member in g), (member,))
+                    shared = self.experts if self.of_expert(member) else "+".join(group)
                     info = LayerInfo(
                         name=name,
                         out_features=linear.out_features,
                         in_features=linear.in_features,
                         block=index,
                         stage=stage,
-                        fused_group=f"{self.blocks}.{index}.{'+'.join(group)}",
+                        fused_group=f"{self.blocks}.{index}.{shared}",
                     )
                     found.append(info)
         return tuple(found)
@@ -164,7 +198,7 @@ def architecture_of(module: nn.Module) -> Architecture:
     name = type(module).__name__
     for architecture in ARCHITECTURES.values():
         if name in architecture.classes:
-            return architecture
+            return architecture.of_network(module)
     known = ", ".join(c for a in ARCHITECTURES.values() for c in a.classes)
     raise InputError(f"{name} is not a known architecture; known model classes: {known}")
 

@@ -37,6 +37,20 @@ MISTRAL = replace(LLAMA, name="mistral", classes=("MistralForCausalLM",))
 QWEN2 = replace(LLAMA, name="qwen2", classes=("Qwen2ForCausalLM",))
 # Norms over the queries and keys of every head.
 QWEN3 = replace(LLAMA, name="qwen3", classes=("Qwen3ForCausalLM",), rotary="")
+# Experts in the place of the feed-forward half; what they read, the router reads too.
+QWEN3_MOE = replace(
+    QWEN3,
+    name="qwen3_moe",
+    classes=("Qwen3MoeForCausalLM",),
+    stages=(
+        *LLAMA.stages[:2],
+        ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+        ("mlp.experts.*.down_proj",),
+    ),
+    fused=LLAMA.fused[:1],
+    folds=LLAMA.folds[:2],
+    experts="mlp.experts",
+)
 # Norms behind both halves too, and each norm multiplies by one more than its weight, so a weight
 # cannot take up a factor; some blocks look back over a window (Gemma 3's with other rotary
 # frequencies).
@@ -108,5 +122,5 @@ PHI3 = replace(
     folds=(("input_layernorm", 0), ("post_attention_layernorm", 2)),
 )
 
-for _one in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, GRANITE, COHERE, PHI, PHI3):
+for _one in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, GRANITE, COHERE, PHI, PHI3):
     ARCHITECTURES.register(_one.name)(_one)

@@ -14,7 +14,8 @@ from quantforge.errors import InputError
 _BLOCKS = ("num_hidden_layers", "n_layer", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd")
 _EXTENTS = ("vocab_size", "intermediate_size", "head_dim", "num_attention_heads",
-            "num_key_value_heads", "n_inner", "n_head")  # fmt: skip
+            "num_key_value_heads", "n_inner", "n_head", "num_experts",
+            "moe_intermediate_size")  # fmt: skip
 _POSITIONS = ("max_position_embeddings", "n_positions")
 _MOST_POSITIONS = 1 << 31
 

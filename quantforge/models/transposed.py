@@ -16,9 +16,6 @@ from typing import Any
 
 from torch import nn
 
-# Classes of transformers that have such modules and are described here.
-TRANSPOSED_CLASSES = ("GPT2LMHeadModel",)
-
 
 class StraightLinear(nn.Linear):
     """An ordinary linear in the place of a transposed one; it has the bias of that."""
@@ -66,8 +63,3 @@ def straightened(module: nn.Module) -> Iterator[None]:
             weight: Any = original.weight
             weight.data = linear.weight.data.T.contiguous()
             module.set_submodule(name, original)
-
-
-def has_transposed(module: nn.Module) -> bool:
-    """Whether linears of `module` stand in the place of transposed ones."""
-    return any(isinstance(one, StraightLinear) for one in module.modules())

@@ -30,7 +30,7 @@ from quantforge.quantize.layer import Compensated, Outputs, Stage, quantize_laye
 from quantforge.quantize.refine import refine_block
 from quantforge.quantize.resume import BLOCK, FinishedBlock, read_block, write_block
 from quantforge.quantize.scale import refold, rescale_outputs, scale_block
-from quantforge.quantize.streams import Streams
+from quantforge.quantize.streams import StageMoments, Streams
 from quantforge.results import LayerReport
 from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantizedWeight
 
@@ -39,6 +39,8 @@ _ONE_PASS = {
     False: "one-pass compensation on the float network's inputs",
     True: "rounded or compensated, whichever gave the lower held-out KL",
 }
+# Of a note, by which starved experts are known.
+FEW_TOKENS = "calibration tokens reached it"
 # Layer name → diagonal blocks of its output gram, which cover its rows in order.
 OutputGrams = Callable[[str], Sequence[Tensor]]
 # Layer name → [fitting sequences, length] how much the loss feels its outputs, mean 1.
@@ -88,7 +90,7 @@ class _Pending:
     layer: LayerInfo
     weight: Tensor
     made: Compensated
-    gram: Tensor
+    fitting: StageMoments
 
     def report(
         self, quantized: QuantizedWeight, predicted: float | None, config: QuantizeConfig
@@ -96,10 +98,11 @@ class _Pending:
         """What happened to the layer, whose weight became `quantized`."""
         difference = quantized.dequantize() - self.weight
         rounding = self.made.rounded.dequantize() - self.weight
-        reference = output_error(self.weight, self.gram)
+        gram = self.fitting.gram
+        reference = output_error(self.weight, gram)
         factor, choice = self.made.factor, self.made.choice
         asked = config.damping[0] if choice is None else choice.damping
-        notes = _gram_notes(factor.fallback, factor.damping, asked)
+        notes = _gram_notes(factor.fallback, factor.damping, asked, self.fitting.starved)
         if choice is not None and config.chooses:
             notes.append(f"chosen: {choice}")
         return LayerReport(
@@ -107,16 +110,18 @@ class _Pending:
             spec=str(quantized.spec),
             predicted_loss=predicted,
             weight_error=relative(difference.square(), self.weight.square()),
-            output_error=relative(output_error(difference, self.gram), reference),
-            rtn_output_error=relative(output_error(rounding, self.gram), reference),
+            output_error=relative(output_error(difference, gram), reference),
+            rtn_output_error=relative(output_error(rounding, gram), reference),
             damping=factor.damping,
             dead_columns=int(factor.dead.sum()),
             note="; ".join(notes),
         )
 
 
-def _gram_notes(fallback: bool, damping: float, asked: float) -> list[str]:
+def _gram_notes(fallback: bool, damping: float, asked: float, starved: int | None) -> list[str]:
     """What a user should know of a layer's gram."""
+    if starved is not None:
+        return [f"rounded by its weights alone: {starved} {FEW_TOKENS}"]
     if fallback:
         return ["rounded to nearest: its inputs' gram could not be factored"]
     return [f"gram needed damping {damping:g}"] if damping > asked else []
@@ -168,8 +173,8 @@ def _compensate_block(
                 made = quantize_layer(weight, stages[layer.stage], spec, config, outputs)
             except InputError as error:
                 raise InputError(f"{layer.name}: {error}") from error
-            gram = stages[layer.stage].fitting.gram
-            done.append(_Pending(layer=layer, weight=weight, made=made, gram=gram))
+            fitting_moments = stages[layer.stage].fitting
+            done.append(_Pending(layer=layer, weight=weight, made=made, fitting=fitting_moments))
             floats[f"{path}.weight"] = weight
             put_weight(model, layer.name, made.quantized.dequantize())
     streams.advance_native(block, floats)
@@ -354,7 +359,7 @@ def quantize_from_store(
         difference = quantized.dequantize() - weight
         put_weight(model, layer.name, quantized.dequantize())
         made = store.circumstances(layer.name)
-        notes = _gram_notes(made.fallback, made.damping, made.asked)
+        notes = _gram_notes(made.fallback, made.damping, made.asked, made.starved)
         report = LayerReport(
             name=layer.name,
             spec=str(spec),

@@ -22,7 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantforge.capture import BlockWalk, product_dtype, stage_readers
+from quantforge.capture import (
+    BlockWalk,
+    StageGram,
+    product_dtype,
+    stage_accumulators,
+    stage_readers,
+)
 from quantforge.models import Model
 from quantforge.numerics import CrossAccumulator, GramAccumulator
 from quantforge.quantize.config import CROSS_METHODS, QuantizeConfig
@@ -37,10 +43,21 @@ class StageMoments:
     Attributes:
         gram: [in, in] mean x̃ x̃ᵀ.
         cross: [in, in] mean (x − x̃) x̃ᵀ; None where the method does not use it.
+        starved: tokens that reached an expert, where they were too few: the gram is the identity
+            and the cross moment zero, so that nothing is compensated. None otherwise.
     """
 
     gram: Tensor
     cross: Tensor | None
+    starved: int | None = None
+
+
+def _stage_moments(gram: StageGram, cross: CrossAccumulator | None) -> StageMoments:
+    """What was gathered of one stage."""
+    moment = None if cross is None else cross.mean()
+    if moment is not None and gram.starved is not None:
+        moment = torch.zeros_like(moment)
+    return StageMoments(gram=gram.mean(), cross=moment, starved=gram.starved)
 
 
 class Streams:
@@ -119,10 +136,12 @@ class Streams:
         readers = dict(sizes[index] for index in stages)
         split, count = self.fitting_batches, len(self.quantized.hidden)
         counted = dict(zip(readers, weights, strict=True))
-        fitting = self._part(block, readers, range(split), floats, counted)
+        grams = stage_accumulators(readers, self._architecture, self.quantized.hidden[0].device)
+        fitting = self._part(block, grams, range(split), floats, counted)
         if not self._chooses:
             return fitting, []
-        return fitting, self._part(block, readers, range(split, count), floats, {})
+        grams = stage_accumulators(readers, None, self.quantized.hidden[0].device)
+        return fitting, self._part(block, grams, range(split, count), floats, {})
 
     def statistics(self, block: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Of every stage's input x̃ over the fitting batches: [in, in] mean x̃ x̃ᵀ, [in] mean |x̃|.
@@ -143,22 +162,21 @@ class Streams:
     def _part(
         self,
         block: nn.Module,
-        readers: Mapping[str, int],
+        grams: Mapping[str, StageGram],
         batches: range,
         floats: Mapping[str, Tensor],
         weights: Mapping[str, Tensor | None],
     ) -> list[StageMoments]:
-        """Moments of what `readers` (path → features) read in some batches.
+        """Moments of what some layers read in some batches, with their grams, which are empty yet.
 
         Where these are all stages, the float stream moves on in the same pass.
         """
         device = self.quantized.hidden[0].device
         product = product_dtype(self.quantized.precision)
-        grams = {name: GramAccumulator(size, device) for name, size in readers.items()}
         crosses: dict[str, CrossAccumulator] = {}
         if self._compares:
-            crosses = {name: CrossAccumulator(size, device) for name, size in readers.items()}
-        names = list(readers)
+            crosses = {name: CrossAccumulator(one.features, device) for name, one in grams.items()}
+        names = list(grams)
         for index in batches:
             read = self.quantized.inputs(block, index, names)
             rows = self._rows(index)
@@ -173,14 +191,11 @@ class Streams:
                 else:
                     meant = self.native.inputs(block, index, names, floats)
                 for name, inputs in read.items():
-                    crosses[name].add(meant[name], inputs, product, counts[name])
-        return [
-            StageMoments(
-                gram=grams[name].mean(),
-                cross=crosses[name].mean() if self._compares else None,
-            )
-            for name in names
-        ]
+                    native = meant[name]
+                    if self._architecture.of_expert(name):  # tokens that went elsewhere there
+                        native = torch.where(native.any(-1, keepdim=True), native, inputs)
+                    crosses[name].add(native, inputs, product, counts[name])
+        return [_stage_moments(grams[name], crosses.get(name)) for name in names]
 
     def _rows(self, batch: int) -> slice:
         """The sequences of a batch, among all."""

@@ -17,14 +17,14 @@ from quantforge.report.numbers import (
 )
 
 
-def model_card(report: Report, *, transposed: bool = False) -> str:
+def model_card(report: Report, *, obstacle: str | None = None) -> str:
     """The model card as Markdown with YAML front matter.
 
     Args:
         report: of the run.
-        transposed: the network's class stores linears transposed (`models.transposed`).
+        obstacle: why stock transformers does not load the network's class, whatever the plan.
     """
-    obstacle = stock_obstacle(report, transposed)
+    obstacle = obstacle or stock_obstacle(report)
     sections = (_front_matter(report), _intro(report), _loading(obstacle), _quality(report))
     made = f"## Calibration\n\n{_inline(report.calibration)}\n"
     return "\n".join((*sections, made, _limits(report, obstacle)))
@@ -68,10 +68,8 @@ def _mixed(report: Report) -> bool:
     return len({layer.spec for layer in report.layers}) > 1
 
 
-def stock_obstacle(report: Report, transposed: bool = False) -> str | None:
-    """Why stock transformers cannot load the checkpoint, or None if it can."""
-    if transposed:
-        return "its layers stand in the place of Conv1D modules, which it would fill with noise"
+def stock_obstacle(report: Report) -> str | None:
+    """Why stock transformers cannot load what the plan makes, or None if it can."""
     specs = [layer for layer in report.layers if layer.spec != KEPT]
     if any(layer.spec.endswith("-asym") for layer in specs):
         return "it holds asymmetric weights"

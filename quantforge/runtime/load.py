@@ -27,8 +27,8 @@ from quantforge.format.checkpoint import (
     open_checkpoint,
 )
 from quantforge.methods.rtn import minmax_scale, round_to_nearest
+from quantforge.models.linears import give_linears
 from quantforge.models.sizes import require_plausible
-from quantforge.models.transposed import straighten
 from quantforge.runtime.linear import PackedWeight, QuantEmbedding, QuantLinear
 from quantforge.types import QuantSpec
 
@@ -139,7 +139,7 @@ def require_backend(
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    """The model class of config.json: parameters on meta, buffers real, linears not transposed."""
+    """The model class of config.json: parameters on meta, buffers real, linears everywhere."""
     import transformers
     from accelerate import init_empty_weights
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -167,7 +167,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         config = CONFIG_MAPPING[model_type].from_dict(fields)
         with init_empty_weights(include_buffers=False):
             model: nn.Module = make(config, dtype=dtype)
-    straighten(model)
+    give_linears(model, whole=False)
     return model
 
 

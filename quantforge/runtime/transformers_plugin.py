@@ -18,7 +18,7 @@ from torch import nn
 from quantforge.errors import InputError
 from quantforge.format import compressed
 from quantforge.format.checkpoint import open_checkpoint
-from quantforge.models.transposed import is_transposed
+from quantforge.models.linears import WITHOUT_LINEARS
 from quantforge.runtime.linear import QuantLinear
 from quantforge.types import QuantSpec
 
@@ -96,7 +96,7 @@ def _packable(model: Any, files: list[str] | None) -> dict[str, QuantSpec] | Non
     the version of the layout.
 
     Raises:
-        InputError: the class stores a quantized linear transposed.
+        InputError: the class has no linears where the folder has packed ones.
     """
     if not files:
         return None
@@ -104,16 +104,16 @@ def _packable(model: Any, files: list[str] | None) -> dict[str, QuantSpec] | Non
         specs = open_checkpoint(Path(files[0]).parent).specs()
     except InputError:
         return None
+    if type(model).__name__ in WITHOUT_LINEARS:
+        raise InputError(
+            f"{type(model).__name__}: {WITHOUT_LINEARS[type(model).__name__]}, and transformers "
+            "would load wrong weights there; use quantforge.load"
+        )
     for name, spec in specs.items():
         try:
             module = model.get_submodule(name)
         except AttributeError:
             return None
-        if is_transposed(module):
-            raise InputError(
-                f"{type(model).__name__} stores {name} transposed, which transformers would fill "
-                "with noise; use quantforge.load"
-            )
         if not isinstance(module, nn.Linear) or not spec.symmetric:
             return None
         if not spec.divides(module.in_features):

@@ -165,7 +165,10 @@ def test_predictions_are_near_the_kl_that_small_errors_cause(model):
     )  # fmt: skip
     exact, exact_error = exact_losses(found.products, 24)
     walk = BlockWalk(model.module, model.architecture, tokens, precision="float32")
-    grams = [stage_grams(walk, one, model.architecture, advance=True) for one in walk.blocks]
+    grams = [
+        [stage.mean() for stage in stage_grams(walk, one, model.architecture, advance=True)]
+        for one in walk.blocks
+    ]
     logs = {"factored": [], "exact": []}
     for index, layer in enumerate(model.layers):
         weight = model.module.get_submodule(layer.name).weight
@@ -206,7 +209,7 @@ def test_table_rises_with_fewer_bits_and_the_store_gives_back_what_was_measured(
         logits = model.module(input_ids=tokens).logits
         assert torch.allclose(model.module.lm_head(final.float()), logits, atol=0.02)
     walk = BlockWalk(model.module, model.architecture, tokens, precision="float32")
-    grams = stage_grams(walk, walk.blocks[0], model.architecture)
+    grams = [one.mean() for one in stage_grams(walk, walk.blocks[0], model.architecture)]
     layer = errors[3].layer
     weight = model.module.get_submodule(layer.name).weight.detach()
     difference = store.get(layer.name, QuantSpec(3, 32)).dequantize() - weight

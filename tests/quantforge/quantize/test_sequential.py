@@ -68,7 +68,7 @@ def test_every_block_reads_what_the_quantized_blocks_before_it_give(trained):
             weight.data.copy_(one.weight.dequantize())
     walk = BlockWalk(by_hand.module, by_hand.architecture, tokens, precision="float32")
     walk.advance(walk.blocks[0])
-    grams = stage_grams(walk, walk.blocks[1], by_hand.architecture)
+    grams = [one.mean() for one in stage_grams(walk, walk.blocks[1], by_hand.architecture)]
     for one in done:
         if one.layer.block == 1:
             float_weight = trained.get_submodule(one.layer.name).weight.detach()
@@ -180,7 +180,8 @@ def test_rows_answer_for_each_other_by_the_output_gram(trained):
         trained, from_module(trained).architecture, markov_tokens(16, 32, seed=4),
         precision="float32",
     )  # fmt: skip
-    inputs = stage_grams(walk, walk.blocks[0], from_module(trained).architecture)
+    stages = stage_grams(walk, walk.blocks[0], from_module(trained).architecture)
+    inputs = [one.mean() for one in stages]
     for one, other in zip(done, alone, strict=True):
         if one.layer.block > 0:
             continue
