@@ -35,10 +35,10 @@ import torch
 from quantforge.calibrate.fisher import LARGEST_OUTPUT_BLOCK
 from quantforge.capture import compute_in
 from quantforge.memory import peak_bytes, resident_bytes
+from quantforge.methods.head_loss import HEAD_CHUNK
 from quantforge.models import Model
 from quantforge.outcomes import WorkEstimate
 from quantforge.quantize.config import CROSS_METHODS
-from quantforge.quantize.tune import HEAD_CHUNK
 from quantforge.recipe import Recipe
 from quantforge.types import CalibrationSet, LayerInfo
 

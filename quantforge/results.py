@@ -158,6 +158,50 @@ class RefinementRound:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPoint:
+    """The network in training, measured on held-out tokens.
+
+    Attributes:
+        step: finished steps.
+        loss: mean training loss of a token since the point before, in nats; None at the start.
+        kl: of the network as it would be stored, in nats a token.
+        soft_kl: of the network as it is trained, between float and integer; equal to `kl` where
+            nothing is soft.
+    """
+
+    step: int
+    loss: float | None
+    kl: float
+    soft_kl: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOutcome:
+    """What recovery by training did.
+
+    Attributes:
+        tokens: it trained on.
+        steps: of the optimizer.
+        points: measurements on held-out tokens, the start first.
+        best: index of the point whose state was taken; 0 is the start.
+        kept: whether the state that was taken is better than the untrained network.
+        note: anything a user should know; empty otherwise.
+    """
+
+    tokens: int
+    steps: int
+    points: tuple[TrainingPoint, ...]
+    best: int
+    kept: bool = True
+    note: str = ""
+
+    @property
+    def gap(self) -> float:
+        """KL of the stored network above that of the trained one, at the end."""
+        return self.points[-1].kl - self.points[-1].soft_kl
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
     """What happened to one layer.
 

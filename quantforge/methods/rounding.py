@@ -24,6 +24,21 @@ from quantforge.types import QuantizedWeight
 CELL = 0.45
 
 
+def within_cells(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """[out, in] float32 latents: the float weight in units of the grid, inside its code's cell.
+
+    They round to the codes, whatever compensation has made of those, and are as near to the float
+    weight as that allows.
+
+    Args:
+        weight: [out, in] float weight.
+        quantized: codes and the grid.
+    """
+    scale, codes = quantized.scale.float(), quantized.codes.float()
+    exact = weight.float().view(*scale.shape, -1) / scale.unsqueeze(-1) + quantized.centre()
+    return codes + (exact.view_as(codes) - codes).clamp_(-CELL, CELL)
+
+
 @dataclass(slots=True, kw_only=True)
 class TrainableWeight:
     """One layer's weight while its rounding is learned.
@@ -43,15 +58,11 @@ class TrainableWeight:
     @classmethod
     def start(cls, weight: Tensor, quantized: QuantizedWeight) -> TrainableWeight:
         """From the float weight [out, in] and the codes it starts from."""
-        scale, codes = quantized.scale.float(), quantized.codes.float()
-        centre = quantized.centre()
-        exact = weight.float().view(*scale.shape, -1) / scale.unsqueeze(-1) + centre
-        latent = codes + (exact.view_as(codes) - codes).clamp_(-CELL, CELL)
+        latent, centre = within_cells(weight, quantized), quantized.centre()
         top = (1 << quantized.spec.bits) - 1
         # a copy of the scales, which `quantized` keeps as they are
-        made = Latents.start(
-            latent, scale.clone(), centre.squeeze(-1) if centre.ndim else centre, top
-        )
+        scale = quantized.scale.to(torch.float32, copy=True)
+        made = Latents.start(latent, scale, centre.squeeze(-1) if centre.ndim else centre, top)
         return cls(latents=made, initial=quantized)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -85,7 +85,11 @@ class ScaledLinear(nn.Module):
 
     def finish(self) -> QuantizedWeight:
         """The same integers with the scales as they now are."""
-        scale = self.scale().detach().bfloat16()
-        if bool((scale == 0).any()):  # 16 bits hold no smaller scale; keep where it came from
-            scale = torch.where(scale == 0, self.quantized.scale, scale)
-        return replace(self.quantized, scale=scale)
+        return replace(self.quantized, scale=stored_scale(self.scale(), self.quantized.scale))
+
+
+@torch.no_grad()
+def stored_scale(scale: Tensor, start: Tensor) -> Tensor:
+    """[out, groups] bfloat16 scales as they are stored: `start`'s where 16 bits round them to 0."""
+    stored = scale.bfloat16()
+    return torch.where(stored == 0, start.to(stored.dtype), stored)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quantforge.format.store import weight_from, weight_tensors
 from quantforge.journal import Journal, numbered
+from quantforge.optimizer_state import restore_training, training_tensors
 from quantforge.results import LayerReport
 from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec
 
@@ -101,14 +102,11 @@ def write_tuning(
         optimizer: of these.
         generator: that orders the sequences.
     """
-    tensors = {f"parameter.{index}": one.detach() for index, one in enumerate(parameters)}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    tensors = training_tensors(parameters, optimizer)
     tensors["generator"] = generator.get_state()
     journal.write(TUNING, tensors, {"step": step, "order": list(order)})
 
 
-@torch.no_grad()
 def read_tuning(
     journal: Journal,
     parameters: Sequence[Tensor],
@@ -122,14 +120,6 @@ def read_tuning(
     entry = journal.read(TUNING)
     if entry is None:
         return 0, []
-    for index, parameter in enumerate(parameters):
-        parameter.copy_(entry.tensors[f"parameter.{index}"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in entry.tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "optimizer":
-            position, _, field = rest.partition(".")
-            state.setdefault(int(position), {})[field] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    restore_training(entry.tensors, parameters, optimizer)
     generator.set_state(entry.tensors["generator"])
     return int(entry.facts["step"]), list(entry.facts["order"])

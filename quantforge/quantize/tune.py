@@ -15,9 +15,7 @@ so no [tokens, vocabulary] graph exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +23,14 @@ from torch import Tensor, nn
 from quantforge.capture import compute_in, recomputed
 from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.memory import release_freed
+from quantforge.methods.head_loss import distillation_gradient
 from quantforge.methods.scaled_linear import ScaledLinear
 from quantforge.models import Head, Model
-from quantforge.models.head import wide
 from quantforge.progress import Monitor, resumed
 from quantforge.quantize.config import TuningConfig
 from quantforge.quantize.resume import read_tuning, write_tuning
+from quantforge.stand_ins import put_weights, stand_ins, trainable_norms
 from quantforge.types import QuantizedWeight
-
-# Tokens whose logits are formed at a time: three [tokens, vocabulary] float32 matrices are held,
-# four where logits are capped.
-HEAD_CHUNK = 128
 
 
 def tune_scales(
@@ -72,9 +67,13 @@ def tune_scales(
     head = architecture.output_head(module).rounded(torch.bfloat16)
     taught = head if float_head is None else float_head.rounded(torch.bfloat16)
     body = module.get_submodule(architecture.blocks.rpartition(".")[0])
+
+    def stand_in(name: str, bias: nn.Parameter | None) -> ScaledLinear:
+        return ScaledLinear(weights[name], bias)
+
     with (
-        _stand_ins(module, weights) as layers,
-        _trainable_norms(module, layers, module.get_submodule(architecture.head)) as norms,
+        stand_ins(module, weights, stand_in) as layers,
+        trainable_norms(module, layers, module.get_submodule(architecture.head)) as norms,
         recomputed(architecture.block_list(module), config.recompute),
     ):
         optimizer = torch.optim.Adam(
@@ -133,88 +132,14 @@ def kept_if_better(
     release_freed()
     tuned = tune()
     release_freed()
-    _put(model, tuned)
+    put_weights(model.module, tuned)
     with torch.no_grad():
         for parameter, _ in norms:
             parameter.copy_(parameter.bfloat16())
     if measure() < before:
         return tuned
-    _put(model, weights)
+    put_weights(model.module, weights)
     with torch.no_grad():
         for parameter, norm in norms:
             parameter.copy_(norm)
     return weights
-
-
-@torch.no_grad()
-def _put(model: Model, weights: Mapping[str, QuantizedWeight]) -> None:
-    """Write dequantized weights into their layers."""
-    for name, weight in weights.items():
-        parameter: Any = model.module.get_submodule(name).weight
-        parameter.copy_(weight.dequantize())
-
-
-@torch.no_grad()
-def distillation_gradient(
-    student: Tensor, teacher: Tensor, head: Head, teacher_head: Head | None = None
-) -> Tensor:
-    """Gradient of Σ_t KL(p_t ‖ q_t) with respect to the student's head input, [tokens, hidden].
-
-    Args:
-        student: [tokens, hidden] head input of the network being tuned.
-        teacher: [tokens, hidden] head input of the float network.
-        head: the student's.
-        teacher_head: the teacher's; None where they share one.
-    """
-    teacher_head = head if teacher_head is None else teacher_head
-    pieces = []
-    for ours, theirs in zip(
-        torch.split(student, HEAD_CHUNK), torch.split(teacher, HEAD_CHUNK), strict=True
-    ):
-        difference, slope = head.distribution(ours)
-        difference -= torch.softmax(teacher_head.logits(theirs), -1)
-        pieces.append(wide(head.input_gradient(difference, slope)))
-    return torch.cat(pieces)
-
-
-@contextmanager
-def _stand_ins(
-    module: nn.Module, weights: Mapping[str, QuantizedWeight]
-) -> Iterator[dict[str, ScaledLinear]]:
-    """Put a `ScaledLinear` in the place of every quantized layer; put the layers back after.
-
-    Meanwhile the layers' own weights, which hold no more than codes and scales do, take no memory.
-    """
-    originals: dict[str, Any] = {name: module.get_submodule(name) for name in weights}
-    layers = {name: ScaledLinear(weights[name], originals[name].bias) for name in weights}
-    try:
-        for name, layer in layers.items():
-            module.set_submodule(name, layer)
-            originals[name].weight.data = originals[name].weight.data.new_empty(0)
-        release_freed()
-        yield layers
-    finally:
-        release_freed()  # activations, before the weights come back
-        for name, original in originals.items():
-            original.weight.data = weights[name].dequantize(original.weight.dtype)
-            module.set_submodule(name, original)
-
-
-@contextmanager
-def _trainable_norms(
-    module: nn.Module, layers: Mapping[str, ScaledLinear], head: nn.Module
-) -> Iterator[list[nn.Parameter]]:
-    """The one-dimensional parameters outside layers and head; they and the scales get gradients."""
-    needs = {name: p.requires_grad for name, p in module.named_parameters()}
-    inside = {id(p) for part in (*layers.values(), head) for p in part.parameters()}
-    module.requires_grad_(False)
-    norms = [p for p in module.parameters() if p.ndim == 1 and id(p) not in inside]
-    trained = [*norms, *(layer.change for layer in layers.values())]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    try:
-        yield norms
-    finally:
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(needs.get(name, False))
-            parameter.grad = None

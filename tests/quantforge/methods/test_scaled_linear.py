@@ -8,6 +8,7 @@ import torch
 from quantforge.evaluate.quality import ReferenceOutputs, measure
 from quantforge.load.huggingface import from_module
 from quantforge.methods.gptq import gptq
+from quantforge.methods.head_loss import distillation_gradient
 from quantforge.methods.rounding import TrainableWeight
 from quantforge.methods.rtn import minmax_grid, minmax_scale, round_to_nearest
 from quantforge.methods.scaled_linear import ScaledLinear
@@ -16,7 +17,7 @@ from quantforge.numerics import factorize
 from quantforge.progress import Monitor
 from quantforge.quantize.config import RoundingConfig, TuningConfig
 from quantforge.quantize.refine import BlockTask, refine_block
-from quantforge.quantize.tune import distillation_gradient, tune_scales
+from quantforge.quantize.tune import tune_scales
 from quantforge.testing import markov_tokens, tiny_llama, train
 from quantforge.types import QuantSpec
 

@@ -11,12 +11,12 @@ from quantforge.calibrate import token_loss
 from quantforge.calibrate.token_loss import following_tokens, sampled_label_gradient, toward
 from quantforge.errors import InputError
 from quantforge.evaluate.quality import ReferenceOutputs, measure
+from quantforge.methods.head_loss import distillation_gradient
 from quantforge.models import Head, LogitForm
 from quantforge.models.architecture import architecture_of
 from quantforge.models.head import LogitEntries
 from quantforge.numerics import draw_categorical
 from quantforge.quantize import tune
-from quantforge.quantize.tune import distillation_gradient
 from quantforge.testing import markov_tokens
 
 from .test_architectures import network

@@ -1,0 +1,98 @@
+"""How a weight is quantized while it is trained, on the grid that the plan stores.
+
+    hestia            drawn to the levels by a softmax, which hardens in the course of training
+    straight-through  rounded, with gradients to weight and scale as if it had not been, as far as
+                      half a step outside the grid (Hestia at temperature 0; EfficientQAT)
+    lsq               rounded; no gradient outside the grid, the scale's divided by √(weights · Q)
+
+All three round to the same integers in the end. Ternary and balanced grids (`straight_through`)
+are other grids than a plan's and have no place here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantforge.methods.hestia import soft_weight
+from quantforge.methods.straight_through import learned_step
+from quantforge.types import QuantSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardness:
+    """Where a layer is between float and integer.
+
+    Attributes:
+        temperature: of its soft weights, in squared steps of the grid; 0 rounds.
+        pressure: share of the quantized weight in the one used; 0 is the float weight.
+    """
+
+    temperature: float = 0.0
+    pressure: float = 1.0
+
+
+HARD = Hardness()
+
+# [out, in] weight, [out, groups] scale, spec, zero-points and hardness to the weight that is used,
+# in a dtype and with gradients to weight and scale.
+Quantize = Callable[[Tensor, Tensor, QuantSpec, Tensor | None, Hardness, torch.dtype], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantizer:
+    """One way to quantize in training.
+
+    Attributes:
+        quantize: makes the weight that is used.
+        hardens: whether it looks at the hardness; otherwise it always rounds.
+    """
+
+    quantize: Quantize
+    hardens: bool
+
+
+def _hestia(
+    weight: Tensor,
+    scale: Tensor,
+    spec: QuantSpec,
+    zero: Tensor | None,
+    hardness: Hardness,
+    dtype: torch.dtype,
+) -> Tensor:
+    return soft_weight(
+        weight, scale, spec, zero=zero, dtype=dtype,
+        temperature=hardness.temperature, pressure=hardness.pressure,
+    )  # fmt: skip
+
+
+def _straight_through(
+    weight: Tensor,
+    scale: Tensor,
+    spec: QuantSpec,
+    zero: Tensor | None,
+    _: Hardness,
+    dtype: torch.dtype,
+) -> Tensor:
+    return soft_weight(weight, scale, spec, zero=zero, dtype=dtype, temperature=0.0)
+
+
+def _lsq(
+    weight: Tensor,
+    scale: Tensor,
+    spec: QuantSpec,
+    zero: Tensor | None,
+    _: Hardness,
+    dtype: torch.dtype,
+) -> Tensor:
+    return learned_step(weight, scale, spec, zero=zero, dtype=dtype)
+
+
+QUANTIZERS: Mapping[str, Quantizer] = {
+    "hestia": Quantizer(quantize=_hestia, hardens=True),
+    "straight-through": Quantizer(quantize=_straight_through, hardens=False),
+    "lsq": Quantizer(quantize=_lsq, hardens=False),
+}
