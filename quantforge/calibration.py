@@ -52,7 +52,6 @@ from quantforge.memory import StageTimer, release_freed
 from quantforge.models import Model
 from quantforge.planning import block_candidates, loadable, priced
 from quantforge.progress import Monitor
-from quantforge.quantize.config import QuantizeConfig
 from quantforge.recipe import Recipe
 from quantforge.results import CurvePoint, Quality
 from quantforge.search.allocate import block_candidate_bytes, uniform_plans
@@ -81,8 +80,8 @@ class Needs:
         output_grams: for feedback between rows.
         token_squares: for grams that count tokens by what the loss feels of them.
         channel_weights: for the loss of learned rounding.
-        final_hidden: for tuning, whose target is the float network's distribution, and for
-            the head.
+        final_hidden: for tuning and training, whose target is the float network's distribution,
+            and for the head.
     """
 
     output_grams: bool
@@ -91,13 +90,14 @@ class Needs:
     final_hidden: bool
 
     @classmethod
-    def of(cls, config: QuantizeConfig, *, vocabulary: bool = False) -> Needs:
+    def of(cls, recipe: Recipe, *, vocabulary: bool = False) -> Needs:
         """What this configuration reads; `vocabulary`: embedding or head are quantized."""
+        config = recipe.quantize
         return cls(
             output_grams=config.needs_output_grams,
             token_squares=config.weighs_tokens,
             channel_weights=config.rounding.steps > 0 and config.rounding.weighted,
-            final_hidden=config.tuning.steps > 0 or vocabulary,
+            final_hidden=config.tuning.steps > 0 or recipe.training.on or vocabulary,
         )
 
     @property
@@ -155,7 +155,7 @@ class Calibrator:
     @contextmanager
     def settled(self, *, fresh: bool) -> Iterator[Measurement]:
         """What the configured stages read, for a plan that is not searched; maybe nothing."""
-        needs = Needs.of(self.recipe.quantize, vocabulary=self.vocabulary)
+        needs = Needs.of(self.recipe, vocabulary=self.vocabulary)
         unread = {"damping", "grid", *ESTIMATING}  # those are about candidates
         options = self.recipe.calibrate.model_dump(mode="json", exclude=unread)
         key = self.key("settled", options, asdict(needs))

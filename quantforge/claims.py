@@ -27,13 +27,14 @@ POLL_S = 0.5
 _CLAIM = ".claim"
 
 
-def require_room(size: int, folder: Path, *kept: Path) -> None:
+def require_room(size: int, folder: Path, *kept: Path, what: str = "calibration") -> None:
     """Refuse work that the cache's disk has no room for, before hours are spent on it.
 
     Args:
         size: bytes that the work writes at its peak.
         folder: in the cache, of this run alone; scratch that a killed run left there is removed.
         kept: folders whose files are not written again.
+        what: the work, for the message.
 
     Raises:
         ResourceError: there is too little room.
@@ -44,7 +45,7 @@ def require_room(size: int, folder: Path, *kept: Path) -> None:
     left, free = size - sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free
     if left > free:
         raise ResourceError(
-            f"calibration writes {left / 1e9:.2f} GB to the cache {cache_root()}, whose disk has "
+            f"{what} writes {left / 1e9:.2f} GB to the cache {cache_root()}, whose disk has "
             f"{free / 1e9:.2f} GB left: free the disk or set {CACHE_VARIABLE} to another folder"
         )
 

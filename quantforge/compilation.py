@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,13 +30,14 @@ from quantforge.memory import StageTimer
 from quantforge.models import Model
 from quantforge.progress import Monitor
 from quantforge.quantize.sequential import (
+    KeepFloat,
     QuantizedLayer,
     quantize_from_store,
     quantize_sequentially,
 )
-from quantforge.quantize.tune import kept_if_better, tune_scales
 from quantforge.recipe import Recipe
-from quantforge.results import Generation, Quality
+from quantforge.recovery import Recovery
+from quantforge.results import Generation, Quality, TrainingOutcome
 from quantforge.search.allocate import (
     known_losses,
     table_row,
@@ -67,6 +68,7 @@ class Job:
         given: layer name → spec, where the plan is the user's own and not searched.
         vocabulary: embedding and head where plans cover them, with their candidates.
         latency: times of layers; None where no device was named.
+        training: how training went; None where there was none.
     """
 
     model: Model
@@ -80,6 +82,7 @@ class Job:
     given: Mapping[str, QuantSpec | None] | None = None
     vocabulary: Candidates = field(default_factory=dict)
     latency: LatencyModel | None = None
+    training: TrainingOutcome | None = None
 
     @property
     def settled(self) -> bool:
@@ -154,6 +157,7 @@ class Job:
             plan_to_dict(plan),
             measured.predicted_losses(plan),
             self.recipe.quantize.model_dump(mode="json"),
+            self.recipe.training.model_dump(mode="json"),
             self.recipe.evaluate.model_dump(mode="json"),
             self.seed,
         )
@@ -164,17 +168,31 @@ class Job:
     ) -> Iterator[QuantizedLayer]:
         """Quantized layers in forward order; the network holds the dequantized weights after."""
         _ = self.float_continuations  # and the reference: nothing may have changed the network yet
+        tunes, trains = self.recipe.quantize.tuning.steps > 0, self.recipe.training.on
+        originals: dict[str, Tensor] = {}
         with self._timed("quantize"):
-            layers = self._compensate(plan, measured, journal)
-            if self.recipe.quantize.tuning.steps == 0 or not any(plan.assignment.values()):
+            keep = originals.__setitem__ if self.recipe.training.needs_originals else None
+            layers = self._compensate(plan, measured, journal, keep)
+            if not (tunes or trains) or not any(plan.assignment.values()):
                 yield from layers
                 return
             finished = list(layers)
-        with self._timed("tune"):
-            yield from self._tune(finished, measured, journal)
+        recovery = self._recovery(measured, journal)
+        if tunes:
+            with self._timed("tune"):
+                finished = recovery.tune(finished)
+        if trains:
+            with self._timed("train"):
+                finished = recovery.train(finished, originals)
+            self.training = recovery.outcome
+        yield from finished
 
     def _compensate(
-        self, plan: BitPlan, measured: Measurement, journal: Journal
+        self,
+        plan: BitPlan,
+        measured: Measurement,
+        journal: Journal,
+        keep_float: KeepFloat | None = None,
     ) -> Iterator[QuantizedLayer]:
         """Layers as they are compensated, block by block or from the store; then the others."""
         predicted = measured.predicted_losses(plan)
@@ -198,6 +216,7 @@ class Job:
                 token_squares=measured.token_squares,
                 enter=enter,
                 journal=journal,
+                keep_float=keep_float,
             )
         else:
             sensitivity, store = measured.needed_for_search()
@@ -205,7 +224,7 @@ class Job:
             errors = table_row(sensitivity, sensitivity.error, plan.assignment)
             yield from quantize_from_store(
                 self.model, plan, store, predicted, errors,
-                layers=self.model.layers, monitor=self.monitor,
+                layers=self.model.layers, monitor=self.monitor, keep_float=keep_float,
             )  # fmt: skip
         yield from outside
 
@@ -226,35 +245,24 @@ class Job:
             what="quantize embeddings",
         )
 
-    def _tune(
-        self, layers: list[QuantizedLayer], measured: Measurement, journal: Journal
-    ) -> Iterator[QuantizedLayer]:
-        """The same layers with tuned scales, if that lowers the KL on held-out tokens."""
+    def _recovery(self, measured: Measurement, journal: Journal) -> Recovery:
+        """Tuning and training, ready to be called."""
         if measured.final_hidden is None:
-            raise ValueError("the measurement was made without tuning in mind")
-        weights = {
-            one.layer.name: one.weight
-            for one in layers
-            if one.weight is not None and not one.layer.outside
-        }
+            raise ValueError("the measurement was made without tuning or training in mind")
         windows = self.recipe.evaluate.curve_windows
-        tune = partial(
-            tune_scales,
-            self.model,
-            weights,
-            self.calibration.fitting.to(self.model.device),
-            measured.final_hidden.to(self.model.device),
-            self.recipe.quantize.tuning,
+        return Recovery(
+            model=self.model,
+            recipe=self.recipe,
+            tokens=self.calibration.fitting,
+            final_hidden=measured.final_hidden,
             float_head=self.reference.head if self.vocabulary else None,
-            generator=torch.Generator().manual_seed(self.seed),
+            measure=lambda: self.measure_held_out(windows).kl,
+            evidence=measured.evidence,
+            seed=self.seed,
             monitor=self.monitor,
             journal=journal,
+            notes=self.notes,
         )
-        tuned = kept_if_better(self.model, weights, tune, lambda: self.measure_held_out(windows).kl)
-        if tuned is weights:
-            self.notes.append("tuning the scales did not lower the held-out KL and was undone")
-        for one in layers:
-            yield one if one.layer.outside else replace(one, weight=tuned.get(one.layer.name))
 
     def measure_held_out(self, windows: int | None = None, text: str = "held-out") -> Quality:
         """Quality of the network as it now stands on the first held-out sequences."""

@@ -117,6 +117,7 @@ def deliver(
         ),
         targets=chosen.targets,
         refinement=chosen.refinement,
+        training=job.training,
     )
     if staged is not None:
         write_documents(job, report, chosen.measured.sensitivity, staged)
@@ -229,7 +230,7 @@ def dry_run(
     losses: dict[str, float | None] = dict.fromkeys(assignment)
     errors = dict(losses)
     shape = Shape.of(job.model, job.calibration, job.recipe)
-    needs = Needs.of(job.recipe.quantize, vocabulary=bool(job.vocabulary))
+    needs = Needs.of(job.recipe, vocabulary=bool(job.vocabulary))
     if sensitivity is not None:
         losses = known_losses(sensitivity, assignment)
         errors = known_errors(sensitivity, assignment)

@@ -11,6 +11,7 @@ T fitting tokens, `quantize` makes
   row where that is on;
 - 4·(N + H) a tuned token: forward, again for the activations that were not kept, and backward twice
   as much; the same 4·N a step of learned rounding, N a held-out token that it is measured on;
+- 4·(N + H) a token that is trained on, and as many minutes as are given;
 - N + 2·H a token that is measured;
 - 3·N + 2·H a token whose gradient is taken, where nothing was searched (else they are there).
 
@@ -21,7 +22,8 @@ blocks (10 M planned weights, 8,000 fitting tokens, two cores, no learned roundi
 
 Memory is what the process holds now and what the largest stage adds: hidden states of the streams
 and of the float network, integers of all layers, and the larger of one block's grams, factors and
-latents or of tuning's copy of the head, logits of a chunk and kept activations.
+latents or of tuning's copy of the head, logits of a chunk and kept activations; training adds float
+weights, gradients and the optimizer's means to these.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from quantforge.quantize.config import CROSS_METHODS
 from quantforge.recipe import Recipe
 from quantforge.types import CalibrationSet, LayerInfo
 
+_TRAINED = 16  # bytes a weight: float weight, its gradient and two running means
 _MEASURED_WINDOWS = 3  # the plan, and before and after tuning, on `curve_windows` each
 _LEARNED = 12  # bytes a weight: latents, mean gradients, the weight and its gradient in 16 bits
 _SQUARES = 4  # of one stage: gram, cross moment, factor and work
@@ -123,8 +126,12 @@ def multiply_adds(shape: Shape, recipe: Recipe) -> int:
         trained = rounding.steps * rounding.batch * shape.length
         rounded = int(rounding.share * (trained + checks * shape.held_out / 4))
     tuned = options.tuning.steps * options.tuning.batch * shape.length
+    training = recipe.training
+    tuned += training.tokens
     total += 4 * (rounded * shape.weights + tuned * (shape.weights + shape.head))
     scored = _MEASURED_WINDOWS * shape.curve + 2 * shape.held_out
+    if training.tokens:  # at the start, on the way, and before and after
+        scored += 2 * (2 + -(-training.tokens // training.evaluate_every)) * shape.curve
     return total + scored * (shape.weights + 2 * shape.head)
 
 
@@ -180,14 +187,21 @@ def added_bytes(shape: Shape, recipe: Recipe) -> int:
         block = 4 * _SQUARES * squares
         if options.rounding.steps:
             block += _LEARNED * sum(x.numel for x in shape.layers if x.block == 0)
-    taught = 2 * shape.fitting * shape.hidden if options.tuning.steps else 0
+    training = recipe.training
+    after = options.tuning.steps > 0 or training.on
+    taught = 2 * shape.fitting * shape.hidden if after else 0
     tuning = 0
-    if options.tuning.steps:
+    if after:
         blocks = len({layer.block for layer in shape.layers})
         inside = sum(x.in_features + x.out_features for x in shape.layers if x.block == 0)
         kept = 4 * shape.length * (shape.hidden * blocks + inside)
         vocabulary = shape.head // shape.hidden
         tuning = 2 * shape.head + 3 * 4 * HEAD_CHUNK * vocabulary + kept
+    if training.needs_originals:
+        streams += 4 * shape.weights
+    if training.on:  # beside what is in the place of the network's own weights
+        size = 2 if training.precision == "bfloat16" else 4
+        tuning += (_TRAINED + 2 * size - 4) * shape.weights
     return shape.weights + taught + max(streams + block, tuning)
 
 
@@ -230,6 +244,6 @@ def estimate(
     return WorkEstimate(
         multiply_adds=work,
         rate=rate,
-        seconds=work / rate,
+        seconds=work / rate + 60.0 * recipe.training.minutes,
         memory_bytes=max(now, peak_bytes() or 0),
     )

@@ -20,6 +20,7 @@ from quantforge.results import (
     TargetOutcome,
     TaskDifference,
     TaskScore,
+    TrainingOutcome,
 )
 from quantforge.types import BitPlan
 
@@ -47,6 +48,7 @@ class Report:
         warnings: one line each.
         targets: how the budget's targets of quality were met, before tuning.
         refinement: what looking around the plan found; empty without `search.refine`.
+        training: how recovery by training went; None without `training.tokens` or `minutes`.
     """
 
     model: str
@@ -67,6 +69,7 @@ class Report:
     timings: Mapping[str, float] = field(default_factory=dict)
     targets: tuple[TargetOutcome, ...] = ()
     refinement: tuple[RefinementRound, ...] = ()
+    training: TrainingOutcome | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,7 @@ from quantforge.load.text import CalibrationConfig
 from quantforge.quantize.config import QuantizeConfig
 from quantforge.search.budget import Budget
 from quantforge.search.config import EmbeddingsConfig, SearchConfig
+from quantforge.train.config import TrainingConfig
 
 _PACKAGE = Path(__file__).resolve().parent
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -73,6 +74,7 @@ class Recipe(Config):
         search: which plans are considered.
         embeddings: what becomes of the token embedding and the head.
         quantize: how weights become codes.
+        training: recovery by training, after that.
         export: how the checkpoint is written.
         evaluate: how quality is measured.
     """
@@ -88,6 +90,7 @@ class Recipe(Config):
     search: SearchConfig = SearchConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     quantize: QuantizeConfig = QuantizeConfig()
+    training: TrainingConfig = TrainingConfig()
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

@@ -33,6 +33,7 @@ from quantforge.cli.options import (
     Sensitivity,
     ServerOption,
     Settings,
+    TrainMinutes,
     Trust,
 )
 from quantforge.cli.outcome import interruptible
@@ -208,6 +209,7 @@ def quantize(
             help="Folder to write; ./<model>-<budget>, without budget ./<model>-quantized.",
         ),
     ] = None,
+    train_minutes: TrainMinutes = None,
     seed: Seed = 0,
     calibration: Calibration = None,
     device: Device = "cpu",
@@ -246,6 +248,7 @@ def quantize(
                     "search.tensor_parallel": tp,
                     "embeddings.include": include_embeddings,
                     "device": latency_device,
+                    "training.minutes": train_minutes,
                 },
             ),
             force=force,

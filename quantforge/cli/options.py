@@ -122,6 +122,16 @@ Parts = Annotated[
         help="Devices among which vLLM will split every layer; --set search.tensor_parallel=..",
     ),
 ]
+TrainMinutes = Annotated[
+    float | None,
+    typer.Option(
+        "--train-minutes",
+        min=0.0,
+        metavar="N",
+        show_default=False,
+        help="Train for so many minutes after quantizing; short for --set training.minutes=..",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Calibration = Annotated[
     str | None,

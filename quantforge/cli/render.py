@@ -35,7 +35,14 @@ if TYPE_CHECKING:
         ServerSupport,
         WorkEstimate,
     )
-    from quantforge.results import LayerReport, Quality, RefinementRound, SizeReport, TargetOutcome
+    from quantforge.results import (
+        LayerReport,
+        Quality,
+        RefinementRound,
+        SizeReport,
+        TargetOutcome,
+        TrainingOutcome,
+    )
 
 JSON_VERSION = 1
 
@@ -77,6 +84,7 @@ def show_quantized(report: Report, out: Console) -> None:
         *_quality_rows(report.quality),
         *_target_rows(report.targets),
         *_refinement_rows(report.refinement),
+        *_training_rows(report.training),
     ]
     plan = next((point for point in report.curve if not point.name.startswith("uniform ")), None)
     if plan is not None:  # like the uniform networks: one-pass compensation, the same windows
@@ -288,6 +296,21 @@ def _refinement_rows(rounds: Sequence[RefinementRound]) -> list[tuple[str, str]]
             )
         )
     return rows
+
+
+def _training_rows(training: TrainingOutcome | None) -> list[tuple[str, str]]:
+    if training is None:
+        return []
+    best = training.points[training.best]
+    ended = f"best after step {best.step}" if training.kept else "undone"
+    return [
+        (
+            "trained",
+            f"{training.tokens:,} tokens in {training.steps} steps, {ended}: KL "
+            f"{number(training.points[0].kl)} to {number(best.kl)} nats on held-out tokens; "
+            f"rounding costs {number(training.gap)} at the end",
+        )
+    ]
 
 
 def _estimator_rows(cost: EstimatorCost | None) -> list[tuple[str, str]]:

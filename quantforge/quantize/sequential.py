@@ -43,6 +43,8 @@ _ONE_PASS = {
 FEW_TOKENS = "calibration tokens reached it"
 # Layer name → diagonal blocks of its output gram, which cover its rows in order.
 OutputGrams = Callable[[str], Sequence[Tensor]]
+# Is told a layer's name and its [out, in] float32 weight before it is replaced; may keep it.
+KeepFloat = Callable[[str, Tensor], None]
 # Layer name → [fitting sequences, length] how much the loss feels its outputs, mean 1.
 TokenSquares = Callable[[str], Tensor]
 
@@ -136,6 +138,8 @@ def _compensate_block(
     output_grams: OutputGrams | None,
     token_squares: TokenSquares | None,
     scaled: Mapping[str, ChosenScale],
+    *,
+    keep_float: KeepFloat | None,
 ) -> list[_Pending]:
     """Quantize a block's layers stage by stage and put the results into the network.
 
@@ -162,6 +166,8 @@ def _compensate_block(
         for layer, spec in layers:
             parameter: Any = model.module.get_submodule(layer.name).weight
             weight = parameter.detach().float().clone()
+            if keep_float is not None:
+                keep_float(layer.name, weight)
             path = layer.name.removeprefix(prefix)
             try:
                 outputs = Outputs()
@@ -205,6 +211,7 @@ def quantize_sequentially(
     token_squares: TokenSquares | None = None,
     enter: Callable[[], None] | None = None,
     journal: Journal = NO_JOURNAL,
+    keep_float: KeepFloat | None = None,
 ) -> Iterator[QuantizedLayer]:
     """Quantize the blocks in place, one by one, yielding layers as they are finished.
 
@@ -224,6 +231,7 @@ def quantize_sequentially(
             resumed or not.
         journal: gets every block as it is finished; blocks it has already are taken from it, and
             what follows is the same to the bit.
+        keep_float: gets every layer's float weight, as it was when it was rounded; None keeps none.
     """
     blocks = model.architecture.block_list(model.module)
     finished_blocks = journal.first_missing(BLOCK, len(blocks))
@@ -236,7 +244,7 @@ def quantize_sequentially(
         monitor.step("quantize", 0, len(blocks), resumed("block", finished_blocks, len(blocks)))
     for index in range(finished_blocks):
         done = read_block(journal, index, model.layers, model.device)
-        _put_back(model, index, done, streams)
+        _put_back(model, index, done, streams, keep_float)
         generator.set_state(done.generator)
         yield from _in_order(model, index, done)
         monitor.step("quantize", index + 1, len(blocks))
@@ -247,8 +255,9 @@ def quantize_sequentially(
         block = blocks[index]
         scaled = scale_block(model, index, plan, streams, config) if config.awq else {}
         pending = _compensate_block(
-            model, index, plan, streams, config, output_grams, token_squares, scaled
-        )
+            model, index, plan, streams, config, output_grams, token_squares, scaled,
+            keep_float=keep_float,
+        )  # fmt: skip
         final = {one.layer.name: one.made.quantized for one in pending}
         if index in learned and pending:
             prefix = f"{model.architecture.blocks}.{index}."
@@ -303,13 +312,22 @@ def _learned_blocks(
     return set(ranked[: ceil(config.share * len(ranked) - 1e-9)]) if config.steps else set()
 
 
-def _put_back(model: Model, index: int, done: FinishedBlock, streams: Streams | None) -> None:
+def _put_back(
+    model: Model,
+    index: int,
+    done: FinishedBlock,
+    streams: Streams | None,
+    keep_float: KeepFloat | None,
+) -> None:
     """Bring the network and the streams to where they were when a block had been quantized."""
     refold(model, index, done.scales)
     block = model.architecture.block_list(model.module)[index]
     if streams is not None:
         streams.advance_native(block, {})  # while its weights are float
     for name, weight in done.weights.items():
+        if keep_float is not None:
+            parameter: Any = model.module.get_submodule(name).weight
+            keep_float(name, parameter.detach().float().clone())
         put_weight(model, name, weight.dequantize())
     if streams is not None:
         streams.advance(block)
@@ -335,6 +353,7 @@ def quantize_from_store(
     layers: Sequence[LayerInfo],
     monitor: Monitor,
     what: str = "quantize",
+    keep_float: KeepFloat | None = None,
 ) -> Iterator[QuantizedLayer]:
     """Take the one-pass integers of the calibration, yielding layers in order.
 
@@ -347,6 +366,7 @@ def quantize_from_store(
         layers: which ones.
         monitor: progress and cancellation.
         what: stage for the monitor.
+        keep_float: gets every layer's float weight; None keeps none.
     """
     for index, layer in enumerate(layers):
         spec = plan.assignment[layer.name]
@@ -357,6 +377,8 @@ def quantize_from_store(
         weight = parameter.detach().float().clone()
         quantized = store.get(layer.name, spec)
         difference = quantized.dequantize() - weight
+        if keep_float is not None:
+            keep_float(layer.name, weight)
         put_weight(model, layer.name, quantized.dequantize())
         made = store.circumstances(layer.name)
         notes = _gram_notes(made.fallback, made.damping, made.asked, made.starved)

@@ -28,6 +28,7 @@ from quantforge.report.numbers import (
     significant,
     size,
     total_loss,
+    training_sentences,
     with_error,
 )
 from quantforge.results import LayerReport
@@ -123,7 +124,8 @@ def _headline(report: Report) -> str:
 def _decisions(report: Report) -> str:
     layers = report.layers
     sentences = [
-        *_targets(report), *_refinement(report), *against_uniform(report), *_spread(layers)
+        *_targets(report), *_refinement(report), *training_sentences(report.training),
+        *against_uniform(report), *_spread(layers),
     ]  # fmt: skip
     if report.plan.solver == "file":
         intro = (

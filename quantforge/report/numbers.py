@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from quantforge.outcomes import Report
-from quantforge.results import CurvePoint, LayerReport
+from quantforge.results import CurvePoint, LayerReport, TrainingOutcome
 from quantforge.types import KEPT_BITS, QuantSpec
 
 KEPT = "kept"
@@ -127,3 +127,20 @@ def _difference(value: float, base: float) -> str:
     if abs(change) < 0.0005:
         return "equal"
     return f"{percent(abs(change))} {'lower' if change < 0 else 'higher'}"
+
+
+def training_sentences(training: TrainingOutcome | None) -> Iterator[str]:
+    """Sentences on what recovery by training did."""
+    if training is None:
+        return
+    best = training.points[training.best]
+    ended = (
+        f"The best state, after step {best.step}, was taken"
+        if training.kept
+        else "The untrained weights were kept, because nothing better came"
+    )
+    yield (
+        f"Training: {training.tokens:,} tokens in {training.steps} steps. {ended}; held-out KL "
+        f"{significant(training.points[0].kl)} to {significant(best.kl)}, on the windows it was "
+        f"chosen on. At the end rounding what was trained costs {significant(training.gap)} nats."
+    )

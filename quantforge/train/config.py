@@ -101,6 +101,11 @@ class TrainingConfig(Config):
         """Whether there is anything to train."""
         return self.tokens > 0 or self.minutes > 0
 
+    @property
+    def needs_originals(self) -> bool:
+        """Whether it looks at the float weights from before compensation."""
+        return self.on and self.start != "dequantized"
+
     @model_validator(mode="after")
     def _used_or_refused(self) -> Self:
         """An option that would silently be passed over is an error."""
@@ -122,6 +127,8 @@ class TrainingConfig(Config):
             )
         if self.betas and not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")
+        if self.weight_rate == self.scale_rate == self.norm_rate == 0:
+            raise ValueError("weight_rate, scale_rate and norm_rate are all 0: nothing is trained")
         if self.at_once > self.batch:
             raise ValueError(f"at_once={self.at_once} is more than batch={self.batch}")
         return self

@@ -38,16 +38,16 @@ def _nearest_temperature(top: int, zero: float, spread: float) -> float:
     return optimal_temperature(top=top, zero=zero, spread=max(spread, SPREADS))
 
 
-def first_weight(original: Tensor, quantized: QuantizedWeight, start: Start) -> Tensor:
+def first_weight(original: Tensor | None, quantized: QuantizedWeight, start: Start) -> Tensor:
     """[out, in] float32 weight that training starts from.
 
     Args:
-        original: [out, in] float weight, before compensation.
+        original: [out, in] float weight, before compensation; None where `start` does without.
         quantized: the compensated one.
         start: "compensated" rounds to the codes of `quantized` and is otherwise as near to the
             original as that allows; "dequantized" is `quantized` itself; "float" the original.
     """
-    if start == "dequantized":
+    if start == "dequantized" or original is None:
         return quantized.dequantize()
     if start == "float":
         return original.to(torch.float32, copy=True)

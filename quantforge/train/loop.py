@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from quantforge.capture import product_dtype, recomputed
+from quantforge.claims import require_room
 from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.methods.schedules import (
     LearningRateSchedule,
@@ -50,6 +51,7 @@ from quantforge.train.teacher import Teacher
 from quantforge.types import QuantizedWeight
 
 STAGE = "train"
+NOTED = 12  # bytes of a state a parameter: itself and two running means, float32
 TIMED_STEPS = 3  # that turn minutes into tokens, the first of which warms up
 
 
@@ -111,20 +113,36 @@ def train(
         journal: gets the state at every measurement; where it has one, training goes on from
             there, and ends in the same bits.
     """
+    with objective_of(task, config, share or Share()) as objective:
+        return _Run(task, config, objective, seed=seed, monitor=monitor, journal=journal).train()
+
+
+@contextmanager
+def objective_of(task: Task, config: TrainingConfig, share: Share) -> Iterator[Objective]:
+    """The loss of a network whose planned layers are trained ones inside, and itself again after.
+
+    Args:
+        task: network and text.
+        config: quantizer, start and loss.
+        share: of the batches.
+    """
     quantizer, module = QUANTIZERS[config.quantizer], task.model.module
 
     def stand_in(name: str, bias: nn.Parameter | None) -> TrainedLinear:
         quantized = task.weights[name]
-        weight = first_weight(task.originals(name), quantized, config.start)
-        return TrainedLinear(quantized, weight, quantizer, bias)
+        original = task.originals(name) if config.needs_originals else None
+        return TrainedLinear(
+            quantized, first_weight(original, quantized, config.start), quantizer, bias
+        )
 
     architecture = task.model.architecture
-    blocks, projection = architecture.block_list(module), module.get_submodule(architecture.head)
-    with ExitStack() as stack:
-        layers = stack.enter_context(stand_ins(module, task.weights, stand_in))
-        norms = stack.enter_context(trainable_norms(module, layers, projection))
-        stack.enter_context(recomputed(blocks, config.recompute))
-        objective = Objective(
+    projection = module.get_submodule(architecture.head)
+    with (
+        stand_ins(module, task.weights, stand_in) as layers,
+        trainable_norms(module, layers, projection) as norms,
+        recomputed(architecture.block_list(module), config.recompute),
+    ):
+        yield Objective(
             model=task.model,
             layers=layers,
             norms=norms,
@@ -132,10 +150,8 @@ def train(
             tokens=task.tokens,
             teacher=task.teacher,
             config=config,
-            share=share or Share(),
+            share=share,
         )
-        run = _Run(task, config, objective, seed=seed, monitor=monitor, journal=journal)
-        return run.train()
 
 
 class _Run:
@@ -167,6 +183,7 @@ class _Run:
         share, parameters = self.objective.share, self.objective.parameters
         generator = torch.Generator().manual_seed(self.seed)
         best = BestState(self.journal, self.task.weights, writes=share.main)
+        self._require_room()
         steps = self._steps()
         progress = read_state(self.journal, parameters, self.optimizer, generator)
         if progress is None:
@@ -191,6 +208,15 @@ class _Run:
                     write_state(self.journal, progress, parameters, self.optimizer, generator)
             self.monitor.step(STAGE, progress.step, steps)
         return self._taken(best, progress, note)
+
+    def _require_room(self) -> None:
+        """Refuse to start where the state could not be noted: twice, while one replaces another."""
+        folder = self.journal.folder
+        if folder is None or not self.objective.share.main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = sum(parameter.numel() for parameter in self.objective.parameters)
+        require_room(2 * NOTED * numbers, folder, folder, what="training")
 
     def _taken(self, best: BestState, progress: Progress, note: str) -> Trained:
         """The best state, with its norms put into the network."""

@@ -79,7 +79,7 @@ class Objective:
         """
         choose = targets or self.toward_teacher
         self.prepare(hardness)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
         mine, count = self.share.part(sequences), len(sequences) * self.tokens.shape[1]
         for first in range(0, len(mine), self.config.at_once):
             chunk = mine[first : first + self.config.at_once]
@@ -88,7 +88,7 @@ class Objective:
             loss, gradient = head_gradient(flat, self.head, choose(chunk))
             if targets is None and self.config.hidden_term:
                 loss = loss + self._add_hidden_term(flat, chunk, gradient)
-            total += loss.cpu()
+            total += loss
             share = (gradient / count).view_as(hidden).to(hidden.dtype)
             torch.autograd.backward(hidden, share)
         for layer in self.layers.values():

@@ -6,6 +6,7 @@ makes the same step: the states stay equal and none is sent around. One process 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,18 +24,26 @@ class Share:
     Attributes:
         rank: of this process.
         count: of all.
+        device: where they exchange tensors.
     """
 
     rank: int = 0
     count: int = 1
+    device: torch.device | str = "cpu"
 
     @classmethod
     def of_this_process(cls, device: torch.device) -> Share:
-        """As the launcher says; joins the others on the first call."""
+        """As the launcher says; joins the others on the first call.
+
+        Accelerate keeps one state for all that a process does, so a process that nobody launched
+        beside others does not ask for it.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls(device=device)
         from accelerate import PartialState
 
         state = PartialState(cpu=device.type == "cpu")
-        return cls(rank=state.process_index, count=state.num_processes)
+        return cls(rank=state.process_index, count=state.num_processes, device=device)
 
     @property
     def main(self) -> bool:
@@ -59,6 +68,7 @@ class Share:
         """The first process's value."""
         if self.count == 1:
             return value
-        told = torch.tensor([value if self.main else 0.0], dtype=torch.float64)
+        mine = value if self.main else 0.0
+        told = torch.tensor([mine], dtype=torch.float64, device=self.device)
         self.add_up([told])
         return float(told)

@@ -45,8 +45,13 @@ def calibration():
 def recipe(**quantize):
     steps = quantize.pop("steps", 0)
     tuning = {"steps": steps, "batch": 2} if steps else {"steps": 0}
+    training = quantize.pop("training", {})
     return Recipe.model_validate(
-        {"quantize": {"tuning": tuning, **quantize}, "evaluate": {"curve_windows": 2}}
+        {
+            "quantize": {"tuning": tuning, **quantize},
+            "training": training,
+            "evaluate": {"curve_windows": 2},
+        }
     )
 
 
@@ -99,6 +104,9 @@ def test_memory_in_closed_form(model, calibration):
     tuning = 2 * HEAD + 12 * 128 * 96 + kept
     blocks = 2 * streams + 16 * 2 * 128**2
     assert added_bytes(shape, recipe(steps=5)) == WEIGHTS + taught + max(blocks, tuning)
+    # training: 16 bytes a weight, and twice 2 of what it is used as, less the 4 of the layer's own
+    trained = recipe(sequential=False, training={"tokens": 1, "start": "dequantized"})
+    assert added_bytes(shape, trained) == WEIGHTS + taught + tuning + 16 * WEIGHTS
 
 
 def test_the_rate_is_measured_on_the_network_and_leaves_it_alone(model, calibration):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from quantforge.cli import drawing, render, render_machine, text
-from quantforge.results import PairedDifference
+from quantforge.results import PairedDifference, TrainingOutcome, TrainingPoint
 from quantforge.types import QuantSpec
 
 
@@ -238,3 +238,20 @@ def test_bench_shows_speeds_and_leaves_out_what_is_unknown(reports) -> None:
         "packed, exact 812.2 125.5 157 MB 99.9 MB 62%",
         "llama.cpp 400.0 90.0",
     ]
+
+
+def test_training_in_one_row() -> None:
+    points = tuple(
+        TrainingPoint(step=step, loss=None, kl=kl, soft_kl=kl - 0.01)
+        for step, kl in ((0, 0.5), (20, 0.3), (40, 0.31))
+    )
+    outcome = TrainingOutcome(tokens=81_920, steps=40, points=points, best=1)
+    (row,) = render._training_rows(outcome)
+    assert row == (
+        "trained",
+        "81,920 tokens in 40 steps, best after step 20: KL 0.5 to 0.3 nats on held-out tokens; "
+        "rounding costs 0.01 at the end",
+    )
+    undone = dataclasses.replace(outcome, kept=False)
+    assert "in 40 steps, undone: KL" in render._training_rows(undone)[0][1]
+    assert render._training_rows(None) == []

@@ -11,12 +11,11 @@ from quantforge.calibrate import token_loss
 from quantforge.calibrate.token_loss import following_tokens, sampled_label_gradient, toward
 from quantforge.errors import InputError
 from quantforge.evaluate.quality import ReferenceOutputs, measure
-from quantforge.methods.head_loss import distillation_gradient
+from quantforge.methods import head_loss
 from quantforge.models import Head, LogitForm
 from quantforge.models.architecture import architecture_of
 from quantforge.models.head import LogitEntries
 from quantforge.numerics import draw_categorical
-from quantforge.quantize import tune
 from quantforge.testing import markov_tokens
 
 from .test_architectures import network
@@ -66,7 +65,7 @@ def test_one_logit_by_hand():
 @FORMS
 def test_gradients_of_all_losses_are_those_of_autograd(form, biased, monkeypatch):
     monkeypatch.setattr(token_loss, "HEAD_CHUNK", 3)  # several chunks, the last one smaller
-    monkeypatch.setattr(tune, "HEAD_CHUNK", 4)
+    monkeypatch.setattr(head_loss, "HEAD_CHUNK", 4)
     head, hidden, other = head_of(form, biased), states(1, 2, 5), states(2, 3, 5)
     tokens = torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(3))
     rows = slice(1, 3)
@@ -78,7 +77,8 @@ def test_gradients_of_all_losses_are_those_of_autograd(form, biased, monkeypatch
     labels = torch.cat([draw_categorical(one, generator) for one in chunks])
     following = tokens[rows, 1:].unsqueeze(-1)
     divergence = (target.exp() * (target - log_probability)).sum()
-    flat = hidden.flatten(0, 1)
+    flat, wanted = hidden.flatten(0, 1), other[rows].flatten(0, 1)
+    teacher = head_loss.FullTeacher(hidden=wanted, head=head)
     pairs = [
         (
             -log_probability.flatten(0, 1).gather(-1, labels).sum(),
@@ -89,7 +89,8 @@ def test_gradients_of_all_losses_are_those_of_autograd(form, biased, monkeypatch
             following_tokens(tokens)(rows, flat, head),
         ),
         (divergence, toward(other)(rows, flat, head)),
-        (divergence, distillation_gradient(flat, other[rows].flatten(0, 1), head)),
+        (divergence, head_loss.distillation_gradient(flat, wanted, head)),
+        (divergence, head_loss.head_gradient(flat, head, teacher)[1]),
     ]
     for loss, found in pairs:
         (expected,) = torch.autograd.grad(loss, variable, retain_graph=True)

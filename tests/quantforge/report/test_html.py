@@ -8,7 +8,7 @@ import html.parser
 import pytest
 
 from quantforge.report.html import render
-from quantforge.results import RefinementRound
+from quantforge.results import RefinementRound, TrainingOutcome, TrainingPoint
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -181,3 +181,17 @@ def test_a_refined_plan_says_what_was_measured_around_it(report):
     assert "A search that measured the plans around its own chose a width" in text
     assert "21 plans around the one that was found" in text
     assert "4 layers changed, held-out KL 0.250 to 0.240, a difference of" in text
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_training_says_what_it_did(report, kept):
+    points = tuple(
+        TrainingPoint(step=step, loss=None, kl=kl, soft_kl=kl - 0.01)
+        for step, kl in ((0, 0.5), (20, 0.3))
+    )
+    outcome = TrainingOutcome(tokens=40_960, steps=20, points=points, best=1, kept=kept)
+    text = Page(render(dataclasses.replace(report, training=outcome))).text
+    assert "Training: 40,960 tokens in 20 steps." in text
+    assert ("The best state, after step 20, was taken" in text) == kept
+    assert ("The untrained weights were kept" in text) != kept
+    assert "held-out KL 0.500 to 0.300" in text

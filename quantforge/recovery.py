@@ -1,0 +1,184 @@
+"""What follows compensation: tuning of the scales, then training of everything; never worse.
+
+Both go by the whole network's held-out divergence from the float one, and both are undone where
+that does not fall. Tuning fixes the integers and costs little; training starts from what it left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantforge.calibrate.evidence import Evidence
+from quantforge.capture import product_dtype
+from quantforge.errors import InputError
+from quantforge.journal import Journal
+from quantforge.methods.temperature import temperature_multipliers
+from quantforge.models import Head, Model
+from quantforge.progress import Monitor
+from quantforge.quantize.sequential import QuantizedLayer
+from quantforge.quantize.tune import kept_if_better, tune_scales
+from quantforge.recipe import Recipe
+from quantforge.results import TrainingOutcome
+from quantforge.train.config import TrainingConfig
+from quantforge.train.loop import Task, Trained, train
+from quantforge.train.parallel import Share
+from quantforge.train.teacher import HiddenTeacher
+from quantforge.types import QuantizedWeight
+
+
+@dataclass(kw_only=True)
+class Recovery:
+    """Tuning and training of one compensated network.
+
+    Attributes:
+        model: the network; holds the layers' dequantized weights.
+        recipe: effective configuration.
+        tokens: [sequences, length] int64 fitting tokens.
+        final_hidden: [sequences, length, hidden] the float network's head input on them.
+        float_head: of the float network; None where the network's own is that.
+        measure: held-out KL of the network as it stands.
+        evidence: of the measurement, for temperatures; None where nothing was searched.
+        seed: of everything random.
+        monitor: progress and cancellation.
+        journal: gets what is finished.
+        notes: warnings that came up on the way, one line each.
+        outcome: how training went; None before it.
+    """
+
+    model: Model
+    recipe: Recipe
+    tokens: Tensor
+    final_hidden: Tensor
+    float_head: Head | None
+    measure: Callable[[], float]
+    evidence: Callable[[], Evidence] | None
+    seed: int
+    monitor: Monitor
+    journal: Journal
+    notes: list[str]
+    outcome: TrainingOutcome | None = None
+
+    def tune(self, layers: Sequence[QuantizedLayer]) -> list[QuantizedLayer]:
+        """The same layers with tuned scales, if that lowers the KL on held-out tokens."""
+        weights = _inside_blocks(layers)
+
+        def tuned() -> dict[str, QuantizedWeight]:
+            return tune_scales(
+                self.model,
+                weights,
+                self.tokens.to(self.model.device),
+                self.final_hidden.to(self.model.device),
+                self.recipe.quantize.tuning,
+                float_head=self.float_head,
+                generator=torch.Generator().manual_seed(self.seed),
+                monitor=self.monitor,
+                journal=self.journal,
+            )
+
+        kept = kept_if_better(self.model, weights, tuned, self.measure)
+        if kept is weights:
+            self.notes.append("tuning the scales did not lower the held-out KL and was undone")
+        return _with_weights(layers, kept)
+
+    def train(
+        self, layers: Sequence[QuantizedLayer], originals: dict[str, Tensor]
+    ) -> list[QuantizedLayer]:
+        """The same layers trained, if that lowers the KL on held-out tokens.
+
+        Args:
+            layers: as they are in the network.
+            originals: layer name → [out, in] float weight before compensation; each is taken out
+                when its training starts.
+        """
+        weights = _inside_blocks(layers)
+        config = self.recipe.training
+        if not weights:
+            return list(layers)
+        multipliers, note = layer_multipliers(list(weights), self.evidence, config)
+        task = Task(
+            model=self.model,
+            weights=weights,
+            originals=originals.pop,
+            tokens=self.tokens,
+            teacher=HiddenTeacher(hidden=self.final_hidden, head=self._teachers_head(config)),
+            measure=self.measure,
+            multipliers=multipliers,
+        )
+        made: list[Trained] = []
+
+        def trained() -> dict[str, QuantizedWeight]:
+            made.append(
+                train(
+                    task,
+                    config,
+                    seed=self.seed,
+                    monitor=self.monitor,
+                    share=Share.of_this_process(self.model.device),
+                    journal=self.journal,
+                )
+            )
+            return made[0].weights
+
+        kept = kept_if_better(self.model, weights, trained, self.measure)
+        self.outcome = replace(made[0].outcome, kept=kept is not weights)
+        if kept is weights:
+            self.notes.append("training did not lower the held-out KL and was undone")
+        self.notes += [one for one in (note, self.outcome.note) if one]
+        return _with_weights(layers, kept)
+
+    def _teachers_head(self, config: TrainingConfig) -> Head:
+        """The float network's head, in the dtype of the products."""
+        head = self.float_head or self.model.architecture.output_head(self.model.module)
+        return head.rounded(product_dtype(config.precision))
+
+
+def layer_multipliers(
+    names: Sequence[str], evidence: Callable[[], Evidence] | None, config: TrainingConfig
+) -> tuple[dict[str, float], str]:
+    """Layer name → multiplier of its temperature, and a note where there should be some.
+
+    The traces are those of the Fisher information, from the gradients that calibration took.
+
+    Args:
+        names: of the trained layers.
+        evidence: of the measurement.
+        config: says whether they are asked for.
+    """
+    if config.alpha == 0.0:
+        return {}, ""
+    if evidence is None:
+        return {}, "nothing was searched, so there are no traces: training.alpha did nothing"
+    found = evidence()
+    traces = dict(
+        zip((x.name for x in found.layers), found.traces.double().mean(0).tolist(), strict=True)
+    )
+    try:
+        multipliers = temperature_multipliers(
+            [traces[name] for name in names], strength=config.alpha, gain=config.kappa
+        )
+    except InputError as error:
+        return {}, f"{error}: training.alpha did nothing"
+    return dict(zip(names, multipliers, strict=True)), ""
+
+
+def _inside_blocks(layers: Sequence[QuantizedLayer]) -> Mapping[str, QuantizedWeight]:
+    """Layer name → weight, of the quantized layers of the blocks."""
+    return {
+        one.layer.name: one.weight
+        for one in layers
+        if one.weight is not None and not one.layer.outside
+    }
+
+
+def _with_weights(
+    layers: Sequence[QuantizedLayer], weights: Mapping[str, QuantizedWeight]
+) -> list[QuantizedLayer]:
+    """The layers with other weights, those outside the blocks as they are."""
+    return [
+        one if one.layer.outside else replace(one, weight=weights.get(one.layer.name))
+        for one in layers
+    ]
