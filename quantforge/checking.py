@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from quantforge.errors import UsageError
+from quantforge.export.gguf_source import checkpoint_problems
 from quantforge.export.servers import (
     EMBEDDINGS,
     SERVERS,
@@ -53,7 +54,10 @@ def check(checkpoint: str | Path, *, server: str = "vllm", tensor_parallel: int 
             assignment[layer] = None
             layers.append(_layer(layer, *entry.shape, tied=tied))
     problems = violations(rule, layers, assignment, tensor_parallel)
-    problems += network_problems(rule, opened.config, tensor_parallel)
+    if rule.gguf:
+        problems += checkpoint_problems(opened)
+    else:
+        problems += network_problems(rule, opened.config, tensor_parallel)
     return CheckReport(
         path=str(checkpoint),
         server=rule.name,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -23,14 +24,14 @@ from torch import Tensor
 
 from quantforge.errors import InputError, ResourceError
 from quantforge.export import gguf_network as network
+from quantforge.export.gguf_source import read_network
 from quantforge.export.gguf_tokenizer import GgufTokenizer, read_tokenizer
 from quantforge.export.writer import disk_errors
-from quantforge.foreign import malformed
-from quantforge.format import compressed, gguf_blocks
+from quantforge.foreign import one_line
+from quantforge.format import gguf_blocks
 from quantforge.format.checkpoint import Checkpoint, TensorReader, read_layer
 from quantforge.outcomes import ConvertReport, GgufType
 from quantforge.progress import Monitor
-from quantforge.silence import quiet
 from quantforge.types import QuantSpec
 from quantforge.workspace import staging_file
 
@@ -151,36 +152,16 @@ def convert_gguf(
 
 def _job(opened: Checkpoint, monitor: Monitor) -> _Job:
     """Everything that can be refused without reading a tensor."""
-    specs = opened.specs()
-    config = _network_config(opened)
-    architecture = network.gguf_architecture(config)
-    stored = [
-        name.removesuffix(compressed.PACKED) + "weight"
-        if name.endswith(f".{compressed.PACKED}")
-        else name
-        for name in opened.entries
-        if name.rpartition(".")[0] not in specs or name.endswith((f".{compressed.PACKED}", ".bias"))
-    ]
+    specs, found = opened.specs(), read_network(opened)
     return _Job(
         opened=opened,
         specs=specs,
-        config=config,
-        architecture=architecture,
-        tokenizer=read_tokenizer(opened.folder, config.vocab_size),
-        names=network.tensor_names(architecture, config, stored),
+        config=found.config,
+        architecture=found.architecture,
+        tokenizer=read_tokenizer(opened.folder, found.config.vocab_size),
+        names=found.names,
         monitor=monitor,
     )
-
-
-def _network_config(opened: Checkpoint) -> Any:
-    """The float network's configuration in transformers."""
-    from transformers import AutoConfig
-
-    described = {k: v for k, v in opened.config.items() if k != "quantization_config"}
-    kind = described.pop("model_type", None)
-    auto: Any = AutoConfig
-    with malformed(f"{opened.folder} describes no network that is known"), quiet():
-        return auto.for_model(kind, **described)
 
 
 def _window(config: Any) -> tuple[str, ...]:
@@ -228,13 +209,15 @@ def _write(job: _Job, places: Mapping[str, _Place], path: Path) -> None:
 
     factors = network.rope_factors(job.config)
     with closing(GGUFWriter(path, job.architecture.name)) as writer:
-        _add_metadata(writer, job, places)
+        with _unheld(job.opened.folder):
+            _add_metadata(writer, job, places)
         if factors is not None:
             _add_info(writer, _ROPE_FACTORS, tuple(factors.shape), factors.numpy(), "F32")
         for place in places.values():
             _add_info(writer, place.name, place.shape, place, place.type)
         writer.write_header_to_file()
-        writer.write_kv_data_to_file()
+        with _unheld(job.opened.folder):
+            writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         with _full_disks():
             if factors is not None:
@@ -269,6 +252,17 @@ def _add_metadata(writer: Any, job: _Job, places: Mapping[str, _Place]) -> None:
     writer.add_file_type(LlamaFileType[named])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     job.tokenizer.add_to(writer)
+
+
+@contextmanager
+def _unheld(folder: Path) -> Iterator[None]:
+    """Turn what gguf raises for metadata that it cannot encode into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ArithmeticError, struct.error) as error:
+        raise InputError(
+            f"GGUF holds no such metadata as {folder} has: {one_line(error)}"
+        ) from None
 
 
 @contextmanager

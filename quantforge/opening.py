@@ -133,7 +133,8 @@ def open_job(
         loaded = from_module(model, tokenizer=tokenizer)
     else:
         loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
-    require_split(described(loaded.module), recipe.search)
+    folder = loaded.source.path if loaded.source.kind == "folder" else None
+    require_split(described(loaded.module), recipe.search, folder)
     given = None  # before the text, which may have to be sampled
     matrices = loaded.architecture.vocabulary(loaded.module)
     if plan is None:

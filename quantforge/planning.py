@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,12 +185,15 @@ def require_loadable(
         raise UsageError(f"{config.server} would not load this plan: {found[0]}{more}")
 
 
-def require_split(described: Mapping[str, Any], config: SearchConfig) -> None:
+def require_split(
+    described: Mapping[str, Any], config: SearchConfig, folder: Path | None = None
+) -> None:
     """Refuse to plan for more devices than the heads split into, or for what GGUF does not know.
 
     Args:
         described: the network's configuration, as in its config.json.
         config: names the server and the devices.
+        folder: with its tokenizer; None where there is none.
 
     Raises:
         UsageError: the server loads no plan of this network; names the first reason.
@@ -197,7 +201,7 @@ def require_split(described: Mapping[str, Any], config: SearchConfig) -> None:
     if config.server == "any":
         return
     parts = config.tensor_parallel
-    if found := network_problems(SERVERS[config.server], described, parts):
+    if found := network_problems(SERVERS[config.server], described, parts, folder):
         devices, more = (f" on {parts} devices", "; choose another --tp") if parts > 1 else ("", "")
         raise UsageError(f"{config.server} would not load any plan{devices}: {found[0]}{more}")
 

@@ -257,6 +257,15 @@ def _convert(case: Case) -> None:
     quantforge.convert(case.folder, output=case.output)
 
 
+def _convert_gguf(case: Case) -> None:
+    quantforge.convert(case.folder, output=case.output.with_suffix(".gguf"), layout="gguf")
+    case.output.with_suffix(".gguf").unlink()
+
+
+def _check_gguf(case: Case) -> None:
+    quantforge.check(case.folder, server="llama.cpp")
+
+
 def _source(case: Case) -> None:
     """Only as far as the float model that the folder says it was made from."""
     try:
@@ -302,6 +311,7 @@ def _profile(case: Case) -> None:
 
 
 _PACKED: tuple[Entry, ...] = (_inspect, _check, _load, _convert)
+_TO_GGUF: tuple[Entry, ...] = (_check_gguf, _convert_gguf)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 KINDS: Mapping[str, Kind] = {
     name: Kind(artefact=artefact, file=file, mutate=mutate, entries=entries)
@@ -325,6 +335,9 @@ KINDS: Mapping[str, Kind] = {
         ("text", "texts", "text.txt", mutations.mutate_text, (_calibration,)),
         ("lines", "texts", "rows.jsonl", mutations.mutate_lines, (_calibration,)),
         ("parquet", "texts", "rows.parquet", mutations.mutate_parquet, (_calibration,)),
+        ("gguf-weights", "packed", _WEIGHTS, mutations.mutate_container, _TO_GGUF),
+        ("gguf-config", "packed", "config.json", _mutate_config, _TO_GGUF),
+        ("gguf-tokenizer", "packed", "tokenizer.json", mutations.mutate_json, _TO_GGUF),
     )
 }
 

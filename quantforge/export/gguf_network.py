@@ -26,12 +26,14 @@ class GgufArchitecture:
             transformers has all first halves and then all second ones.
         biased: layers that may have a bias; llama.cpp refuses a file with tensors it does not know.
         ropes: ways to scale the rotary frequencies.
+        square: the channels of all heads have to be as many as the hidden size.
     """
 
     name: str
     interleaved: bool = False
     biased: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     ropes: tuple[str, ...] = ("default", "linear")
+    square: bool = False
 
 
 _LLAMA = GgufArchitecture(
@@ -44,25 +46,34 @@ _LLAMA = GgufArchitecture(
 GGUF_ARCHITECTURES = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
-    "Qwen2ForCausalLM": GgufArchitecture(name="qwen2"),
+    "Qwen2ForCausalLM": GgufArchitecture(name="qwen2", square=True),
     "Qwen3ForCausalLM": GgufArchitecture(name="qwen3"),
 }
+_COUNTS = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+# What ways to scale the rotary frequencies need.
+_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+    ),
+}  # fmt: skip
+_LARGEST = float(torch.finfo(torch.float32).max)
 
 
 def gguf_architecture(config: Any) -> GgufArchitecture:
     """The architecture of a network.
 
     Args:
-        config: its transformers configuration.
+        config: its transformers configuration, of a class in `GGUF_ARCHITECTURES`.
 
     Raises:
-        InputError: it is none of the known ones, or scales its rotary frequencies or activates in
-            a way that is not written.
+        InputError: it scales its rotary frequencies, activates, or has biases or heads in a way
+            that is not written.
     """
-    found = (config.architectures or ["unknown"])[0]
-    if found not in GGUF_ARCHITECTURES:
-        known = ", ".join(GGUF_ARCHITECTURES)
-        raise InputError(f"{found} is not written as GGUF; known model classes: {known}")
+    found = config.architectures[0]
     architecture, kind = GGUF_ARCHITECTURES[found], _rope(config)["rope_type"]
     if kind not in architecture.ropes:
         raise InputError(
@@ -73,7 +84,43 @@ def gguf_architecture(config: Any) -> GgufArchitecture:
         raise InputError(
             f"the activation {config.hidden_act!r} is not written as GGUF; llama.cpp has silu there"
         )
+    if getattr(config, "attention_bias", False) and "o_proj" not in architecture.biased:
+        raise InputError(f"GGUF has no name for o_proj.bias of a {architecture.name} network")
+    inner = head_size(config) * config.num_attention_heads
+    if architecture.square and inner != config.hidden_size:
+        raise InputError(
+            f"heads of {inner} channels together and a hidden size of {config.hidden_size}: "
+            f"llama.cpp takes them to be equal in a {architecture.name} network"
+        )
     return architecture
+
+
+def require_numbers(config: Any, where: str) -> None:
+    """Refuse hyperparameters that GGUF's fields, uint32 and float32, do not hold.
+
+    Args:
+        config: a network's transformers configuration.
+        where: its file, for the message.
+
+    Raises:
+        InputError: one is none, or heads do not fit each other.
+    """
+    rope = _rope(config)
+    counts = {name: getattr(config, name) for name in _COUNTS} | {"head_dim": head_size(config)}
+    reals = {"rms_norm_eps": config.rms_norm_eps, "rope_theta": rope.get("rope_theta")}
+    reals |= {name: rope.get(name) for name in _SCALINGS.get(rope["rope_type"], ())}
+    for name, value in counts.items():
+        if type(value) is not int or not 0 < value < 1 << 31:
+            raise InputError(f"{where}: {name} must be a positive integer, got {value!r:.60}")
+    for name, value in reals.items():
+        if type(value) not in (int, float) or not 0 < value < _LARGEST:
+            raise InputError(f"{where}: {name} must be a positive number, got {value!r:.60}")
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    if heads % shared or counts["head_dim"] % 2:
+        raise InputError(
+            f"{where}: {heads} heads of {counts['head_dim']} channels do not share {shared} of "
+            "keys and values in pairs of channels"
+        )
 
 
 def tensor_names(
@@ -127,8 +174,8 @@ def row_order(architecture: GgufArchitecture, config: Any, layer: str, rows: int
 
 def head_size(config: Any) -> int:
     """Channels a head."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(size)
+    size: int | None = getattr(config, "head_dim", None)
+    return size or int(config.hidden_size // config.num_attention_heads)
 
 
 def usable_context(config: Any) -> int:
@@ -184,6 +231,7 @@ def rope_factors(config: Any) -> Tensor | None:
 
 def _rope(config: Any) -> dict[str, Any]:
     """Rotary parameters: `rope_type`, `rope_theta` and what the type needs."""
-    found = dict(getattr(config, "rope_parameters", None) or {})
+    found = getattr(config, "rope_parameters", None)
+    found = dict(found) if isinstance(found, dict) else {}
     found.setdefault("rope_type", "default")
     return found

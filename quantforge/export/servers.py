@@ -12,9 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from quantforge.export.gguf_network import GGUF_ARCHITECTURES
+from quantforge.export.gguf_source import described_problems
 from quantforge.format.gguf_blocks import grouping, held_exactly
 from quantforge.models.linears import WITHOUT_LINEARS
 from quantforge.outcomes import ServerSupport
@@ -181,27 +182,28 @@ def _unknown_outside(rule: ServerRule, layer: LayerInfo, spec: QuantSpec) -> str
     return ""
 
 
-def network_problems(rule: ServerRule, config: Mapping[str, Any], parts: int) -> list[str]:
+def network_problems(
+    rule: ServerRule, config: Mapping[str, Any], parts: int, folder: Path | None = None
+) -> list[str]:
     """What of a network's shape a program does not load, one line each.
 
-    GGUF has names for some architectures. Heads are never cut: each device has whole ones, or a
-    copy of one of keys and values.
+    GGUF has some architectures and some tokenizers. Heads are never cut: each device has whole
+    ones, or a copy of one of keys and values.
 
     Args:
         rule: the program's.
         config: the network's, as in its config.json.
         parts: devices.
+        folder: with its tokenizer; None where there is none.
     """
     heads = config.get("num_attention_heads")
     shared = config.get("num_key_value_heads", heads)
-    found = []
-    classes = config.get("architectures") or []
-    if rule.gguf and classes and classes[0] not in GGUF_ARCHITECTURES:
-        known = ", ".join(GGUF_ARCHITECTURES)
-        found.append(f"{classes[0]} is not written as GGUF; known model classes: {known}")
-    elif classes and classes[0] in rule.refuses:
+    found = described_problems(config, folder) if rule.gguf else []
+    classes = config.get("architectures")
+    named = classes[0] if isinstance(classes, list) and classes else None
+    if isinstance(named, str) and named in rule.refuses:
         found.append(
-            f"{classes[0]}: {WITHOUT_LINEARS[classes[0]]}, where it puts no packed linears; "
+            f"{named}: {WITHOUT_LINEARS[named]}, where it puts no packed linears; "
             "quantforge.load does"
         )
     if isinstance(heads, int) and heads % parts:

@@ -16,6 +16,7 @@ from torch import nn
 import quantforge
 from quantforge.errors import CancelledError, InputError, ResourceError, UsageError
 from quantforge.export import gguf_network
+from quantforge.export.servers import SERVERS, network_problems
 from quantforge.load.gguf_file import unpermute
 from quantforge.load.huggingface import load_model
 from quantforge.load.source import resolve_source
@@ -256,10 +257,6 @@ def test_refusals_write_nothing(tmp_path):
     written(tmp_path / "gemma", gemma, "4b-g32")
     with pytest.raises(InputError, match="Gemma3ForCausalLM is not written as GGUF; known model"):
         convert(tmp_path / "gemma")
-    biased = network("qwen3", head_dim=16, attention_bias=True)
-    written(tmp_path / "biased", biased, "4b-g32")
-    with pytest.raises(InputError, match=r"no name for .*o_proj.bias of a qwen3 network"):
-        convert(tmp_path / "biased")
     written(tmp_path / "good", network(), "4b-g32")
     for output, message in ((tmp_path / "out", "is no .gguf file"), (tmp_path / "d.gguf", "is no")):
         (tmp_path / "d.gguf").mkdir(exist_ok=True)
@@ -271,6 +268,73 @@ def test_refusals_write_nothing(tmp_path):
     with pytest.raises(InputError, match="describes no network that is known"):
         convert(tmp_path / "good")
     assert not [path for path in tmp_path.rglob("*") if ".gguf" in path.name and path.is_file()]
+
+
+# What is edited in config.json, and what is said of it.
+ABSURD = [
+    ({"hidden_size": 128}, "embed_tokens.weight is 96 x 64, by its configuration 96 x 128"),
+    ({"intermediate_size": 999}, r"gate_proj.weight is 128 x 64, by its configuration 999 x 64"),
+    ({"num_hidden_layers": 3}, r"lacks model.layers.2.self_attn.q_proj.weight, by its .* 64 x 64"),
+    ({"num_hidden_layers": 1}, r"holds model.layers.1\..*weight, .*, which its configuration has"),
+    ({"vocab_size": 500}, "embed_tokens.weight is 96 x 64, by its configuration 500 x 64"),
+    ({"num_attention_heads": 8}, "q_proj.weight is 64 x 64, by its configuration 128 x 64"),
+    ({"tie_word_embeddings": True}, "holds lm_head.weight, 96 x 64, which its configuration has"),
+    ({"attention_bias": True}, "lacks model.layers.0.self_attn.q_proj.bias, by its .* 64"),
+    ({"architectures": {"a": 1}}, "architectures must be a list of model classes"),
+    ({"architectures": [["x"]]}, "architectures must be a list of model classes"),
+    ({"architectures": []}, "architectures must be a list of model classes"),
+    ({"architectures": ["MistralForCausalLM"]}, "says MistralForCausalLM, and makes a Llama"),
+    ({"num_key_value_heads": 2**32}, "num_key_value_heads is 4294967296, but"),
+    ({"num_attention_heads": 4, "num_key_value_heads": 3}, "4 heads of 16 channels do not share 3"),
+    ({"max_position_embeddings": 2**40}, "max_position_embeddings is 1099511627776, but"),
+    ({"vocab_size": 2**30}, "vocab_size is 1073741824, but"),
+    ({"rms_norm_eps": 1e300}, "rms_norm_eps must be a positive number, got 1e[+]300"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e300}}, "rope_theta must be a po"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "type 'yarn'"),
+    ({"hidden_act": "gelu"}, "activation 'gelu' is not written"),
+]  # fmt: skip
+
+
+def test_a_configuration_of_another_network_is_refused_by_convert_and_check(tmp_path):
+    written(tmp_path, network(tied=False, head_dim=16), "4b-g32")
+    file = tmp_path / "config.json"
+    valid = json.loads(file.read_text())
+    assert quantforge.check(tmp_path, server="llama.cpp").loads
+    for change, says in ABSURD:
+        file.write_text(json.dumps({**valid, **change}))
+        with pytest.raises(InputError, match=says) as caught:
+            convert(tmp_path)
+        assert "\n" not in str(caught.value)
+        problems = quantforge.check(tmp_path, server="llama.cpp").problems
+        assert problems == (str(caught.value),)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_tensor_that_is_missing_is_named(lost, tmp_path):
+    module = network()
+    parent = module.get_submodule(lost.removesuffix(".weight"))
+    parent.weight = None
+    written(tmp_path, module, "4b-g32")
+    with pytest.raises(InputError, match=f"lacks {lost}, by its configuration 64$"):
+        convert(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        ("qwen3", {"attention_bias": True}, "no name for o_proj.bias of a qwen3 network"),
+        ("qwen2", {"head_dim": 32}, "heads of 128 channels together and a hidden size of 64"),
+    ],
+)
+def test_networks_that_llama_cpp_has_not(kind, options, says, tmp_path):
+    module = network(kind, **{"head_dim": 16, **options})
+    written(tmp_path, module, "4b-g32")
+    with pytest.raises(InputError, match=says):
+        convert(tmp_path)
+    problems = network_problems(SERVERS["llama.cpp"], _described(module).to_dict(), 1)
+    assert len(problems) == 1
+    assert says in problems[0]
 
 
 def test_an_output_is_replaced_by_force_only(tmp_path):

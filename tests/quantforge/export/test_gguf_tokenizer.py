@@ -18,8 +18,10 @@ from tokenizers import (
 )
 
 import quantforge
-from quantforge.errors import InputError
+from quantforge.errors import InputError, UsageError
 from quantforge.export.gguf_tokenizer import read_tokenizer
+from quantforge.planning import require_split
+from quantforge.search.config import SearchConfig
 from quantforge.testing import tiny_llama, write_quantized
 from quantforge.types import QuantSpec
 
@@ -132,6 +134,12 @@ def test_other_tokenizers_are_refused(tmp_path):
     file.write_text(json.dumps({**described, "pre_tokenizer": {"type": "Metaspace"}}))
     with pytest.raises(InputError, match=r"another tokenizer \(BPE\) than byte-level"):
         read_tokenizer(folder, 300)
+    # plan and check read a folder's tokenizer too
+    known = {**tiny_llama(vocabulary=304).config.to_dict(), "architectures": ["LlamaForCausalLM"]}
+    with pytest.raises(UsageError, match=r"llama.cpp would not load any plan: .*another tokenizer"):
+        require_split(known, SearchConfig(server="llama.cpp"), folder)
+    require_split(known, SearchConfig(server="llama.cpp"), tmp_path)
+    require_split(known, SearchConfig(server="vllm"), folder)
     file.write_text(json.dumps({**described, "model": {"type": "WordPiece"}}))
     with pytest.raises(InputError, match=r"another tokenizer \(WordPiece\) than"):
         read_tokenizer(folder, 300)
