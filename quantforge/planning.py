@@ -22,6 +22,7 @@ import torch
 from quantforge.errors import BudgetError, InputError, UsageError
 from quantforge.export.servers import SERVERS, network_problems, refusal, violations
 from quantforge.format.footprint import Footprint
+from quantforge.format.gguf_blocks import is_dominated
 from quantforge.search.allocate import (
     average_bits,
     interaction_loss,
@@ -132,16 +133,12 @@ def block_candidates(layers: Sequence[LayerInfo], config: SearchConfig) -> tuple
 
 
 def loadable(sensitivity: Sensitivity, config: SearchConfig) -> Sensitivity:
-    """The same without the candidates that the configured server does not load."""
+    """The same without candidates that the configured server does not load, or has no use for."""
     if config.server == "any":
         return sensitivity
-    rule, parts = SERVERS[config.server], config.tensor_parallel
-    refused = torch.tensor(
-        [
-            [bool(refusal(rule, layer, spec, parts)) for spec in sensitivity.specs]
-            for layer in sensitivity.layers
-        ]
-    )
+    specs = sensitivity.specs
+    kept = [_worthwhile(layer, specs, config) for layer in sensitivity.layers]
+    refused = torch.tensor([[spec not in own for spec in specs] for own in kept])
     stderr = sensitivity.stderr
     return replace(
         sensitivity,
@@ -163,10 +160,25 @@ def loadable_vocabulary(vocabulary: Candidates, config: SearchConfig) -> Candida
     for layer, specs in vocabulary.items():
         if layer.fixed and (why := refusal(rule, layer, specs[0], parts)):
             raise UsageError(f"{config.server} would not load this plan: {layer.name}: {why}")
-        fitting = tuple(spec for spec in specs if not refusal(rule, layer, spec, parts))
-        if fitting:
+        if fitting := _worthwhile(layer, specs, config):
             found[layer] = fitting
     return found
+
+
+def _worthwhile(
+    layer: LayerInfo, specs: Sequence[QuantSpec], config: SearchConfig
+) -> tuple[QuantSpec, ...]:
+    """Specs that the configured server loads, for GGUF without those that save nothing there.
+
+    Budgets count the bits of the folder; a spec of fewer that takes the same block type as a finer
+    one would only make the file worse.
+    """
+    rule, parts = SERVERS[config.server], config.tensor_parallel
+    fitting = (spec for spec in specs if spec.divides(layer.in_features))
+    loaded = tuple(spec for spec in fitting if not refusal(rule, layer, spec, parts))
+    if not rule.gguf:
+        return loaded
+    return tuple(spec for spec in loaded if not is_dominated(spec, loaded, layer.in_features))
 
 
 def require_loadable(

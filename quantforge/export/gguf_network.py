@@ -107,6 +107,8 @@ def require_numbers(config: Any, where: str) -> None:
     """
     rope = _rope(config)
     counts = {name: getattr(config, name) for name in _COUNTS} | {"head_dim": head_size(config)}
+    if getattr(config, "sliding_window", None) is not None:
+        counts["sliding_window"] = config.sliding_window
     reals = {"rms_norm_eps": config.rms_norm_eps, "rope_theta": rope.get("rope_theta")}
     reals |= {name: rope.get(name) for name in _SCALINGS.get(rope["rope_type"], ())}
     for name, value in counts.items():

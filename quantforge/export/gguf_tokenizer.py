@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ _RULES = {
     (_LETTERS + r"\p{N}" + _REST,): "qwen2",
     (_LETTERS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
 }
+# llama.cpp's does_token_look_special: added tokens that are control tokens whatever a folder says.
+_CONTROL = frozenset({"<pad>", "<mask>", "<2mass>", "[@BOS@]"})
+_CONTROL_ENDS = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
+# What llama.cpp takes to end a text where a file names nothing.
+_ASSUMED_END = 11
 # Of these llama.cpp takes a piece that is a token whole, without merging it.
 _WHOLE_PIECES = frozenset({"llama-bpe", "falcon3", "tekken"})
 
@@ -108,11 +114,15 @@ def read_tokenizer(folder: Path, size: int) -> GgufTokenizer:
     with malformed(f"the tokenizer in {file} cannot be read"):
         tokenizer = Tokenizer.from_file(str(file))
         special = SpecialVocab(folder, load_merges=True, n_vocab=size)
-    tokens, kinds = _tokens(file, tokenizer, size)
-    _say_what_is_added(tokenizer, special)
-    rules, warnings = _rules(tokenizer, described)
+        tokens, kinds = _tokens(file, tokenizer, size)
+        _say_what_is_added(tokenizer, special)
+        rules, warnings = _rules(tokenizer, described)
     return GgufTokenizer(
-        tokens=tokens, kinds=kinds, rules=rules, special=special, warnings=warnings
+        tokens=tokens,
+        kinds=kinds,
+        rules=rules,
+        special=special,
+        warnings=(*warnings, *_unnamed_end(tokens, special)),
     )
 
 
@@ -145,11 +155,18 @@ def _tokens(file: Path, tokenizer: Any, size: int) -> tuple[tuple[str, ...], tup
             if not added[number].normalized:  # as llama.cpp meets it in a text
                 encoded = tokenizer.encode(token, add_special_tokens=False).ids
                 token = tokenizer.decode(encoded, skip_special_tokens=False)
-            control = added[number].special or (token.startswith("<|") and token.endswith("|>"))
+            control = added[number].special or _looks_special(token)
             kind = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
         tokens.append(token)
         kinds.append(kind)
     return tuple(tokens), tuple(kinds)
+
+
+def _looks_special(token: str) -> bool:
+    """Whether llama.cpp takes an added token for a control token."""
+    return token in _CONTROL or any(
+        token.startswith(start) and token.endswith(end) for start, end in _CONTROL_ENDS
+    )
 
 
 def _say_what_is_added(tokenizer: Any, special: Any) -> None:
@@ -171,9 +188,28 @@ def _rules(tokenizer: Any, described: dict[str, Any]) -> tuple[str, tuple[str, .
         return known, ()
     found = _RULES.get(_written_rules(described["pre_tokenizer"]))
     whole = bool(described["model"].get("ignore_merges"))
-    if found is not None and whole == (found in _WHOLE_PIECES):
+    plain = _leaves_text(described.get("normalizer"))
+    if found is not None and plain and whole == (found in _WHOLE_PIECES):
         return found, ()
     return "default", ("llama.cpp has no name for this tokenizer: texts may be cut otherwise",)
+
+
+def _leaves_text(part: dict[str, Any] | None) -> bool:
+    """Whether a normalizer does no more than compose characters (NFC); llama.cpp has none."""
+    if part is None or part.get("type") == "NFC":
+        return True
+    return part.get("type") == "Sequence" and all(map(_leaves_text, part["normalizers"]))
+
+
+def _unnamed_end(tokens: Sequence[str], special: Any) -> tuple[str, ...]:
+    """A warning where no token is known to end a text."""
+    if "eos" in special.special_token_ids:
+        return ()
+    found = repr(tokens[_ASSUMED_END]) if len(tokens) > _ASSUMED_END else "which is not there"
+    return (
+        "the tokenizer names no token that ends a text: llama.cpp takes the token "
+        f"{_ASSUMED_END}, {found}; name it in tokenizer_config.json",
+    )
 
 
 def _written_rules(part: dict[str, Any]) -> tuple[str, ...]:

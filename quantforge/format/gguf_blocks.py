@@ -11,8 +11,8 @@ theirs. Of the types that hold a weight exactly the smallest is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,7 @@ class BlockType:
         return self.name in _SIGNED and -_SIGNED[self.name] <= low and high < _SIGNED[self.name]
 
 
+_HALF_STEP = 2.0**-12  # of float16, of a number
 # Integers -n .. n - 1 that a block of signed ones holds.
 _SIGNED = {"Q3_K": 4, "Q4_0": 8, "Q5_0": 16, "Q6_K": 32, "Q8_0": 128}
 
@@ -249,16 +250,66 @@ def encode_float(tensor: torch.Tensor) -> tuple[str, NDArray[Any]]:
     return "BF16", tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
 
 
-def encode_dequantized(weight: QuantizedWeight) -> tuple[str, NDArray[Any]]:
-    """A quantized weight that no block type holds: float16, bfloat16 where that overflows."""
-    values = weight.dequantize()
+def encode_rounded(
+    weight: QuantizedWeight,
+) -> tuple[str, NDArray[Any], NDArray[np.float32]]:
+    """A quantized weight that no block type holds exactly.
+
+    Below 2**-17 float16 does not hold every scale of bfloat16. One such row would make the whole
+    weight three times as large, so the block types are tried with scales rounded to float16. They
+    are taken where no weight changes by more than float16 may change the largest one, by half a
+    step. Otherwise the weights are float16, bfloat16 where that overflows.
+
+    Returns:
+        The type's name, the array, and [out] the largest change of a weight in every row.
+    """
+    values, scale = weight.dequantize(), weight.scale.half()
+    if bool(scale.isfinite().all()):
+        rounded = replace(weight, scale=scale)
+        change = (rounded.dequantize() - values).abs().amax(dim=1)
+        small = bool(change.max() <= _HALF_STEP * values.abs().max())
+        if small and (found := encode(rounded)) is not None:
+            return *found, change.numpy()
     half = values.half()
-    return encode_float(half if bool(half.isfinite().all()) else values.bfloat16())
+    kept = half if bool(half.isfinite().all()) else values.bfloat16()
+    return *encode_float(kept), (kept.float() - values).abs().amax(dim=1).numpy()
 
 
 def held_exactly(spec: QuantSpec, columns: int) -> bool:
     """Whether some block type holds every weight of this spec, if float16 holds its scales."""
     return any(kind.holds(spec, columns) for kind in BLOCK_TYPES)
+
+
+def bits_a_weight(spec: QuantSpec, columns: int) -> float | None:
+    """Bits of the smallest type that holds every weight of this spec; None where none does."""
+    sizes = [8 * kind.block_bytes / kind.size for kind in BLOCK_TYPES if kind.holds(spec, columns)]
+    return min(sizes, default=None)
+
+
+def is_dominated(spec: QuantSpec, others: Iterable[QuantSpec], columns: int) -> bool:
+    """Whether another spec has all of its grids and no more bits in GGUF.
+
+    In blocks 2 and 3 bits may take the room of 4, which then are the better choice.
+
+    Args:
+        spec: that a block type holds.
+        others: to compare it with; those that none holds, and itself, do not count.
+        columns: weights a row.
+    """
+    bits = bits_a_weight(spec, columns)
+    return bits is not None and any(
+        other != spec
+        and (size := bits_a_weight(other, columns)) is not None
+        and size <= bits
+        and _covers(other, spec, columns)
+        for other in others
+    )
+
+
+def _covers(one: QuantSpec, other: QuantSpec, columns: int) -> bool:
+    """Whether a group of `other` is some of whole groups of `one`, with all of its integers."""
+    needed = other.bits + (one.symmetric and not other.symmetric)
+    return one.bits >= needed and other.width(columns) % one.width(columns) == 0
 
 
 def grouping(spec: QuantSpec, columns: int) -> str:

@@ -17,6 +17,7 @@ import quantforge
 from quantforge.errors import CancelledError, InputError, ResourceError, UsageError
 from quantforge.export import gguf_network
 from quantforge.export.servers import SERVERS, network_problems
+from quantforge.format import gguf_blocks
 from quantforge.load.gguf_file import unpermute
 from quantforge.load.huggingface import load_model
 from quantforge.load.source import resolve_source
@@ -244,6 +245,12 @@ def test_scaled_rotary_frequencies(tmp_path):
 
 def test_a_window_is_the_context(tmp_path):
     written(tmp_path, network("mistral", sliding_window=64), "4b-g32")
+    file = tmp_path / "config.json"
+    valid = file.read_text()
+    file.write_text(json.dumps({**json.loads(valid), "sliding_window": -(2**40)}))
+    with pytest.raises(InputError, match="sliding_window must be a positive integer"):
+        convert(tmp_path)
+    file.write_text(valid)
     report = convert(tmp_path)
     assert field(tmp_path / "out.gguf", "llama.context_length") == 64
     assert any("look back 64 tokens" in line for line in report.warnings)
@@ -416,6 +423,26 @@ def test_a_file_that_reads_back_otherwise_is_removed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gguf_network, "row_order", wrong)
     with pytest.raises(InputError, match=r"q_proj.weight reads back otherwise"):
+        convert(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_rows_are_compared_one_by_one(tmp_path, monkeypatch):
+    """A small row may be wrong altogether without being far from what is large elsewhere."""
+    weights = written(tmp_path, network(), "8b-g32-asym")
+    before = sorted(tmp_path.iterdir())
+    original = gguf_blocks.encode_rounded
+
+    def wrong(weight):
+        kind, array, change = original(weight)
+        quietest = weight.dequantize().abs().amax(1).argmin()
+        array = array.copy()
+        array[quietest, 0] += 2 * change[quietest] + 2.0**-10 * abs(array[quietest, 0])
+        return kind, array, change
+
+    monkeypatch.setattr(gguf_blocks, "encode_rounded", wrong)
+    assert len(weights) == 14
+    with pytest.raises(InputError, match=r"proj.weight reads back otherwise"):
         convert(tmp_path)
     assert sorted(tmp_path.iterdir()) == before
 

@@ -12,6 +12,7 @@ from tokenizers import (
     Tokenizer,
     decoders,
     models,
+    normalizers,
     pre_tokenizers,
     processors,
     trainers,
@@ -117,6 +118,49 @@ def test_rules_have_llama_cpps_name_or_a_warning(rules, whole, name, tmp_path):
     found = read_tokenizer(folder, 300)
     assert found.rules == name
     assert len(found.warnings) == (name == "default")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "known"),
+    [
+        (normalizers.NFC(), True),
+        (normalizers.Sequence([normalizers.NFC()]), True),
+        (normalizers.Sequence([]), True),
+        (normalizers.Lowercase(), False),
+        (normalizers.NFKC(), False),
+        (normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]), False),
+    ],
+)
+def test_a_normalizer_that_llama_cpp_has_not_is_a_warning(normalizer, known, tmp_path):
+    file = tokenizer_folder(tmp_path, rules=split(LETTERS + r"\p{N}" + REST)) / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.normalizer = normalizer
+    tokenizer.save(str(file))
+    found = read_tokenizer(tmp_path, 300)
+    assert found.rules == ("qwen2" if known else "default")
+    assert len(found.warnings) == (not known)
+
+
+def test_added_tokens_that_look_special_are_control_tokens(tmp_path):
+    folder = tokenizer_folder(tmp_path)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    control = ["<|a|>", "<\uff5cb\uff5c>", "<pad>", "<mask>", "<2mass>", "[@BOS@]", "<unused7>"]
+    plain = ["<|a>", "<\uff5cb|>", "<padding>", "<unused", "[BOS]"]
+    tokenizer.add_tokens([*control, *plain])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    found = read_tokenizer(folder, 312)
+    assert found.tokens[300:] == (*control, *plain)
+    assert set(found.kinds[300:307]) == {TokenType.CONTROL}
+    assert set(found.kinds[307:]) == {TokenType.USER_DEFINED}
+
+
+def test_no_end_of_text_is_a_warning_that_names_what_llama_cpp_takes(tmp_path):
+    folder = tokenizer_folder(tmp_path)
+    assert read_tokenizer(folder, 300).warnings == ()
+    (folder / "tokenizer_config.json").write_text("{}")
+    found = read_tokenizer(folder, 300)
+    assert len(found.warnings) == 1
+    assert f"takes the token 11, {found.tokens[11]!r};" in found.warnings[0]
 
 
 def test_texts_that_begin_with_a_token(tmp_path):

@@ -9,7 +9,14 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 from quantforge.format import gguf_blocks
-from quantforge.format.gguf_blocks import BLOCK_TYPES, encode, encode_dequantized, held_exactly
+from quantforge.format.gguf_blocks import (
+    BLOCK_TYPES,
+    bits_a_weight,
+    encode,
+    encode_rounded,
+    held_exactly,
+    is_dominated,
+)
 from quantforge.testing import random_weight
 from quantforge.types import SUPPORTED_BITS, QuantizedWeight, QuantSpec
 
@@ -88,12 +95,53 @@ def test_scales_beyond_float16_take_a_float_type_unless_nothing_depends_on_them(
     weight = crafted(unused, [1e-3, 2.0**-30])
     assert encode(weight)[0] == "Q4_0"
     assert torch.equal(decoded(*encode(weight)), weight.dequantize())
-    small, large = crafted(codes, [1e-3, 2.0**-30]), crafted(codes, [1e-3, 1e6])
-    assert encode_dequantized(small)[0] == "F16"
-    kind, rows = encode_dequantized(large)
+    large = crafted(codes, [1e-3, 1e6])
+    kind, rows, change = encode_rounded(large)
     assert kind == "BF16"
     meant = large.dequantize()
     assert ((decoded(kind, rows) - meant).abs() <= 2**-8 * meant.abs()).all()
+    assert torch.equal((decoded(kind, rows) - meant).abs().amax(1), torch.from_numpy(change))
+
+
+@pytest.mark.parametrize(
+    ("bits", "small", "kind"),
+    [
+        (4, 129 * 2.0**-25, "Q4_0"),  # between two subnormal numbers of float16
+        (6, 129 * 2.0**-25, "Q8_0"),
+        (8, 129 * 2.0**-25, "Q8_0"),
+        (4, 2.0**-30, "Q4_0"),  # becomes 0
+    ],
+)
+def test_a_row_of_small_scales_leaves_the_others_in_blocks(bits, small, kind):
+    codes = torch.arange(64).view(2, 32) % (1 << bits)
+    weight = crafted(codes, [1e-2, small], bits=bits)
+    assert encode(weight) is None
+    found, rows, change = encode_rounded(weight)
+    assert found == kind
+    meant, back = weight.dequantize(), decoded(found, rows)
+    assert torch.equal(back[0], meant[0])
+    assert torch.equal((back - meant).abs().amax(1), torch.from_numpy(change))
+    # the scale moves by half a step of 2**-24, or to 0, times the largest integer of the row
+    largest = float((codes[1] - (1 << bits - 1)).abs().max())
+    assert change.tolist() == [0.0, largest * min(2.0**-25, small)]
+    assert change[1] <= 2.0**-12 * float(meant.abs().max())
+    alone = crafted(codes[1:], [small], bits=bits)  # where it is all there is, float16 is finer
+    assert encode_rounded(alone)[0] == "F16"
+
+
+def test_specs_that_save_nothing_in_blocks_are_dominated():
+    known = {"2b-g32": 4.5, "3b-pc": 3.4375, "2b-pc": 2.625, "4b-g32": 4.5, "5b-g32": 5.5,
+             "4b-g32-asym": 5.5, "8b-g32-asym": None, "6b-g32": 8.5, "6b-pc": 6.5625}  # fmt: skip
+    specs = {text: QuantSpec.parse(text) for text in known}
+    assert {text: bits_a_weight(spec, 256) for text, spec in specs.items()} == known
+    lost = {text for text, spec in specs.items() if is_dominated(spec, specs.values(), 256)}
+    # 5b-g32 has all integers of 4b-g32-asym, at the same 5.5 bits; nothing covers 6b at 8.5
+    assert lost == {"2b-g32", "4b-g32-asym"}
+    both = [QuantSpec(3, 32), QuantSpec(3, 32, symmetric=False)]
+    assert [is_dominated(spec, both, 64) for spec in both] == [True, False]
+    coarse = [QuantSpec(4, 64), QuantSpec(4, 96)]  # neither's groups are some of the other's
+    assert not any(is_dominated(spec, coarse, 192) for spec in coarse)
+    assert is_dominated(QuantSpec(4, 64), [QuantSpec(4, 32)], 192)
 
 
 def test_kept_tensors_stay_as_they_are_stored():
