@@ -122,8 +122,8 @@ def soft_grid(
     Raises:
         ValueError: the shapes do not fit each other.
     """
-    out, groups = scale.shape
-    if weight.ndim != 2 or len(weight) != out or groups == 0 or weight.shape[1] % groups:
+    fits = scale.ndim == 2 and weight.ndim == 2 and len(weight) == len(scale)
+    if not fits or scale.shape[1] == 0 or weight.shape[1] % scale.shape[1]:
         raise ValueError(f"weights {tuple(weight.shape)} have no scales {tuple(scale.shape)}")
     if zero.ndim and zero.shape != scale.shape:
         raise ValueError(f"zeros {tuple(zero.shape)} are not one a scale {tuple(scale.shape)}")
@@ -204,7 +204,8 @@ def _backward(
             weight.to(wide), scale.to(wide), zero.to(wide), grid, slope=True
         )
         grouped = gradient.to(wide).reshape(level.shape)
-        for_scale = grid.pressure * (grouped * (level - position * slope)).sum(-1)
+        moved = torch.where(slope == 0.0, 0.0, position * slope)  # a position may be infinite
+        for_scale = grid.pressure * (grouped * (level - moved)).sum(-1)
         for_weight = grouped * (1.0 - grid.pressure + grid.pressure * slope)
         return for_weight.view_as(weight).to(weight.dtype), for_scale
     gradient, weight = gradient.contiguous(), weight.contiguous()
@@ -226,7 +227,8 @@ def _soften(
     Without `slope` the last is of no use.
     """
     shift = zero.unsqueeze(-1) if zero.ndim else zero
-    position = weight.reshape(*scale.shape, -1) / scale.unsqueeze(-1)
+    width = weight.shape[1] // scale.shape[1]
+    position = weight.reshape(*scale.shape, width) / scale.unsqueeze(-1)
     code = position + shift
     nearest = code.round().clamp(0, grid.top)
     level = nearest - shift

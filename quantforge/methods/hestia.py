@@ -36,7 +36,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from quantforge_kernels.soft_grid import SoftGrid, soft_grid
+from quantforge_kernels.soft_grid import SHARPEST, SoftGrid, soft_grid
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -101,6 +101,17 @@ def checked_centre(weight: Tensor, scale: Tensor, spec: QuantSpec, zero: Tensor 
     return scale.new_tensor(float(-spec.code_min)) if zero is None else zero
 
 
+def in_groups(weight: Tensor, groups: int) -> Tensor:
+    """[out, groups, width] a weight [out, in] by its groups; of no rows, or rows of none, too.
+
+    Raises:
+        ValueError: it is no matrix, or so many groups do not divide its rows.
+    """
+    if weight.ndim != 2 or groups < 1 or weight.shape[1] % groups:
+        raise ValueError(f"weights {tuple(weight.shape)} have no rows of {groups} groups")
+    return weight.reshape(len(weight), groups, weight.shape[1] // groups)
+
+
 def mean_magnitude(weight: Tensor, groups: int = 1) -> Tensor:
     """[out, groups] mean |w| of every group, differentiable: the scale of ternary weights.
 
@@ -109,10 +120,14 @@ def mean_magnitude(weight: Tensor, groups: int = 1) -> Tensor:
     Args:
         weight: [out, in]; view it as [1, out · in] for one scale in all.
         groups: of a row; 1 is per channel.
+
+    Raises:
+        ValueError: so many groups do not divide its rows.
     """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    grouped = weight.reshape(len(weight), groups, -1)
-    mean = torch.linalg.vector_norm(grouped, 1, dim=-1, dtype=wide) / grouped.shape[-1]
+    grouped = in_groups(weight, groups)
+    total = torch.linalg.vector_norm(grouped, 1, dim=-1, dtype=wide)
+    mean = total / max(grouped.shape[-1], 1)
     return torch.where(mean == 0, 1.0, mean)
 
 
@@ -128,7 +143,7 @@ def soft_ternary(
 
     Args:
         weight: [out, in], any float dtype; arithmetic is float32.
-        groups: of a row; 1 is per channel.
+        groups: of a row, which they divide; 1 is per channel.
         temperature: in squared mean magnitudes; 0 rounds to nearest.
         pressure: 0 is the float weight exactly, 1 the ternary one.
         dtype: of what is made; the weight's if None.
@@ -176,10 +191,9 @@ def soft_codebook(
         grid = SoftGrid(top=len(gaps), temperature=temperature / (step * step), pressure=pressure)
         spread = scale if step == 1.0 else scale * step
         return soft_grid(weight, spread, scale.new_tensor(zero), grid, dtype)
-    out, groups = scale.shape
-    if len(weight) != out or weight.shape[1] % groups:
+    if scale.ndim != 2 or len(in_groups(weight, scale.shape[1])) != len(scale):
         raise ValueError(f"weights {tuple(weight.shape)} have no scales {tuple(scale.shape)}")
-    if temperature < 0 or not 0 <= pressure <= 1:
+    if not temperature >= 0 or not 0 <= pressure <= 1:
         raise ValueError(f"no temperature and pressure: {temperature}, {pressure}")
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     codewords = torch.tensor(levels, dtype=wide, device=weight.device)
@@ -214,10 +228,13 @@ class _SoftCodebook(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, levels = ctx.saved_tensors
+        if ctx.pressure == 0.0:  # also where a scale is useless
+            return gradient.to(weight.dtype), torch.zeros_like(scale), None, None, None
         wide = weight.to(levels.dtype)
         mean, position, slope = _expected(wide, scale.to(wide.dtype), levels, ctx.temperature)
         grouped = gradient.reshape(mean.shape)
-        for_scale = ctx.pressure * (grouped * (mean - position * slope)).sum(-1)
+        moved = torch.where(slope == 0.0, 0.0, position * slope)  # a position may be infinite
+        for_scale = ctx.pressure * (grouped * (mean - moved)).sum(-1)
         for_weight = (grouped * (1.0 - ctx.pressure + ctx.pressure * slope)).view_as(weight)
         return for_weight.to(weight.dtype), for_scale.to(scale.dtype), None, None, None
 
@@ -227,20 +244,25 @@ def _expected(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Expected codeword, position x and its slope, [out, groups, width] each.
 
-    Weights are taken relative to the nearest codeword's, so that none overflows.
+    Weights are taken relative to the nearest codeword's, so that none overflows. What is not a
+    number stays so.
     """
-    position = weight.reshape(*scale.shape, -1) / scale.unsqueeze(-1)
+    position = in_groups(weight, scale.shape[1]) / scale.unsqueeze(-1)
     nearest = levels[torch.bucketize(position, (levels[1:] + levels[:-1]) / 2)]
+    nearest = torch.where(position.isnan(), position, nearest)
     if temperature == 0.0:
         low = levels[0] - (levels[1] - levels[0]) / 2
         high = levels[-1] + (levels[-1] - levels[-2]) / 2
         return nearest, position, ((position >= low) & (position <= high)).to(weight.dtype)
+    sharpness = min(1.0 / temperature, SHARPEST)
     total, first, second = (torch.zeros_like(position) for _ in range(3))
     for level in levels:
         away = level - nearest
-        share = torch.exp(away * (2.0 * position - level - nearest) / temperature)
+        exponent = away * (2.0 * position - level - nearest) * sharpness
+        # 0 for the nearest codeword, wherever the weight is, and never more
+        share = torch.exp(torch.where(away == 0.0, 0.0, exponent).clamp_max(0.0))
         total += share
         first += share.mul_(away)
         second += share.mul_(away)
     mean = first / total
-    return nearest + mean, position, (second / total - mean * mean) * (2.0 / temperature)
+    return nearest + mean, position, (second / total - mean * mean) * (2.0 * sharpness)

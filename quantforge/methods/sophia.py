@@ -75,14 +75,21 @@ class Sophia(torch.optim.Optimizer):
         Raises:
             ValueError: a setting is outside its range.
         """
-        if not lr >= 0.0:
-            raise ValueError(f"lr must not be negative, got {lr}")
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas must be 0..1, 1 excluded, got {betas}")
-        if not rho >= 0.0 or not weight_decay >= 0.0:
-            raise ValueError(f"rho and weight_decay must not be negative: {rho}, {weight_decay}")
         defaults = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay}
+        _require_settings(defaults)
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take more parameters.
+
+        Args:
+            param_group: "params", and settings of their own.
+
+        Raises:
+            ValueError: a setting is outside its range.
+        """
+        _require_settings({**self.defaults, **param_group})
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -119,7 +126,8 @@ class Sophia(torch.optim.Optimizer):
             estimates: parameter → estimate of its shape. Parameters left out keep what they have.
 
         Raises:
-            ValueError: a tensor is no parameter of this optimizer, or shapes differ.
+            ValueError: a tensor is no parameter of this optimizer, or shapes differ; then no
+                estimate is taken.
         """
         keep = {one: group["betas"][1] for group in self.param_groups for one in group["params"]}
         for parameter, estimate in estimates.items():
@@ -128,6 +136,7 @@ class Sophia(torch.optim.Optimizer):
                     f"no parameter of this optimizer has the shape of an estimate for"
                     f" {tuple(parameter.shape)}: {tuple(estimate.shape)}"
                 )
+        for parameter, estimate in estimates.items():
             running = self._state(parameter)["curvature"]
             # not cut at 0 here: that would lift the mean of noisy estimates
             running.lerp_(estimate.float(), 1.0 - keep[parameter])
@@ -167,6 +176,21 @@ class Sophia(torch.optim.Optimizer):
             for name in ("mean", "curvature"):
                 state[name] = torch.zeros_like(parameter, dtype=torch.float32)
         return state
+
+
+def _require_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of a group that are outside their ranges.
+
+    Raises:
+        ValueError: one is.
+    """
+    lr, betas, rho, decay = (settings[key] for key in ("lr", "betas", "rho", "weight_decay"))
+    if not lr >= 0.0:
+        raise ValueError(f"lr must not be negative, got {lr}")
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas must be two numbers 0..1, 1 excluded, got {betas}")
+    if not rho >= 0.0 or not decay >= 0.0:
+        raise ValueError(f"rho and weight_decay must not be negative: {rho}, {decay}")
 
 
 def bartlett_estimate(gradient: Tensor, tokens: int) -> Tensor:

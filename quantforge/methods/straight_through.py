@@ -37,7 +37,7 @@ import torch
 from quantforge_kernels.soft_grid import SoftGrid, soft_grid
 from torch import Tensor
 
-from quantforge.methods.hestia import checked_centre, mean_magnitude
+from quantforge.methods.hestia import checked_centre, in_groups, mean_magnitude
 from quantforge.types import QuantSpec
 
 STRETCH = 0.99  # of the range, where ParetoQ's clamp and gradient end
@@ -117,6 +117,8 @@ def stretched_elastic(
     if not 3 <= levels <= MAX_STRETCHED:
         raise ValueError(f"a stretched grid has 3 to {MAX_STRETCHED} levels, got {levels}")
     half, top = levels / 2, levels - 1
+    if clip.ndim != 2 or len(in_groups(weight, clip.shape[1])) != len(clip):
+        raise ValueError(f"weights {tuple(weight.shape)} have no half ranges {tuple(clip.shape)}")
     count = weight.numel() if whole_tensor else weight.shape[1] // clip.shape[1]
     factor = gradient_factor(count, max(levels // 2 - 1, 1))
     grid = SoftGrid(top=top, reach=STRETCH * half - top / 2)
@@ -131,8 +133,13 @@ def first_step(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def first_clip(weight: Tensor, groups: int = 1) -> Tensor:
-    """[out, groups] float32 ParetoQ's first half ranges: max |w|; 1 for a group of zeros."""
-    largest = weight.detach().float().reshape(len(weight), groups, -1).abs().amax(-1)
+    """[out, groups] float32 ParetoQ's first half ranges: max |w|; 1 for a group of zeros.
+
+    Raises:
+        ValueError: so many groups do not divide the rows.
+    """
+    grouped = in_groups(weight.detach().float(), groups).abs()
+    largest = grouped.amax(-1) if grouped.shape[-1] else grouped.new_zeros(grouped.shape[:-1])
     return torch.where(largest == 0, 1.0, largest)
 
 
@@ -140,10 +147,10 @@ def gradient_factor(weights: int, largest: int) -> float:
     """LSQ's factor of a step's gradient, 1 / √(weights · largest).
 
     Args:
-        weights: how many share the step.
+        weights: how many share the step; none count as one.
         largest: level of the grid, in steps.
     """
-    return 1.0 / math.sqrt(weights * largest)
+    return 1.0 / math.sqrt(max(weights, 1) * largest)
 
 
 def scaled_gradient(value: Tensor, factor: float) -> Tensor:

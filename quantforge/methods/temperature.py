@@ -25,6 +25,7 @@ from quantforge_kernels.soft_grid import SoftGrid, soft_grid
 from torch import Tensor
 
 from quantforge.errors import InputError
+from quantforge.methods.hestia import in_groups
 
 TERNARY_SPREAD = math.sqrt(math.pi / 2)  # of a Gaussian with mean magnitude 1
 COLDEST, WARMEST = 0.1, 2.0
@@ -42,7 +43,12 @@ def soft_error(temperature: float, *, top: int, zero: float, spread: float) -> f
         top: the largest code.
         zero: the code that means 0; whole or not.
         spread: standard deviation of the weights, in steps of the grid.
+
+    Raises:
+        ValueError: the spread is not positive and finite: weights of zeros have no temperature.
     """
+    if not 0.0 < spread < math.inf:
+        raise ValueError(f"a spread must be positive and finite, got {spread}")
     end = DEVIATIONS * spread
     z = torch.linspace(-end, end, 2 * math.ceil(end * DENSITY) + 1, dtype=torch.float64)
     grid = SoftGrid(top=top, temperature=temperature)
@@ -64,6 +70,9 @@ def optimal_temperature(
 
     Returns:
         Between 0.1 and 2, as published; in squared steps of the grid.
+
+    Raises:
+        ValueError: the spread is not positive and finite: weights of zeros have no temperature.
     """
     from scipy.optimize import minimize_scalar
 
@@ -77,8 +86,14 @@ def optimal_temperature(
 
 
 def relative_spread(weight: Tensor, scale: Tensor) -> float:
-    """Root mean square of the weights [out, in] over their scales [out, groups], in steps."""
-    groups = weight.detach().float().reshape(*scale.shape, -1)
+    """Root mean square of the weights [out, in] over their scales [out, groups], in steps.
+
+    Raises:
+        ValueError: the shapes do not fit each other, or there is no weight.
+    """
+    if scale.ndim != 2 or len(weight) != len(scale) or not weight.numel():
+        raise ValueError(f"weights {tuple(weight.shape)}, scales {tuple(scale.shape)}: no spread")
+    groups = in_groups(weight.detach().float(), scale.shape[1])
     return float((groups / scale.detach().float().unsqueeze(-1)).square().mean().sqrt())
 
 

@@ -230,6 +230,36 @@ def test_what_makes_no_sense_is_refused():
             SoftGrid(**{"top": 3, **wrong})
 
 
+@pytest.mark.parametrize("native_code", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 0.35])
+def test_scales_that_are_far_too_small_take_the_end_levels(temperature, native_code):
+    """A position is infinite there, times a slope of 0."""
+    weight = torch.tensor([[30.0, -0.5, 20.0, 7.0] * 5, [1.0, 1.0, -1.0, -1.0] * 5])
+    scale = torch.tensor([[1e-38], [1.0]])
+    grid = SoftGrid(top=3, temperature=temperature)
+    given = (weight, scale, torch.tensor(2.0))
+    made, by_weight, by_scale = both_ways(
+        given, torch.ones_like(weight), grid, native_code=native_code
+    )
+    levels = torch.tensor([1.0, -2.0, 1.0, 1.0] * 5)
+    assert torch.equal(made[0], levels * scale[0])
+    assert (by_weight[0] == 0.0).all()
+    assert float(by_scale[0, 0]) == float(levels.sum())
+    assert bool(by_scale[1].isfinite())
+
+
+def test_weights_of_no_rows_or_no_columns_are_weights():
+    for shape in ((0, 8), (3, 0)):
+        for temperature, native_code in itertools.product((0.0, 0.35), (True, False)):
+            weight = torch.zeros(shape, requires_grad=True)
+            scale = torch.ones(shape[0], 1, requires_grad=True)
+            grid = SoftGrid(top=3, temperature=temperature)
+            made = soft_grid(weight, scale, torch.tensor(2.0), grid, native_code=native_code)
+            assert made.shape == shape
+            made.sum().backward()
+            assert torch.equal(scale.grad, torch.zeros(shape[0], 1))
+
+
 _UNDER_SANITIZER = """
 import ctypes, torch
 from quantforge_kernels import soft_grid

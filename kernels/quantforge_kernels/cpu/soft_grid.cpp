@@ -146,7 +146,9 @@ void make_group(const W* weight, float scale, float zero, const Grid& grid, int6
 QF_INLINE Floats back(Floats weight, Floats gradient, float scale, float zero, const Grid& grid,
                       Floats& for_scale) {
   const Soft soft = soften<true>(weight, scale, zero, grid);
-  for_scale += gradient * (soft.level - soft.position * soft.slope);
+  // Where nothing slopes, the position counts for nothing, even if it is infinite.
+  const Floats moved = soft.slope == Floats{} ? Floats{} : soft.position * soft.slope;
+  for_scale += gradient * (soft.level - moved);
   return gradient * (grid.keep + grid.pressure * soft.slope);
 }
 

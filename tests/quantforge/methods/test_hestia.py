@@ -248,7 +248,69 @@ def test_what_does_not_fit_is_refused():
     for levels in ((0.0,), (0.0, 0.0), (1.0, 0.0)):
         with pytest.raises(ValueError, match="increasing levels"):
             soft_codebook(weight, scale, levels, temperature=0.1)
-    with pytest.raises(ValueError, match=r"have no scales \(4, 5\)"):
+    with pytest.raises(ValueError, match="have no rows of 5 groups"):
         soft_codebook(weight, torch.ones(4, 5), UNEVEN, temperature=0.1)
     with pytest.raises(ValueError, match="temperature"):
         soft_codebook(weight, scale, UNEVEN, temperature=-0.1)
+    with pytest.raises(ValueError, match="no temperature"):
+        soft_codebook(weight, scale, UNEVEN, temperature=float("nan"))
+    for groups in (0, 5):
+        with pytest.raises(ValueError, match=rf"\(4, 24\) have no rows of {groups} groups"):
+            mean_magnitude(weight, groups)
+    with pytest.raises(ValueError, match="have no rows of 0 groups"):
+        soft_codebook(weight, torch.ones(4, 0), UNEVEN, temperature=0.1)
+
+
+@pytest.mark.parametrize("levels", [UNEVEN, (-1.0, 0.0, 1.0)])
+@pytest.mark.parametrize("temperature", [0.0, 0.2])
+def test_what_is_no_number_stays_so_and_spoils_nothing_else(levels, temperature):
+    weight = drawn(2, 8)
+    clean = soft_codebook(weight, torch.ones(2, 1), levels, temperature=temperature)
+    weight[0, 3] = float("nan")
+    found = soft_codebook(weight, torch.ones(2, 1), levels, temperature=temperature)
+    assert found.isnan().nonzero().tolist() == [[0, 3]]
+    assert torch.equal(found[1], clean[1])
+
+
+@pytest.mark.parametrize("levels", [UNEVEN, (-1.0, 0.0, 1.0)])
+def test_without_pressure_a_scale_of_zero_does_no_harm(levels):
+    weight, scale = drawn(2, 8).requires_grad_(), torch.zeros(2, 1, requires_grad=True)
+    made = soft_codebook(weight, scale, levels, temperature=0.2, pressure=0.0)
+    made.backward(torch.full_like(made, 3.0))
+    assert torch.equal(made, weight)
+    assert (weight.grad == 3.0).all()
+    assert (scale.grad == 0.0).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324])
+@pytest.mark.parametrize("levels", [UNEVEN, (-1.0, 0.0, 1.0)])
+def test_the_coldest_weights_are_the_rounded_ones(levels, temperature):
+    weight, scale = drawn(3, 40), torch.full((3, 1), 0.9, requires_grad=True)
+    cold = soft_codebook(weight, scale, levels, temperature=temperature)
+    assert torch.equal(cold, soft_codebook(weight, scale, levels, temperature=0.0))
+    cold.sum().backward()
+    codes = cold.detach() / 0.9  # no slope: the scale has the codewords' gradient
+    assert torch.allclose(scale.grad, codes.sum(1, keepdim=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [UNEVEN, (-1.0, 0.0, 1.0)])
+@pytest.mark.parametrize("temperature", [0.0, 0.2])
+def test_scales_that_are_far_too_small_take_the_end_levels(levels, temperature):
+    weight, scale = drawn(3, 40, seed=3), torch.full((3, 2), 1e-39, requires_grad=True)
+    made = soft_codebook(weight, scale, levels, temperature=temperature)
+    assert torch.equal(made, weight.sign() * scale.detach()[0, 0])
+    made.backward(torch.ones_like(made))
+    assert torch.equal(scale.grad, weight.sign().view(3, 2, 20).sum(2))
+
+
+def test_weights_of_no_rows_or_no_columns_are_weights():
+    for shape, groups in (((0, 8), 2), ((3, 0), 1)):
+        weight = torch.zeros(shape, requires_grad=True)
+        assert torch.equal(mean_magnitude(weight, groups), torch.ones(shape[0], groups))
+        for levels in (UNEVEN, (-1.0, 0.0, 1.0)):
+            for temperature in (0.0, 0.2):
+                scale = torch.ones(shape[0], groups, requires_grad=True)
+                made = soft_codebook(weight, scale, levels, temperature=temperature)
+                assert made.shape == shape
+                made.sum().backward()
+                assert torch.equal(scale.grad, torch.zeros_like(scale))

@@ -188,3 +188,27 @@ def test_what_makes_no_sense_is_refused():
     for key, estimate in ((torch.ones(3), torch.ones(3)), (parameter, torch.ones(2))):
         with pytest.raises(ValueError, match="no parameter of this optimizer"):
             optimizer.update_curvature({key: estimate})
+
+
+def test_settings_of_groups_are_checked_like_the_others():
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    for wrong in ({"lr": -1.0}, {"betas": (0.9, 1.0)}, {"betas": (0.9,)}, {"rho": float("nan")}):
+        with pytest.raises(ValueError, match="must"):
+            Sophia([{"params": [first], **wrong}])
+        optimizer = Sophia([first])
+        with pytest.raises(ValueError, match="must"):
+            optimizer.add_param_group({"params": [second], **wrong})
+        assert len(optimizer.param_groups) == 1
+        optimizer.add_param_group({"params": [second], "lr": 0.5})
+        assert [group["lr"] for group in optimizer.param_groups] == [1e-4, 0.5]
+
+
+def test_no_estimate_is_taken_where_one_is_wrong():
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = Sophia([first, second])
+    optimizer.update_curvature({first: torch.ones(3)})
+    before = optimizer.state[first]["curvature"].clone()
+    with pytest.raises(ValueError, match="no parameter of this optimizer"):
+        optimizer.update_curvature({first: torch.ones(3), second: torch.ones(2)})
+    assert torch.equal(optimizer.state[first]["curvature"], before)
+    assert second not in optimizer.state

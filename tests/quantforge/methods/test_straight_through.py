@@ -166,3 +166,23 @@ def test_what_does_not_fit_is_refused():
     for levels in (2, 65):
         with pytest.raises(ValueError, match="3 to 64 levels"):
             stretched_elastic(weight, step, levels)
+
+
+def test_weights_of_no_rows_or_no_columns_are_weights():
+    spec = QuantSpec(3)
+    for shape in ((0, 8), (3, 0)):
+        weight = torch.zeros(shape)
+        steps = torch.ones(shape[0], 1)
+        assert torch.equal(first_clip(weight), steps)
+        assert first_step(weight[:, :8], spec).shape == steps.shape
+        assert absmean_ternary(weight).shape == shape
+        for whole in (True, False):
+            assert learned_step(weight, steps, spec, whole_tensor=whole).shape == shape
+            assert stretched_elastic(weight, steps, 4, whole_tensor=whole).shape == shape
+    for groups in (0, 3):
+        with pytest.raises(ValueError, match=f"have no rows of {groups} groups"):
+            first_clip(torch.zeros(2, 8), groups)
+        with pytest.raises(ValueError, match=f"have no rows of {groups} groups"):
+            stretched_elastic(torch.zeros(2, 8), torch.ones(2, groups), 4)
+    with pytest.raises(ValueError, match="have no half ranges"):
+        stretched_elastic(torch.zeros(2, 8), torch.ones(3, 1), 4)

@@ -99,3 +99,17 @@ def test_a_negative_estimate_does_not_spoil_the_others():
     for wrong in ([0.0, -1.0], [], [1.0, math.nan], [math.inf, 1.0]):
         with pytest.raises(InputError, match="traces are not finite or none is positive"):
             sensitivity_scores(wrong)
+
+
+@pytest.mark.parametrize("spread", [0.0, -1.0, math.nan, math.inf])
+def test_a_spread_that_is_none_is_refused(spread):
+    with pytest.raises(ValueError, match="a spread must be positive and finite"):
+        optimal_temperature(spread=spread)
+
+
+def test_weights_that_have_no_spread_are_refused():
+    for weight, scale in ((torch.zeros(0, 8), torch.ones(0, 2)), (torch.ones(2, 8), torch.ones(2))):
+        with pytest.raises(ValueError, match="no spread"):
+            relative_spread(weight, scale)
+    with pytest.raises(ValueError, match="have no rows of 3 groups"):
+        relative_spread(torch.ones(2, 8), torch.ones(2, 3))
