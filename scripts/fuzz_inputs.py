@@ -5,9 +5,10 @@
 
 An input may be read all the same (`ok`), or be refused by one of the library's own errors with one
 line (`refused`). Everything else is a failure: another exception, more than `--seconds`, more than
-`--megabytes` of memory, something written that is no finished output, a file outside that was
-opened, a pickle or code of the input's that ran, a process or a connection that was started, or a
-library that printed. All inputs are read in this process; the seed alone decides an input.
+`--megabytes` of memory, something written that is no finished output, anything changed that is not
+below the input's own folder or the cache, a file outside that was opened, a pickle or code of the
+input's that ran, a process or a connection that was started, or a library that printed. All inputs
+are read in this process; the seed alone decides an input.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -40,6 +42,14 @@ FORBIDDEN_EVENTS = (
     "pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork",
     "socket.connect", "socket.getaddrinfo",
 )  # fmt: skip
+# Audit events that change a file or folder: which arguments are the paths, and which are the
+# descriptors of the folders that these are relative to.
+CHANGING_EVENTS: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "os.remove": ((0, 1),), "os.rmdir": ((0, 1),), "os.mkdir": ((0, 2),), "os.symlink": ((1, 2),),
+    "os.rename": ((0, 2), (1, 3)), "os.link": ((1, 3),), "os.chmod": ((0, 2),),
+    "os.chown": ((0, 3),), "os.utime": ((0, 3),), "os.truncate": ((0, None),),
+    "shutil.rmtree": ((0, 1),),
+}  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -83,11 +93,16 @@ class Outcome:
 class Watch:
     """Notes what an input makes the process do that no input may.
 
-    Python tells its audit hooks what it opens and starts; a hook stays for good, so this one only
-    looks while `inside` is set.
+    Python tells its audit hooks what it opens, changes and starts; a hook stays for good, so this
+    one only looks while `inside` is set.
+
+    Attributes:
+        allowed: folders below which an input may change files.
+        inside: an input is read.
+        found: what was noted.
     """
 
-    root: Path
+    allowed: tuple[Path, ...] = ()
     inside: bool = False
     found: list[str] = field(default_factory=list)
 
@@ -98,18 +113,40 @@ class Watch:
         if event in FORBIDDEN_EVENTS:
             self.found.append(f"{event} {arguments!r:.200}")
         elif event == "open" and isinstance(arguments[0], str | bytes):
-            path = os.path.abspath(os.fsdecode(arguments[0]))  # noqa: PTH100 - no link followed
+            path = _absolute(arguments[0], None)
             flags = arguments[2] if isinstance(arguments[2], int) else 0
-            foreign = not path.startswith((str(self.root), "/dev/", "/proc/"))
-            if foreign and flags & WRITING:
-                self.found.append(f"{path} opened for writing")
+            if flags & WRITING and not path.startswith(("/dev/", "/proc/")):
+                self._note(path, "opened for writing")
             if path.startswith("/etc/passwd") or path.endswith((".bin", "secret.safetensors")):
                 self.found.append(f"{path} opened")
+        elif event in CHANGING_EVENTS:
+            for place, folder in CHANGING_EVENTS[event]:
+                beside = None if folder is None else (*arguments, None)[folder]
+                path = _absolute(arguments[place], beside)
+                if event != "os.mkdir" or not Path(path).is_dir():  # what is there does not change
+                    self._note(path, event)
+
+    def _note(self, path: str, what: str) -> None:
+        """Note a change that is not below the allowed folders."""
+        if not any(Path(path).is_relative_to(folder) for folder in self.allowed):
+            self.found.append(f"{path} {what}")
+
+
+def _absolute(path: Any, folder: Any) -> str:
+    """A path of an audit event, which may be a descriptor or relative to one; links are kept."""
+    descriptors = Path("/proc/self/fd")
+    if isinstance(path, int):
+        return str((descriptors / str(path)).readlink())
+    relative = isinstance(folder, int) and folder >= 0
+    beside = (descriptors / str(folder)).readlink() if relative else Path()
+    return os.path.abspath(beside / os.fsdecode(path))  # noqa: PTH100 - no link followed
 
 
 @contextmanager
 def limited(limits: Limits) -> Iterator[None]:
-    """Interrupt the body after a time, and let the process have no more memory than twice its own.
+    """Interrupt the body after a time, and let it have no more than 8 · `megabytes` of new memory.
+
+    The limit counts what is reserved (VmData), which is more than what is used and measured.
 
     Where the body is in native code that never returns, the process ends with its traceback.
     """
@@ -159,10 +196,18 @@ def _status(name: str) -> float:
     raise KeyError(name)
 
 
-def _listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file below a folder."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(file): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+def _listing(folder: Path) -> dict[str, tuple[str, int, int]]:
+    """Target, size and time of every file, folder and link below a folder.
+
+    Folders have neither: their time is that of anything that came and went in them.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        about = path.lstat()
+        plain = (0, 0) if stat.S_ISDIR(about.st_mode) else (about.st_size, about.st_mtime_ns)
+        target = str(path.readlink()) if path.is_symlink() else oct(about.st_mode)
+        found[str(path)] = (target, *plain)
+    return found
 
 
 def _judge(error: BaseException) -> str:
@@ -189,7 +234,8 @@ class Fuzzer:
         os.environ["QUANTFORGE_CACHE"] = str(self.root / "cache")
         os.environ["HF_HUB_OFFLINE"] = "1"
         self.workshop = targets.Workshop.open(self.root)
-        self.watch = Watch(self.root)
+        self.valid = _listing(self.root / "valid")
+        self.watch = Watch()
         sys.addaudithook(self.watch)
 
     def run(self, seed: int, *, broken: bool = True, show: bool = False) -> Outcome:
@@ -211,12 +257,13 @@ class Fuzzer:
                 traceback.print_exception(error)
             if error is None:
                 shutil.rmtree(case.output, ignore_errors=True)
+            if (now := _listing(room)) != before:
+                left = sorted(now.keys() ^ before.keys()) or ["a changed input"]
+                problems.append(f"left behind: {', '.join(left)}")
+                before = now
             fault = "" if error is None else _judge(error)
             faults += [f"{name}: {problem}" for problem in (fault, *problems) if problem]
             messages += [f"{name}: {error}"] if error is not None and not fault else []
-        if _listing(room) != before:
-            left = sorted(set(_listing(room)) ^ set(before)) or ["a changed input"]
-            faults.append(f"left behind: {', '.join(left)}")
         faults += self._leftovers()
         shutil.rmtree(room, ignore_errors=True)
         result = "failed" if faults else "refused" if messages else "ok"
@@ -231,6 +278,7 @@ class Fuzzer:
         memory, error = _status("VmRSS"), None
         self.watch.found.clear()
         with caught_output(printed):
+            self.watch.allowed = (case.folder.parent, self.root / "cache")
             self.watch.inside = True
             try:
                 with limited(self.limits):
@@ -250,10 +298,14 @@ class Fuzzer:
         return error, found
 
     def _leftovers(self) -> Iterator[str]:
-        """Marks of code that ran, and unfinished folders in the cache."""
+        """Marks of code that ran, changes of the valid inputs, unfinished folders in the cache."""
         if (self.root / "ran").exists():
             (self.root / "ran").unlink()
             yield "code or a pickle of the input ran"
+        if (now := _listing(self.root / "valid")) != self.valid:
+            changed = sorted(dict(now.items() ^ self.valid.items()))
+            yield f"changed the valid {', '.join(changed)}"
+            self.valid = now
         converted = self.root / "cache" / "converted"
         if converted.is_dir():
             yield from (f"left {one}" for one in converted.iterdir() if one.name.startswith("."))
