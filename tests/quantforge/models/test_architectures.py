@@ -86,6 +86,10 @@ FOUND = {
 }
 EVERY = pytest.mark.parametrize("name", [*CONFIGS, *FOUND])
 LENGTH = 24
+QUICK = {
+    "search.group_sizes": [16, -1], "search.bits": [2, 3, 4, 8], "quantize.tuning.steps": 4,
+    "evaluate.prompts": [],
+}  # fmt: skip
 
 
 def network(name):
@@ -172,7 +176,7 @@ def test_a_quantized_network_is_the_same_in_stock_transformers(name, tmp_path):
         budget="4bit",
         calibration=markov_tokens(24, LENGTH),
         output=tmp_path / "out",
-        settings={"search.group_sizes": [16, 32, -1], "evaluate.prompts": []},
+        settings=QUICK,
     )
     assert report.plan.stored_bits <= 4.0
     assert len({str(spec) for spec in report.plan.assignment.values()}) > 1

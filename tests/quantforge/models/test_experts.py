@@ -21,7 +21,7 @@ from quantforge.quantize.sequential import quantize_sequentially
 from quantforge.testing import markov_tokens, plan_of, train
 from quantforge.types import CalibrationSet, QuantSpec
 
-from .test_architectures import CONFIGS, LENGTH, network
+from .test_architectures import CONFIGS, LENGTH, QUICK, network
 
 NAME = "qwen3_moe"
 EXPERTS = 4
@@ -184,7 +184,7 @@ def test_mixed_bits_are_searched_written_read_and_announced(tmp_path, monkeypatc
         budget="4bit",
         calibration=markov_tokens(24, LENGTH),
         output=folder,
-        settings={"search.group_sizes": [16, 32, -1], "evaluate.prompts": []},
+        settings=QUICK,
     )
     assert report.plan.stored_bits <= 4.0
     by_block = [set() for _ in range(3)]

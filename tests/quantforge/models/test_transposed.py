@@ -19,7 +19,7 @@ from quantforge.runtime.transformers_plugin import use_in_transformers
 from quantforge.testing import markov_tokens, train, write_quantized
 from quantforge.types import QuantSpec
 
-from .test_architectures import LENGTH, network
+from .test_architectures import LENGTH, QUICK, network
 
 MEMBERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 NAMES = [f"transformer.h.{block}.{member}" for block in range(3) for member in MEMBERS]
@@ -88,7 +88,7 @@ def test_mixed_bits_are_searched_written_read_and_announced(tmp_path):
         budget="4bit",
         calibration=markov_tokens(24, LENGTH),
         output=folder,
-        settings={"search.group_sizes": [16, 32, -1], "evaluate.prompts": []},
+        settings=QUICK,
     )
     assert report.plan.stored_bits <= 4.0
     assert list(report.plan.assignment) == NAMES
