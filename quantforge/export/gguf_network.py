@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantforge.errors import InputError
+from quantforge.foreign import malformed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,8 @@ def gguf_architecture(config: Any) -> GgufArchitecture:
             f"rotary frequencies of type {kind!r} are not written as GGUF for a {found}; known: "
             f"{', '.join(architecture.ropes)}"
         )
+    if _rope(config).get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError("rotary frequencies that turn a part of a head are not written as GGUF")
     if config.hidden_act != "silu":
         raise InputError(
             f"the activation {config.hidden_act!r} is not written as GGUF; llama.cpp has silu there"
@@ -117,12 +120,15 @@ def require_numbers(config: Any, where: str) -> None:
     for name, value in reals.items():
         if type(value) not in (int, float) or not 0 < value < _LARGEST:
             raise InputError(f"{where}: {name} must be a positive number, got {value!r:.60}")
+    if rope["rope_type"] == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        raise InputError(f"{where}: low_freq_factor must be below high_freq_factor")
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads % shared or counts["head_dim"] % 2:
         raise InputError(
             f"{where}: {heads} heads of {counts['head_dim']} channels do not share {shared} of "
             "keys and values in pairs of channels"
         )
+    rope_factors(config)
 
 
 def tensor_names(
@@ -218,6 +224,9 @@ def rope_factors(config: Any) -> Tensor | None:
     """[head size / 2] what every rotary frequency is divided by; None where they are not scaled.
 
     llama.cpp has Llama 3's scaling as a tensor of these.
+
+    Raises:
+        InputError: float32 does not hold one.
     """
     rope = _rope(config)
     if rope["rope_type"] != "llama3":
@@ -225,9 +234,12 @@ def rope_factors(config: Any) -> Tensor | None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     size = head_size(config)
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    with malformed("rope_parameters give no frequencies"):
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     factors: Tensor = plain / scaled
+    if not bool((factors.isfinite() & (factors > 0)).all()):
+        raise InputError("rope_parameters scale a frequency to 0 or beyond all numbers")
     return factors
 
 

@@ -7,6 +7,7 @@ have scales within scales, which hold ours only where all 256 share one: then d 
 scales are 1. gguf's own encoders look for new scales in float weights and lose ours, so the codes
 are packed here; gguf's decoders say in the tests and after every conversion that the packing is
 theirs. Of the types that hold a weight exactly the smallest is taken.
+Where none does for a few scales that float16 lacks, these are rounded (`encode_rounded`).
 """
 
 from __future__ import annotations

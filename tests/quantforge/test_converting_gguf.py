@@ -277,6 +277,10 @@ def test_refusals_write_nothing(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if ".gguf" in path.name and path.is_file()]
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
 # What is edited in config.json, and what is said of it.
 ABSURD = [
     ({"hidden_size": 128}, "embed_tokens.weight is 96 x 64, by its configuration 96 x 128"),
@@ -298,6 +302,11 @@ ABSURD = [
     ({"rms_norm_eps": 1e300}, "rms_norm_eps must be a positive number, got 1e[+]300"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e300}}, "rope_theta must be a po"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "type 'yarn'"),
+    ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "must be below high_freq_factor"),
+    ({"rope_parameters": LLAMA3 | {"rope_theta": 10**30}}, "rope_parameters give no frequencies"),
+    ({"rope_parameters": LLAMA3 | {"rope_theta": 1e38, "factor": 3e38}}, "scale a frequency"),
+    ({"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "turn a part of a head"),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
     ({"hidden_act": "gelu"}, "activation 'gelu' is not written"),
 ]  # fmt: skip
 
