@@ -169,6 +169,18 @@ def test_texts_that_begin_with_a_token(tmp_path):
         assert found.special.add_special_token == {"bos": begin, "eos": False}
 
 
+def test_check_reads_a_folders_tokenizer(tmp_path):
+    module = tiny_llama(vocabulary=304, blocks=1)
+    write_quantized(tmp_path, module, {"model.layers.0.mlp.up_proj": QuantSpec(4, 32)})
+    file = tokenizer_folder(tmp_path) / "tokenizer.json"
+    assert quantforge.check(tmp_path, server="llama.cpp").problems == ()
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps({**described, "pre_tokenizer": {"type": "Metaspace"}}))
+    (problem,) = quantforge.check(tmp_path, server="llama.cpp").problems
+    assert "another tokenizer (BPE) than byte-level" in problem
+    assert quantforge.check(tmp_path, server="transformers").problems == ()
+
+
 def test_other_tokenizers_are_refused(tmp_path):
     folder = tokenizer_folder(tmp_path / "good")
     with pytest.raises(InputError, match="has a token 299, the embedding of the checkpoint 299"):
