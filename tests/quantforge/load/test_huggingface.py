@@ -96,8 +96,8 @@ def test_non_finite_weight_is_named_and_counted(folder, value):
 
 
 def test_unknown_architecture_is_refused_before_loading(folder):
-    edit_config(folder, architectures=["GPT2LMHeadModel"])
-    refused(folder, "GPT2LMHeadModel", "LlamaForCausalLM")
+    edit_config(folder, architectures=["XLNetLMHeadModel"])
+    refused(folder, "XLNetLMHeadModel", "LlamaForCausalLM")
 
 
 def test_quantized_folder_names_its_method(folder):

@@ -5,8 +5,10 @@ import types
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+import quantforge
 from quantforge.calibrate import token_loss
 from quantforge.calibrate.token_loss import following_tokens, sampled_label_gradient, toward
 from quantforge.errors import InputError
@@ -16,9 +18,10 @@ from quantforge.models import Head, LogitForm
 from quantforge.models.architecture import architecture_of
 from quantforge.models.head import LogitEntries
 from quantforge.numerics import draw_categorical
-from quantforge.testing import markov_tokens
+from quantforge.testing import markov_tokens, write_quantized
+from quantforge.types import QuantSpec
 
-from .test_architectures import network
+from .test_architectures import CONFIGS, network
 
 FORMS = pytest.mark.parametrize(
     ("form", "biased"),
@@ -144,3 +147,22 @@ def test_quality_is_that_of_the_network_s_own_logits(name):
     for one in found:
         assert one.window_kl == pytest.approx(kl.tolist(), rel=3e-6, abs=2e-6)
         assert one.window_nll == pytest.approx(nll.tolist(), rel=3e-6, abs=2e-6)
+
+
+def test_a_head_that_shares_a_packed_embedding_keeps_its_bias(tmp_path):
+    torch.manual_seed(0)
+    config = CONFIGS["phi"]()
+    config.tie_word_embeddings = True
+    module = transformers.PhiForCausalLM(config).eval()
+    nn.init.normal_(module.lm_head.bias)
+    with torch.no_grad():
+        for parameter in module.parameters():  # what is kept is stored in 16 bits
+            parameter.copy_(parameter.bfloat16())
+    spec, tokens = QuantSpec(8, 16), markov_tokens(2, 12)
+    packed = write_quantized(tmp_path, module, {"model.embed_tokens": spec}, stock_readable=False)
+    with torch.no_grad():
+        module.model.embed_tokens.weight.copy_(packed["model.embed_tokens"].dequantize())
+        expected = module(input_ids=tokens).logits
+        found = quantforge.load(tmp_path)(input_ids=tokens).logits
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    assert torch.allclose(found, expected, atol=1e-5)
