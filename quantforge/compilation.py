@@ -168,16 +168,23 @@ class Job:
     ) -> Iterator[QuantizedLayer]:
         """Quantized layers in forward order; the network holds the dequantized weights after."""
         _ = self.float_continuations  # and the reference: nothing may have changed the network yet
-        tunes, trains = self.recipe.quantize.tuning.steps > 0, self.recipe.training.on
+        training = self.recipe.training
+        tunes, trains = self.recipe.quantize.tuning.steps > 0, training.on
         originals: dict[str, Tensor] = {}
         with self._timed("quantize"):
-            keep = originals.__setitem__ if self.recipe.training.needs_originals else None
+            keep = originals.__setitem__ if training.needs_originals else None
             layers = self._compensate(plan, measured, journal, keep)
-            if not (tunes or trains) or not any(plan.assignment.values()):
+            after = tunes or trains or training.block_steps > 0
+            if not after or not any(plan.assignment.values()):
                 yield from layers
                 return
             finished = list(layers)
         recovery = self._recovery(measured, journal)
+        if training.block_steps:
+            with self._timed("train blocks"):
+                finished = recovery.train_blocks(
+                    finished, originals, self.calibration.held_out, measured.channel_weights
+                )
         if tunes:
             with self._timed("tune"):
                 finished = recovery.tune(finished)
@@ -247,8 +254,6 @@ class Job:
 
     def _recovery(self, measured: Measurement, journal: Journal) -> Recovery:
         """Tuning and training, ready to be called."""
-        if measured.final_hidden is None:
-            raise ValueError("the measurement was made without tuning or training in mind")
         windows = self.recipe.evaluate.curve_windows
         return Recovery(
             model=self.model,

@@ -11,7 +11,8 @@ T fitting tokens, `quantize` makes
   row where that is on;
 - 4·(N + H) a tuned token: forward, again for the activations that were not kept, and backward twice
   as much; the same 4·N a step of learned rounding, N a held-out token that it is measured on;
-- 4·(N + H) a token that is trained on, and as many minutes as are given;
+- 4·(N + H) a token that is trained on, and as many minutes as are given; 4·N of each block by
+  itself, and two passes over all tokens for what enters and leaves it;
 - N + 2·H a token that is measured;
 - 3·N + 2·H a token whose gradient is taken, where nothing was searched (else they are there).
 
@@ -128,6 +129,9 @@ def multiply_adds(shape: Shape, recipe: Recipe) -> int:
     tuned = options.tuning.steps * options.tuning.batch * shape.length
     training = recipe.training
     tuned += training.tokens
+    if training.block_steps:
+        rounded += training.block_steps * training.batch * shape.length
+        total += 2 * (shape.fitting + shape.held_out) * shape.weights
     total += 4 * (rounded * shape.weights + tuned * (shape.weights + shape.head))
     scored = _MEASURED_WINDOWS * shape.curve + 2 * shape.held_out
     if training.tokens:  # at the start, on the way, and before and after
@@ -202,6 +206,10 @@ def added_bytes(shape: Shape, recipe: Recipe) -> int:
     if training.on:  # beside what is in the place of the network's own weights
         size = 2 if training.precision == "bfloat16" else 4
         tuning += (_TRAINED + 2 * size - 4) * shape.weights
+    if training.block_steps:
+        entering = 2 * 4 * (shape.fitting + shape.held_out) * shape.hidden
+        own = (_TRAINED + 4) * sum(x.numel for x in shape.layers if x.block == 0)
+        tuning = max(tuning, entering + own + 4 * shape.weights)
     return shape.weights + taught + max(streams + block, tuning)
 
 

@@ -1,7 +1,8 @@
-"""What follows compensation: tuning of the scales, then training of everything; never worse.
+"""What follows compensation: blocks, then scales, then the whole network are trained; never worse.
 
-Both go by the whole network's held-out divergence from the float one, and both are undone where
-that does not fall. Tuning fixes the integers and costs little; training starts from what it left.
+Each goes by the whole network's held-out divergence from the float one, and is undone where that
+does not fall. Blocks are trained while the norms are still the float network's; tuning fixes the
+integers and costs little; training starts from what it left.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from quantforge.quantize.sequential import QuantizedLayer
 from quantforge.quantize.tune import kept_if_better, tune_scales
 from quantforge.recipe import Recipe
 from quantforge.results import TrainingOutcome
+from quantforge.train.blockwise import BlockwiseTask, train_blocks
 from quantforge.train.config import TrainingConfig
 from quantforge.train.loop import Task, Trained, train
 from quantforge.train.parallel import Share
@@ -38,7 +40,8 @@ class Recovery:
         model: the network; holds the layers' dequantized weights.
         recipe: effective configuration.
         tokens: [sequences, length] int64 fitting tokens.
-        final_hidden: [sequences, length, hidden] the float network's head input on them.
+        final_hidden: [sequences, length, hidden] the float network's head input on them; None where
+            only blocks are trained.
         float_head: of the float network; None where the network's own is that.
         measure: held-out KL of the network as it stands.
         evidence: of the measurement, for temperatures; None where nothing was searched.
@@ -52,7 +55,7 @@ class Recovery:
     model: Model
     recipe: Recipe
     tokens: Tensor
-    final_hidden: Tensor
+    final_hidden: Tensor | None
     float_head: Head | None
     measure: Callable[[], float]
     evidence: Callable[[], Evidence] | None
@@ -62,16 +65,55 @@ class Recovery:
     notes: list[str]
     outcome: TrainingOutcome | None = None
 
+    def train_blocks(
+        self,
+        layers: Sequence[QuantizedLayer],
+        originals: Mapping[str, Tensor],
+        held_out: Tensor,
+        channel_weights: Sequence[Tensor],
+    ) -> list[QuantizedLayer]:
+        """The same layers, trained block by block, if that lowers the KL on held-out tokens.
+
+        Args:
+            layers: as they are in the network.
+            originals: layer name → [out, in] float weight before compensation.
+            held_out: [sequences, length] int64, which the blocks' states are chosen on.
+            channel_weights: per block [hidden], how much an output channel counts.
+        """
+        weights = _inside_blocks(layers)
+        task = BlockwiseTask(
+            model=self.model,
+            weights=weights,
+            originals=originals,
+            fitting=self.tokens,
+            held_out=held_out,
+            channel_weights=channel_weights,
+        )
+
+        def trained() -> dict[str, QuantizedWeight]:
+            return train_blocks(
+                task,
+                self.recipe.training,
+                seed=self.seed,
+                monitor=self.monitor,
+                journal=self.journal,
+            )
+
+        kept = kept_if_better(self.model, weights, trained, self.measure)
+        if kept is weights:
+            self.notes.append("training blocks did not lower the held-out KL and was undone")
+        return _with_weights(layers, kept)
+
     def tune(self, layers: Sequence[QuantizedLayer]) -> list[QuantizedLayer]:
         """The same layers with tuned scales, if that lowers the KL on held-out tokens."""
-        weights = _inside_blocks(layers)
+        weights, teacher = _inside_blocks(layers), self._hidden()
 
         def tuned() -> dict[str, QuantizedWeight]:
             return tune_scales(
                 self.model,
                 weights,
                 self.tokens.to(self.model.device),
-                self.final_hidden.to(self.model.device),
+                teacher.to(self.model.device),
                 self.recipe.quantize.tuning,
                 float_head=self.float_head,
                 generator=torch.Generator().manual_seed(self.seed),
@@ -104,7 +146,7 @@ class Recovery:
             weights=weights,
             originals=originals.pop,
             tokens=self.tokens,
-            teacher=HiddenTeacher(hidden=self.final_hidden, head=self._teachers_head(config)),
+            teacher=HiddenTeacher(hidden=self._hidden(), head=self._teachers_head(config)),
             measure=self.measure,
             multipliers=multipliers,
         )
@@ -129,6 +171,12 @@ class Recovery:
             self.notes.append("training did not lower the held-out KL and was undone")
         self.notes += [one for one in (note, self.outcome.note) if one]
         return _with_weights(layers, kept)
+
+    def _hidden(self) -> Tensor:
+        """What enters the float network's head."""
+        if self.final_hidden is None:
+            raise ValueError("the measurement was made without tuning or training in mind")
+        return self.final_hidden
 
     def _teachers_head(self, config: TrainingConfig) -> Head:
         """The float network's head, in the dtype of the products."""

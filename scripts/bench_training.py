@@ -42,7 +42,6 @@ from quantforge.decision import Measurement
 from quantforge.evaluate.quality import ReferenceOutputs, paired
 from quantforge.journal import Journal
 from quantforge.memory import peak_bytes, release_freed, reset_peak, resident_bytes
-from quantforge.methods.head_loss import Head
 from quantforge.methods.rtn import minmax_grid, round_to_nearest
 from quantforge.results import Quality
 from quantforge.search.budget import Budget
@@ -123,7 +122,6 @@ def float_turn(job: Job, teacher: HiddenTeacher, config: TrainingConfig, steps: 
     module, architecture = job.model.module, job.model.architecture
     layers: list[Any] = [module.get_submodule(layer.name).weight for layer in job.model.layers]
     norms = [parameter for parameter in module.parameters() if parameter.ndim == 1]
-    head: Any = module.get_submodule(architecture.head)
     with parameters_restored(job), recomputed(architecture.block_list(module), config.recompute):
         before = without_network(job)
         module.requires_grad_(False)
@@ -133,7 +131,7 @@ def float_turn(job: Job, teacher: HiddenTeacher, config: TrainingConfig, steps: 
             model=job.model,
             layers={},
             norms=[*layers, *norms],
-            head=Head.of(head, product_dtype(config.precision)),
+            head=architecture.output_head(module).rounded(product_dtype(config.precision)),
             tokens=job.calibration.fitting,
             teacher=teacher,
             config=config,
@@ -297,11 +295,9 @@ def main(argv: list[str] | None = None) -> None:
         measured = stack.enter_context(job.measure(fresh=options.fresh))
         if measured.final_hidden is None:
             raise SystemExit("there is nothing to train towards: leave quantize.tuning on")
-        head: Any = job.model.module.get_submodule(job.model.architecture.head)
         if options.rounds:
-            teacher = HiddenTeacher(
-                hidden=measured.final_hidden, head=Head.of(head, torch.bfloat16)
-            )
+            head = job.model.architecture.output_head(job.model.module)
+            teacher = HiddenTeacher(hidden=measured.final_hidden, head=head.rounded(torch.bfloat16))
             found["speed"] = measure_speed(job, teacher, options)
             write(options, found)
         if options.tokens:

@@ -13,7 +13,9 @@ class TrainingConfig(Config):
     """Training of weights, scales and norms on exactly the plan's bits, after all else.
 
     Attributes:
-        tokens: to train on; 0 switches it off unless there are `minutes`.
+        block_steps: steps of training a block by itself first, towards the float block's output,
+            before the scales are tuned; 0 switches that off. It takes the memory of one block.
+        tokens: to train the whole network on; 0 switches it off unless there are `minutes`.
         minutes: of wall time; a few timed steps turn it into tokens, once: a resumed run, and one
             on a busier machine after it, trains on as many.
         batch: sequences a step, over all processes.
@@ -63,6 +65,7 @@ class TrainingConfig(Config):
             is noted; the best one measured is what training gives.
     """
 
+    block_steps: int = Field(default=0, ge=0)
     tokens: int = Field(default=0, ge=0)
     minutes: float = Field(default=0.0, ge=0)
     batch: int = Field(default=8, ge=1)
@@ -98,13 +101,13 @@ class TrainingConfig(Config):
 
     @property
     def on(self) -> bool:
-        """Whether there is anything to train."""
+        """Whether the whole network is trained."""
         return self.tokens > 0 or self.minutes > 0
 
     @property
     def needs_originals(self) -> bool:
         """Whether it looks at the float weights from before compensation."""
-        return self.on and self.start != "dequantized"
+        return self.block_steps > 0 or (self.on and self.start != "dequantized")
 
     @model_validator(mode="after")
     def _used_or_refused(self) -> Self:
@@ -112,7 +115,16 @@ class TrainingConfig(Config):
         if self.tokens and self.minutes:
             raise ValueError(f"tokens={self.tokens} and minutes={self.minutes:g}: give one of them")
         if not self.on:
-            self._refuse(set(type(self).model_fields), "without training.tokens or minutes")
+            whole = {
+                "alpha", "kappa", "cross_entropy", "hidden_term", "norm_rate", "recompute",
+                "evaluate_every",
+            }  # fmt: skip
+            names = whole if self.block_steps else set(type(self).model_fields)
+            self._refuse(names, "without training.tokens or minutes")
+        if self.block_steps and self.optimizer == "sophia":
+            raise ValueError(
+                "block_steps needs the optimizer adamw: blocks have no curvature for sophia"
+            )
         if self.quantizer != "hestia":
             soft = {"pressure_ramp", "temperature", "cooling", "cooling_style", "coldest", "alpha"}
             self._refuse({*soft, "kappa"}, f"with the quantizer {self.quantizer}")
@@ -129,6 +141,8 @@ class TrainingConfig(Config):
             raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")
         if self.weight_rate == self.scale_rate == self.norm_rate == 0:
             raise ValueError("weight_rate, scale_rate and norm_rate are all 0: nothing is trained")
+        if self.block_steps and self.weight_rate == self.scale_rate == 0:
+            raise ValueError("block_steps trains nothing with weight_rate=0 and scale_rate=0")
         if self.at_once > self.batch:
             raise ValueError(f"at_once={self.at_once} is more than batch={self.batch}")
         return self

@@ -24,11 +24,6 @@ from torch import Tensor, nn
 from quantforge.capture import product_dtype, recomputed
 from quantforge.claims import require_room
 from quantforge.journal import NO_JOURNAL, Journal
-from quantforge.methods.schedules import (
-    LearningRateSchedule,
-    PressureSchedule,
-    TemperatureSchedule,
-)
 from quantforge.methods.sophia import Sophia
 from quantforge.models import Model
 from quantforge.progress import Monitor, resumed
@@ -45,8 +40,9 @@ from quantforge.train.optimizers import (
     update_curvature,
 )
 from quantforge.train.parallel import Share
-from quantforge.train.quantizers import HARD, QUANTIZERS, Hardness
+from quantforge.train.quantizers import HARD, QUANTIZERS
 from quantforge.train.resume import LENGTH, BestState, Progress, read_state, write_state
+from quantforge.train.schedule import Schedules
 from quantforge.train.teacher import Teacher
 from quantforge.types import QuantizedWeight
 
@@ -171,11 +167,7 @@ class _Run:
         self.seed, self.monitor, self.journal = seed, monitor, journal
         self.groups: Groups = parameter_groups(objective.layers, objective.norms, config)
         self.optimizer = OPTIMIZERS[config.optimizer](self.groups, config)
-        self.pressure = PressureSchedule(ramp=config.pressure_ramp)
-        self.rate = LearningRateSchedule(
-            warmup=config.warm_up, decay=config.decay, floor=config.floor
-        )
-        self.temperatures = self._temperatures()
+        self.schedules = Schedules(objective.layers, config, task.multipliers)
         self.tokens_a_step = config.batch * task.tokens.shape[1]
 
     def train(self) -> Trained:
@@ -250,7 +242,7 @@ class _Run:
 
     def _step(self, sequences: Sequence[int], place: float, step: int) -> float:
         """One step of the optimizer at a progress; the mean loss before it."""
-        config, hardness = self.config, self._hardness(place)
+        config, hardness = self.config, self.schedules.hardness(place)
         if isinstance(self.optimizer, Sophia) and step % config.curvature_every == 0:
             seed = self.seed + step
             update_curvature(self.optimizer, self.objective, sequences, hardness, seed)
@@ -261,38 +253,10 @@ class _Run:
         if not math.isfinite(norm):
             self.objective.clear()
             return math.nan
-        set_rates(self.optimizer, self.rate.at(place))
+        set_rates(self.optimizer, self.schedules.rate(place))
         self.optimizer.step()
         self.objective.clear()
         return loss
-
-    def _hardness(self, place: float) -> dict[str, Hardness]:
-        """Layer name → between float and integer, at a progress."""
-        if not QUANTIZERS[self.config.quantizer].hardens:
-            return dict.fromkeys(self.objective.layers, HARD)
-        pressure = self.pressure.at(place)
-        return {
-            name: Hardness(
-                temperature=schedule.at(place, self.task.multipliers.get(name, 1.0)),
-                pressure=pressure,
-            )
-            for name, schedule in self.temperatures.items()
-        }
-
-    def _temperatures(self) -> dict[str, TemperatureSchedule]:
-        """Layer name → schedule from its first temperature down."""
-        config = self.config
-        if not QUANTIZERS[config.quantizer].hardens:
-            return {}
-        return {
-            name: TemperatureSchedule(
-                initial=config.temperature or layer.first_temperature(),
-                cooling=config.cooling,
-                style=config.cooling_style,
-                coldest=config.coldest,
-            )
-            for name, layer in self.objective.layers.items()
-        }
 
     @torch.no_grad()
     def _measure(
@@ -304,7 +268,7 @@ class _Run:
             kl = soft = self.task.measure()
             if not progress.points or kl < min(point.kl for point in progress.points):
                 best.put({name: layer.finish() for name, layer in layers.items()}, norms)
-        hardness = self._hardness(place)
+        hardness = self.schedules.hardness(place)
         if set(hardness.values()) != {HARD}:
             self.objective.prepare(hardness)
             soft = self.task.measure()
@@ -336,7 +300,7 @@ class _Run:
         taken = []
         for _ in range(TIMED_STEPS):
             began = time.perf_counter()
-            self.objective.gradient(sequences, self._hardness(0.5))
+            self.objective.gradient(sequences, self.schedules.hardness(0.5))
             nn.utils.clip_grad_norm_(self.objective.parameters, config.clip or math.inf)
             self.optimizer.step()
             self.objective.clear()
@@ -346,7 +310,7 @@ class _Run:
         if isinstance(self.optimizer, Sophia):
             passes = 1 if config.curvature == "bartlett" else 2
             a_step *= 1.0 + passes / config.curvature_every
-        measured = 2 if QUANTIZERS[config.quantizer].hardens else 1
+        measured = 2 if self.schedules.soft else 1
         between = max(config.evaluate_every, self.tokens_a_step)
         return (
             60.0 * config.minutes / (a_step / self.tokens_a_step + measured * measuring / between)

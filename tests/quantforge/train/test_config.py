@@ -27,6 +27,8 @@ from quantforge.train.quantizers import QUANTIZERS
             {"tokens": 1, "weight_rate": 0, "scale_rate": 0, "norm_rate": 0},
             "are all 0: nothing is trained",
         ),
+        ({"block_steps": 5, "recompute": 2}, "recompute does nothing without training.tokens"),
+        ({"block_steps": 5, "optimizer": "sophia"}, "block_steps needs the optimizer adamw"),
         ({"tokens": -1}, "training.tokens: input should be greater than or equal to 0"),
         ({"token": 1}, "unknown key 'training.token'; did you mean 'training.tokens'?"),
     ],
