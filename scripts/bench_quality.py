@@ -200,7 +200,7 @@ def measurements(
         known = job.timings.get("calibrate")
         with cpu_timer() as spent:
             shared = held.enter_context(job.measure(fresh=options.fresh))
-        if Needs.of(job.recipe.quantize).anything:
+        if Needs.of(job.recipe).anything:
             origin = " (from the cache)" if known == job.timings.get("calibrate") else ""
             print(
                 f"gradients and hidden states for rows that read them {spent[0]:.0f} CPU s{origin}"
@@ -320,7 +320,7 @@ def settled(recipe: Recipe, name: str) -> Recipe:
 
 def together(recipes: Sequence[Recipe]) -> Recipe:
     """A recipe of settled plans that reads what any of these reads."""
-    needs = [Needs.of(recipe.quantize) for recipe in recipes]
+    needs = [Needs.of(recipe) for recipe in recipes]
     base = recipes[0].quantize
     changed = base.model_copy(
         update={
