@@ -93,7 +93,7 @@ def run_tasks(
             found: Any = simple_evaluate(
                 model=network,
                 tasks=configured,
-                num_fewshot=shots or None,
+                num_fewshot=shots,  # 0 too: some tasks have examples by default
                 limit=limit,
                 bootstrap_iters=0,
                 random_seed=seed,

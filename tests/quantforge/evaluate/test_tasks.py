@@ -154,6 +154,21 @@ def test_what_cannot_be_run_is_said_before_a_network_is_loaded(tmp_path, monkeyp
         require_tasks([file], 0)
 
 
+@pytest.mark.parametrize("shots", [0, 3])
+def test_a_task_gets_as_many_examples_as_are_asked_for_and_none_by_default(
+    tiny, monkeypatch, shots
+) -> None:
+    given = {}
+
+    def evaluate(**options):
+        given.update(options)
+        return {"results": {}, "samples": {}}
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", evaluate)
+    assert run_tasks(*tiny, ["gsm8k"], shots=shots, monitor=Monitor()) == ()
+    assert given["num_fewshot"] == shots  # None would be the task's own number, five of gsm8k
+
+
 def test_an_unknown_task_is_one_line_and_a_cancelled_run_leaves_no_hook(tiny, tmp_path) -> None:
     with pytest.raises(InputError, match=r"^lm-eval cannot run no_such_task: [^\n]+$"):
         run_tasks(*tiny, ["no_such_task"], monitor=Monitor())
