@@ -157,7 +157,8 @@ class Ggml:
         out_features, in_features = shape
         nbytes = int(out_features * in_features * a_weight / 8)
         count = copies_of(nbytes)
-        size = count * (nbytes + (1 << 20)) + (64 << 20)
+        # Every product takes a new work buffer from the context, which gives none back.
+        size = count * (nbytes + (1 << 20)) + (2 << 30)
         context = ctypes.c_void_p(self.base.ggml_init(self._Parameters(size, None, False)))
         width, height = ctypes.c_int64(in_features), ctypes.c_int64(out_features)
         source = torch.randn(shape) * 0.02

@@ -128,7 +128,7 @@ def main() -> None:
             linears = [n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
             plan = {n: QuantSpec(bits, GROUP) for n in linears if n != "lm_head"}
             plan["model.embed_tokens"] = QuantSpec(8, GROUP)
-            write_quantized(folder / f"{bits}b", module, plan)
+            write_quantized(folder / f"{bits}b", module, plan, stock_readable=False)
             report = quantforge.bench(
                 folder / f"{bits}b", gguf=folder / f"{kind}.gguf", threads=options.threads,
                 prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens,
