@@ -109,4 +109,5 @@ def parameters_restored(job: Job) -> Iterator[None]:
 def show(event: ProgressEvent) -> None:
     """Progress on stderr, one line a stage."""
     end = "\n" if event.done == event.total else "\r"
-    print(f"{event.stage} {event.done}/{event.total}", end=end, file=sys.stderr, flush=True)
+    said = f" {event.message}" if event.message else ""
+    print(f"{event.stage} {event.done}/{event.total}{said}", end=end, file=sys.stderr, flush=True)

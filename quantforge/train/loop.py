@@ -193,12 +193,14 @@ class _Run:
                 note = f"training diverged at step {step + 1} and was ended there"
                 break
             progress.step = step + 1
+            message = ""
             if progress.step % every == 0 or progress.step == steps:
                 self._measure(progress, math.fsum(losses) / len(losses), place, best)
                 losses.clear()
+                message = f"held-out KL {progress.points[-1].kl:.4f}"
                 if share.main:
                     write_state(self.journal, progress, parameters, self.optimizer, generator)
-            self.monitor.step(STAGE, progress.step, steps)
+            self.monitor.step(STAGE, progress.step, steps, message)
         return self._taken(best, progress, note)
 
     def _require_room(self) -> None:
