@@ -15,7 +15,6 @@ from torch import Tensor
 
 from quantforge.assembling import StoredWeights, changed_weights
 from quantforge.calibrate.artefact import quality_of
-from quantforge.calibrate.candidates import final_hidden
 from quantforge.calibration import Calibrator
 from quantforge.choosing import PlanChooser
 from quantforge.decision import Chosen, Measurement
@@ -27,7 +26,6 @@ from quantforge.format.footprint import Footprint
 from quantforge.format.manifest import plan_to_dict
 from quantforge.format.store import CandidateStore
 from quantforge.journal import NO_JOURNAL, Journal, open_journal
-from quantforge.load.batches import token_digest
 from quantforge.memory import StageTimer
 from quantforge.models import Model
 from quantforge.progress import Monitor
@@ -153,7 +151,6 @@ class Job:
         """Where `quantize` notes what it has finished; a network in memory has none."""
         if self.model.source.kind == "memory":
             return nullcontext(NO_JOURNAL)
-        further = self.calibration.further
         key = fingerprint(
             JOURNAL_VERSION,
             measured.key,
@@ -161,7 +158,6 @@ class Job:
             measured.predicted_losses(plan),
             self.recipe.quantize.model_dump(mode="json"),
             self.recipe.training.model_dump(mode="json"),
-            None if further is None else token_digest(further),
             self.recipe.evaluate.model_dump(mode="json"),
             self.seed,
         )
@@ -175,8 +171,6 @@ class Job:
         training = self.recipe.training
         tunes, trains = self.recipe.quantize.tuning.steps > 0, training.on
         originals: dict[str, Tensor] = {}
-        if trains:
-            _ = self.further_hidden  # likewise
         with self._timed("quantize"):
             keep = originals.__setitem__ if training.needs_originals else None
             layers = self._compensate(plan, measured, journal, keep)
@@ -258,18 +252,6 @@ class Job:
             what="quantize embeddings",
         )
 
-    @cached_property
-    def further_hidden(self) -> Tensor | None:
-        """What enters the float network's head on the text that only training sees.
-
-        As `reference` it is first used before anything changes the network.
-        """
-        tokens = self.calibration.further
-        if tokens is None:
-            return None
-        with self._timed("teacher"):
-            return final_hidden(self.model, tokens, self.recipe.calibrate, self.monitor)
-
     def _recovery(self, measured: Measurement, journal: Journal) -> Recovery:
         """Tuning and training, ready to be called."""
         windows = self.recipe.evaluate.curve_windows
@@ -278,8 +260,6 @@ class Job:
             recipe=self.recipe,
             tokens=self.calibration.fitting,
             final_hidden=measured.final_hidden,
-            further=self.calibration.further,
-            further_hidden=self.further_hidden if self.recipe.training.on else None,
             float_head=self.reference.head if self.vocabulary else None,
             measure=lambda: self.measure_held_out(windows).kl,
             evidence=measured.evidence,

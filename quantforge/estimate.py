@@ -63,7 +63,6 @@ class Shape:
         held_out: held-out tokens.
         curve: held-out tokens of `evaluate.curve_windows`.
         length: tokens a sequence.
-        further: tokens that only training sees.
     """
 
     layers: tuple[LayerInfo, ...]
@@ -73,7 +72,6 @@ class Shape:
     held_out: int
     curve: int
     length: int
-    further: int = 0
 
     @classmethod
     def of(cls, model: Model, calibration: CalibrationSet, recipe: Recipe) -> Shape:
@@ -88,7 +86,6 @@ class Shape:
             held_out=held_out.numel(),
             curve=held_out[: recipe.evaluate.curve_windows].numel(),
             length=calibration.fitting.shape[1],
-            further=0 if calibration.further is None else calibration.further.numel(),
         )
 
     @property
@@ -132,7 +129,6 @@ def multiply_adds(shape: Shape, recipe: Recipe) -> int:
     tuned = options.tuning.steps * options.tuning.batch * shape.length
     training = recipe.training
     tuned += training.tokens
-    total += shape.further * shape.weights
     if training.block_steps:
         rounded += training.block_steps * training.batch * shape.length
         total += 2 * (shape.fitting + shape.held_out) * shape.weights
@@ -197,7 +193,7 @@ def added_bytes(shape: Shape, recipe: Recipe) -> int:
             block += _LEARNED * sum(x.numel for x in shape.layers if x.block == 0)
     training = recipe.training
     after = options.tuning.steps > 0 or training.on
-    taught = 2 * (shape.fitting + shape.further) * shape.hidden if after else 0
+    taught = 2 * shape.fitting * shape.hidden if after else 0
     tuning = 0
     if after:
         blocks = len({layer.block for layer in shape.layers})

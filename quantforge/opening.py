@@ -149,21 +149,8 @@ def open_job(
         footprint = Footprint.of(loaded, shard_bytes=recipe.export.shard_bytes)
         require_reachable(loaded.layers, limit, footprint, recipe.search, vocabulary)
     if calibration is None or isinstance(calibration, str | Path):
-        text = recipe.calibration
-        data = calibration_set(
-            text,
-            loaded,
-            seed=seed,
-            monitor=monitor,
-            fresh=fresh,
-            further=recipe.training.further(text.sequence_length, sampled=text.sampled),
-        )
+        data = calibration_set(recipe.calibration, loaded, seed=seed, monitor=monitor, fresh=fresh)
     else:
-        if recipe.training.sequences:
-            raise UsageError(
-                f"training.sequences={recipe.training.sequences} needs a text to go on reading; "
-                "the calibration is batches of tokens: pass more of them, and leave it out"
-            )
         embedding: Any = loaded.module.get_submodule(loaded.architecture.embedding)
         data = from_batches(
             calibration,

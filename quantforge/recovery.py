@@ -42,8 +42,6 @@ class Recovery:
         tokens: [sequences, length] int64 fitting tokens.
         final_hidden: [sequences, length, hidden] the float network's head input on them; None where
             only blocks are trained.
-        further: [sequences, length] int64 tokens to train on beside; None where there are none.
-        further_hidden: [sequences, length, hidden] of the float network, likewise.
         float_head: of the float network; None where the network's own is that.
         measure: held-out KL of the network as it stands.
         evidence: of the measurement, for temperatures; None where nothing was searched.
@@ -58,8 +56,6 @@ class Recovery:
     recipe: Recipe
     tokens: Tensor
     final_hidden: Tensor | None
-    further: Tensor | None
-    further_hidden: Tensor | None
     float_head: Head | None
     measure: Callable[[], float]
     evidence: Callable[[], Evidence] | None
@@ -149,11 +145,8 @@ class Recovery:
             model=self.model,
             weights=weights,
             originals=originals.pop,
-            tokens=_joined(self.tokens, self.further),
-            teacher=HiddenTeacher(
-                hidden=_joined(self._hidden(), self.further_hidden),
-                head=self._teachers_head(config),
-            ),
+            tokens=self.tokens,
+            teacher=HiddenTeacher(hidden=self._hidden(), head=self._teachers_head(config)),
             measure=self.measure,
             multipliers=multipliers,
         )
@@ -218,11 +211,6 @@ def layer_multipliers(
     except InputError as error:
         return {}, f"{error}: training.alpha did nothing"
     return dict(zip(names, multipliers, strict=True)), ""
-
-
-def _joined(first: Tensor, second: Tensor | None) -> Tensor:
-    """Both, one after the other."""
-    return first if second is None else torch.cat([first, second])
 
 
 def _inside_blocks(layers: Sequence[QuantizedLayer]) -> Mapping[str, QuantizedWeight]:

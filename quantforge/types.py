@@ -212,14 +212,12 @@ class CalibrationSet:
         held_out: [sequences, length] int64: every choice between methods is made on these.
         description: where the text came from, for the report.
         fingerprint: SHA-256 of both tensors.
-        further: [sequences, length] int64 of the same source, which only training sees.
     """
 
     fitting: Tensor
     held_out: Tensor
     description: str
     fingerprint: str
-    further: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -289,10 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
     parser.add_argument("--speed-spec", default="3b-g64", help="grid of the timed network")
     options = parser.parse_args(argv)
-    settings = json.loads(options.settings)
-    if options.tokens:  # so that the text for training is read
-        settings |= {"training": {"tokens": options.tokens, **json.loads(options.training)}}
-    job = opened(options, settings)
+    job = opened(options, json.loads(options.settings))
     found: dict[str, Any] = {"torch": torch.__version__, "speed": None, "variants": {}}
     with ExitStack() as stack:
         measured = stack.enter_context(job.measure(fresh=options.fresh))

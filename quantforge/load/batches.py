@@ -67,26 +67,18 @@ def from_batches(
     return make_set(fitting, held_out, f"the caller's batches, {how}: {counts}")
 
 
-def make_set(
-    fitting: Tensor, held_out: Tensor, description: str, further: Tensor | None = None
-) -> CalibrationSet:
-    """A `CalibrationSet` with its fingerprint, from [sequences, length] int64 tensors."""
+def make_set(fitting: Tensor, held_out: Tensor, description: str) -> CalibrationSet:
+    """A `CalibrationSet` with its fingerprint, from two [sequences, length] int64 tensors."""
+    digest = hashlib.sha256()
+    for rows in (fitting, held_out):
+        digest.update(repr(tuple(rows.shape)).encode())
+        digest.update(rows.contiguous().numpy().tobytes())
     return CalibrationSet(
         fitting=fitting,
         held_out=held_out,
         description=description,
-        fingerprint=token_digest(fitting, held_out),
-        further=None if further is None or not len(further) else further,
+        fingerprint=digest.hexdigest(),
     )
-
-
-def token_digest(*parts: Tensor) -> str:
-    """SHA-256 of shapes and values of int64 tensors."""
-    digest = hashlib.sha256()
-    for rows in parts:
-        digest.update(repr(tuple(rows.shape)).encode())
-        digest.update(rows.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def cut(
@@ -115,13 +107,6 @@ def cut(
             + (f"ask for at most {have // length} {what}" if have >= length else "shorter ones")
         )
     return stream[: count * length].view(count, length)
-
-
-def beyond(stream: Tensor, count: int, length: int, *, wanted: int) -> Tensor:
-    """[at most `wanted`, length]: the disjoint pieces of a stream after its first `count`."""
-    have = max(0, min(wanted, len(stream) // length - count))
-    start = count * length
-    return stream[start : start + have * length].view(have, length)
 
 
 def split_rows(rows: Tensor, held_out_share: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ chosen on these.
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from quantforge.config import Config
 from quantforge.errors import InputError
 from quantforge.foreign import encode
-from quantforge.load.batches import beyond, cut, from_batches, make_set, split_rows
+from quantforge.load.batches import cut, from_batches, make_set, split_rows
 from quantforge.load.documents import (
     PLAIN_SUFFIXES,
     ChatTemplate,
@@ -54,8 +53,6 @@ DEFAULT_TEXT = "self"
 DEFAULT_EVALUATION = "pydoc"
 DEFAULT_SEQUENCES = 128
 SAMPLED_SEQUENCES = 80  # sampling takes as long as several forward passes
-FURTHER_SEED = 1 << 32  # to that of the calibration's sample: the training's own
-EVALUATED_TOKENS = 1 << 16  # at the end of Python's manual, which is evaluated on
 CHARACTERS_A_TOKEN = 32
 FIRST_READ = 1 << 22
 MARGIN_TOKENS = 256
@@ -87,11 +84,6 @@ class CalibrationConfig(Config):
     column: str | None = None
     split: str = "train"
 
-    @property
-    def sampled(self) -> bool:
-        """Whether the network makes the text, or some of it, itself."""
-        return (DEFAULT_TEXT if self.source == "default" else self.source) in ("self", "mix")
-
 
 def calibration_set(
     config: CalibrationConfig,
@@ -100,7 +92,6 @@ def calibration_set(
     seed: int,
     monitor: Monitor | None = None,
     fresh: bool = False,
-    further: int = 0,
 ) -> CalibrationSet:
     """Tokens to calibrate `model` on.
 
@@ -110,7 +101,6 @@ def calibration_set(
         seed: of the sampling; texts do not depend on it.
         monitor: told the steps of the sampling.
         fresh: sample anew, even if the same text is in the cache.
-        further: sequences for training wanted beside, as far as the text goes.
 
     Raises:
         InputError: no tokenizer, no such text, an unreadable or empty one, too few tokens, tokens
@@ -124,33 +114,26 @@ def calibration_set(
     if count is None:
         count = SAMPLED_SEQUENCES if source == "self" else DEFAULT_SEQUENCES
     monitor = monitor or Monitor()
-
-    def manual(count: int, further: int) -> _Rows:
-        return _pydoc(count, length, model, further, fewer=config.fewer)
-
-    def sampled(count: int, further: int) -> _Rows:
-        return _self(count, length, model, seed, monitor, further, fresh=fresh)
-
     if source == "mix":
         half = count // 2
         if count < 4:
             raise InputError("the calibration source 'mix' needs at least 4 sequences")
-        found = [manual(count - half, further - further // 2), sampled(half, further // 2)]
-    elif source == "pydoc":
-        found = [manual(count, further)]
-    elif source == "self":
-        found = [sampled(count, further)]
+        manual, what = _pydoc(count - half, length, model, fewer=config.fewer)
+        sampled, how = _self(half, length, model, seed, monitor, fresh=fresh)
+        parts = [split_rows(rows, share) for rows in (manual, sampled)]
+        fitting, held_out = (torch.cat(pair) for pair in zip(*parts, strict=True))
+        text = f"{what}; {how}"
     else:
-        found = [_external(config, count, source, _tokenizer(model), further)]
-    parts = [split_rows(rows.chosen, share) for rows in found]
-    fitting, held_out = (torch.cat(pair) for pair in zip(*parts, strict=True))
-    others = torch.cat([rows.further for rows in found])
-    check_vocabulary(torch.cat([fitting, held_out, others]), model, source)
+        if source == "pydoc":
+            rows, text = _pydoc(count, length, model, fewer=config.fewer)
+        elif source == "self":
+            rows, text = _self(count, length, model, seed, monitor, fresh=fresh)
+        else:
+            rows, text = _external(config, count, source, _tokenizer(model))
+        fitting, held_out = split_rows(rows, share)
+    check_vocabulary(torch.cat([fitting, held_out]), model, source)
     counts = f"{len(fitting)} fitting and {len(held_out)} held-out sequences of {length} tokens"
-    if len(others):
-        counts = counts.replace(" and", f", {len(others)} further training and", 1)
-    text = "; ".join(rows.text for rows in found)
-    return make_set(fitting, held_out, f"{text}: {counts}", others)
+    return make_set(fitting, held_out, f"{text}: {counts}")
 
 
 def evaluation_windows(source: str, tokenizer: Any, *, windows: int, length: int) -> Tensor:
@@ -235,62 +218,27 @@ def check_vocabulary(rows: Tensor, model: Model, source: str) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """What was read of one source.
-
-    Attributes:
-        chosen: [sequences, length] to calibrate on.
-        further: [sequences, length], maybe none, to train on beside.
-        text: where they came from.
-    """
-
-    chosen: Tensor
-    further: Tensor
-    text: str
-
-
-def _pydoc(count: int, length: int, model: Model, further: int, *, fewer: bool) -> _Rows:
+def _pydoc(count: int, length: int, model: Model, *, fewer: bool) -> tuple[Tensor, str]:
     tokenizer = _tokenizer(model)
     stream = _tokenise([Document(text=pydoc_text())], tokenizer)
     rows = cut(stream, count, length, what="sequences", where="pydoc", fewer=fewer)
     python = platform.python_version()
-    return _Rows(
-        chosen=rows,
-        further=beyond(stream[:-EVALUATED_TOKENS], len(rows), length, wanted=further),
-        text=f"the manual of Python {python} (pydoc_data.topics), {bos_rule(tokenizer)}",
-    )
+    return rows, f"the manual of Python {python} (pydoc_data.topics), {bos_rule(tokenizer)}"
 
 
 def _self(
-    count: int,
-    length: int,
-    model: Model,
-    seed: int,
-    monitor: Monitor,
-    further: int,
-    *,
-    fresh: bool,
-) -> _Rows:
-    # Two samples, so that what is calibrated on does not depend on how much is trained on.
-    chosen, others = (
-        remembered_tokens(model, rows * length, seed=of, monitor=monitor, fresh=fresh)
-        if rows
-        else torch.empty(0, dtype=torch.int64)
-        for rows, of in ((count, seed), (further, seed + FURTHER_SEED))
-    )
+    count: int, length: int, model: Model, seed: int, monitor: Monitor, *, fresh: bool
+) -> tuple[Tensor, str]:
+    rows = remembered_tokens(model, count * length, seed=seed, monitor=monitor, fresh=fresh)
+    rows = rows.view(count, length)
     kind = "half of it as chats" if has_template(model.tokenizer) else "no chat template"
-    return _Rows(
-        chosen=chosen.view(count, length),
-        further=others.view(further, length),
-        text=f"text sampled from the model at temperature {TEMPERATURE} ({kind}), seed {seed}",
-    )
+    return rows, f"text sampled from the model at temperature {TEMPERATURE} ({kind}), seed {seed}"
 
 
 def _external(
-    config: CalibrationConfig, count: int, source: str, tokenizer: Any, further: int
-) -> _Rows:
-    needed = (count + further) * config.sequence_length
+    config: CalibrationConfig, count: int, source: str, tokenizer: Any
+) -> tuple[Tensor, str]:
+    needed = count * config.sequence_length
     stream, how = _stream(
         source,
         tokenizer,
@@ -307,11 +255,7 @@ def _external(
         where=source,
         fewer=config.fewer,
     )
-    return _Rows(
-        chosen=rows,
-        further=beyond(stream, len(rows), config.sequence_length, wanted=further),
-        text=f"{Path(source).name if Path(source).exists() else source}, {how}",
-    )
+    return rows, f"{Path(source).name if Path(source).exists() else source}, {how}"
 
 
 def _stream(

@@ -8,8 +8,6 @@ from pydantic import Field, model_validator
 
 from quantforge.config import Config
 
-MOST_SEQUENCES = 1024  # read beside the calibration's where nothing else is said
-
 
 class TrainingConfig(Config):
     """Training of weights, scales and norms on exactly the plan's bits, after all else.
@@ -18,9 +16,6 @@ class TrainingConfig(Config):
         block_steps: steps of training a block by itself first, towards the float block's output,
             before the scales are tuned; 0 switches that off. It takes the memory of one block.
         tokens: to train the whole network on; 0 switches it off unless there are `minutes`.
-        sequences: of the calibration's source to train on beside those it reads, as far as the text
-            goes. None takes as many as `tokens` asks for and 1024 at most; none where they would
-            have to be sampled from the model, which takes longer than training on the same again.
         minutes: of wall time; a few timed steps turn it into tokens, once: a resumed run, and one
             on a busier machine after it, trains on as many.
         batch: sequences a step, over all processes.
@@ -72,7 +67,6 @@ class TrainingConfig(Config):
 
     block_steps: int = Field(default=0, ge=0)
     tokens: int = Field(default=0, ge=0)
-    sequences: int | None = Field(default=None, ge=0)
     minutes: float = Field(default=0.0, ge=0)
     batch: int = Field(default=8, ge=1)
     at_once: int = Field(default=1, ge=1)
@@ -109,21 +103,6 @@ class TrainingConfig(Config):
     def on(self) -> bool:
         """Whether the whole network is trained."""
         return self.tokens > 0 or self.minutes > 0
-
-    def further(self, length: int, *, sampled: bool) -> int:
-        """How many sequences to read beside those of the calibration, if there are so many.
-
-        Args:
-            length: tokens a sequence.
-            sampled: the source has none; the network makes them.
-        """
-        if not self.on:
-            return 0
-        if self.sequences is not None:
-            return self.sequences
-        if sampled:
-            return 0
-        return min(MOST_SEQUENCES, -(-self.tokens // length) if self.tokens else MOST_SEQUENCES)
 
     @property
     def needs_originals(self) -> bool:

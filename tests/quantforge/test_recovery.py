@@ -2,16 +2,12 @@
 
 import copy
 import hashlib
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import quantforge
-from quantforge import recovery
-from quantforge.errors import UsageError
 from quantforge.recovery import layer_multipliers
 from quantforge.testing import markov_tokens, save_tiny_checkpoint, tiny_llama, train
 from quantforge.train.config import TrainingConfig
@@ -76,40 +72,6 @@ def test_what_was_trained_is_what_is_written(trained, tmp_path, sequential):
     with torch.no_grad():
         written, kept = loaded(tokens).logits, module(tokens).logits
     assert torch.allclose(written, kept, atol=1e-4)
-
-
-def test_further_text_is_trained_on_and_nothing_else_sees_it(tmp_path, monkeypatch):
-    source = save_tiny_checkpoint(tmp_path / "tiny", blocks=1, steps=40)
-    settings = SETTINGS | {"calibration.sequences": 24, "calibration.sequence_length": LENGTH}
-    seen, tasks = [], []
-    original = recovery.train
-    monkeypatch.setattr(
-        recovery, "train", lambda task, *a, **k: original(tasks.append(task) or task, *a, **k)
-    )
-
-    def run(output, **training):
-        report = quantforge.quantize(
-            source, budget=BUDGET, calibration="pydoc", output=tmp_path / output,
-            settings=settings | {f"training.{key}": value for key, value in training.items()},
-        )  # fmt: skip
-        seen.append(report)
-        return json.loads((tmp_path / output / "plan.json").read_text())
-
-    assert run("none", sequences=0) == run("some", sequences=7)
-    assert run("as many as are trained on") == run("none again", sequences=0)
-    assert [len(task.tokens) for task in tasks] == [21, 28, 21 + 48, 21]
-    assert seen[0].training.points[0].kl == seen[1].training.points[0].kl
-    assert seen[0].training.points[-1].kl != seen[1].training.points[-1].kl
-    more = tasks[2]
-    float_network = AutoModelForCausalLM.from_pretrained(source)
-    with torch.no_grad():
-        states = float_network.model(more.tokens[21:25]).last_hidden_state
-    assert torch.allclose(more.teacher.hidden[21:25].float(), states, rtol=0.02, atol=0.05)
-
-
-def test_batches_are_all_there_is_to_train_on(trained):
-    with pytest.raises(UsageError, match=r"training\.sequences=3 needs a text"):
-        quantized(copy.deepcopy(trained), sequences=3)
 
 
 def test_training_that_does_not_help_is_undone(trained):

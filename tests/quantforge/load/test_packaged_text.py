@@ -214,24 +214,6 @@ def test_packaged_sources(model):
         calibration_set(config, model, seed=0)
 
 
-def test_training_text_is_no_other_text(model):
-    def read(source, further, seed=0):
-        config = CalibrationConfig(source=source, **SMALL)
-        return calibration_set(config, model, seed=seed, further=further)
-
-    manual = torch.tensor(model.tokenizer(pydoc_text())["input_ids"])
-    assert torch.equal(read("pydoc", 2).further, manual[16 * 32 : 18 * 32].view(2, 32))
-    rows = len(read("pydoc", 10**6).further)
-    assert (16 + rows) * 32 <= len(manual) - text.EVALUATED_TOKENS < (17 + rows) * 32
-    both = read("mix", 5)
-    assert torch.equal(both.further[:3], manual[8 * 32 : 11 * 32].view(3, 32))
-    sampled = read("self", 2)
-    assert sampled.fingerprint == read("self", 0).fingerprint
-    assert torch.equal(sampled.further, both.further[3:])
-    assert not torch.equal(sampled.further[0], sampled.fitting[0])
-    assert not torch.equal(sampled.further, read("self", 2, seed=1).further)
-
-
 def test_self_needs_no_tokenizer(learned):
     config = CalibrationConfig(source="self", **SMALL)
     found = calibration_set(config, learned, seed=0)

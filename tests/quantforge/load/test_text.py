@@ -57,21 +57,6 @@ def test_plain_text_is_the_first_tokens_of_the_file(tmp_path, model):
     assert again.fingerprint == found.fingerprint
 
 
-def test_training_reads_on_where_calibration_ends(tmp_path, model):
-    file = tmp_path / "a.txt"
-    file.write_text(PLAIN)
-    plain = calibration_set(config(file), model, seed=0)
-    stream = torch.tensor(model.tokenizer(PLAIN)["input_ids"])
-    have = len(stream) // 32 - 16
-    for wanted, got in ((3, 3), (10**6, have)):
-        found = calibration_set(config(file), model, seed=0, further=wanted)
-        assert found.fingerprint == plain.fingerprint
-        assert torch.equal(found.further, stream[16 * 32 :][: got * 32].view(got, 32))
-        assert f"14 fitting, {got} further training and 2 held-out sequences" in found.description
-    everything = config(file, sequences=len(stream) // 32)
-    assert calibration_set(everything, model, seed=0, further=3).further is None
-
-
 def test_long_text_is_read_only_as_far_as_needed(tmp_path, model, monkeypatch):
     file = tmp_path / "a.txt"
     file.write_text("é" + PLAIN)
