@@ -53,7 +53,7 @@ from quantforge.models import Model
 from quantforge.planning import block_candidates, loadable, priced
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe
-from quantforge.results import CurvePoint, Quality
+from quantforge.results import AnyQuality, CurvePoint
 from quantforge.search.allocate import block_candidate_bytes, uniform_plans
 from quantforge.search.correction import corrected, correction_factors
 from quantforge.search.interactions import shrunk_interactions
@@ -134,7 +134,7 @@ class Calibrator:
     monitor: Monitor
     timings: dict[str, float]
     vocabulary: bool = False
-    measure_plans: Callable[[list[BitPlan], CandidateStore, str, Journal], list[Quality]]
+    measure_plans: Callable[[list[BitPlan], CandidateStore, str, Journal], list[AnyQuality]]
 
     @contextmanager
     def searched(self, *, fresh: bool) -> Iterator[Measurement]:
@@ -253,7 +253,7 @@ class Calibrator:
         options = self.recipe.calibrate
         journal = NO_JOURNAL if scratch is None else Journal(scratch / JOURNAL)
 
-        def measure(assignments: Sequence[Mapping[str, QuantSpec]]) -> list[Quality]:
+        def measure(assignments: Sequence[Mapping[str, QuantSpec]]) -> list[AnyQuality]:
             layers = self.model.layers
             kept = dict.fromkeys(layer.name for layer in layers)
             plans = [priced(layers, {**kept, **one}, None) for one in assignments]
@@ -303,7 +303,7 @@ class Calibrator:
                 evidence.products, evidence.length, raw.layers, sparse=kind == "sparse"
             )
             raw = replace(raw, interactions=pairs)
-        known = {QuantSpec.parse(p.name.removeprefix("uniform ")): p.quality.kl for p in uniform}
+        known = {QuantSpec.parse(p.name.removeprefix("uniform ")): p.quality.loss for p in uniform}
         factors = correction_factors(raw, known if self.recipe.search.correct else {})
         channels, final = load_traces(folder / TRACES)
         sensitivity = loadable(corrected(raw, factors), self.recipe.search)

@@ -1,6 +1,6 @@
-"""Running a decoder one block at a time, and looking at what its layers read.
+"""Running a network one block at a time, and looking at what its layers read.
 
-A decoder is a pipeline of blocks: what a block gets beside the hidden state (mask, positions,
+A network is a pipeline of blocks: what a block gets beside the hidden state (mask, positions,
 rotary tables) does not depend on the blocks before it. `BlockWalk` records that part once for every
 block, since networks that look back over all tokens in some blocks and over a window in others have
 several, and then carries the hidden states of all calibration batches from block to block, so that
@@ -74,11 +74,17 @@ class _StopForward(Exception):  # noqa: N818 - control flow, not an error
 
 
 def _block_calls(
-    module: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor
+    module: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, *, tuples: bool
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """What the first block receives for `tokens`, and every block's other arguments by name.
 
     No block runs: each hands on what it got, and the pass ends at the last one.
+
+    Args:
+        module: the network.
+        blocks: its blocks.
+        tokens: [batch, length] int64.
+        tuples: the blocks return tuples (`Architecture.tuples`).
 
     Raises:
         InputError: the blocks do not run one after the other, each once.
@@ -89,7 +95,7 @@ def _block_calls(
         signature = inspect.signature(block.forward)
         states = next(iter(signature.parameters))
 
-        def record(*args: Any, **kwargs: Any) -> Tensor:
+        def record(*args: Any, **kwargs: Any) -> Any:
             if index != len(calls):
                 raise InputError(
                     f"block {index} of {type(module).__name__} runs as number {len(calls)}: only "
@@ -102,7 +108,7 @@ def _block_calls(
             calls.append((hidden, {k: v for k, v in given.items() if k not in CACHE_NAMES}))
             if len(calls) == len(blocks):
                 raise _StopForward
-            return hidden
+            return (hidden,) if tuples else hidden
 
         return record
 
@@ -145,7 +151,9 @@ class BlockWalk:
         shared: dict[int, list[dict[str, Any]]] = {}
         with torch.no_grad():
             for batch in torch.split(tokens, batch_size):
-                hidden, arguments = _block_calls(module, list(self.blocks), batch.to(device))
+                hidden, arguments = _block_calls(
+                    module, list(self.blocks), batch.to(device), tuples=architecture.tuples
+                )
                 self.hidden.append(hidden.float())
                 # Equal shapes share one mask and one pair of rotary tables.
                 self._arguments.append(shared.setdefault(len(batch), arguments))

@@ -27,7 +27,7 @@ from quantforge.planning import excess, find_plan, priced, require_loadable, req
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe
 from quantforge.refinement import Refined, Surroundings, refine, remembered
-from quantforge.results import CurvePoint, Quality
+from quantforge.results import AnyQuality, CurvePoint
 from quantforge.search.allocate import (
     known_losses,
     make_plan,
@@ -57,7 +57,7 @@ class MeasurePlans(Protocol):
         what: str,
         *,
         all_windows: bool = False,
-    ) -> list[Quality]:
+    ) -> list[AnyQuality]:
         """See `Job.measure_plans`."""
 
 
@@ -196,22 +196,25 @@ class PlanChooser:
         limit = budget or Budget.parse(plan.budget)
         fitting = {one.budget for one in self.fitting_uniform(sensitivity, limit, outside)}
         points = [point for point in measured.uniform_kept if point.name in fitting]
-        best = min(points, key=lambda point: point.quality.kl, default=None)
+        best = min(points, key=lambda point: point.quality.loss, default=None)
         if best is None:
             return ()
-        below = plan.predicted_loss + error < best.quality.kl
+        below = plan.predicted_loss + error < best.quality.loss
         if below and self.recipe.search.correct:
             return ()
+        metric = best.quality.metric
+        digits = metric.digits
         return (
-            f"{best.name}, with no more bits, was measured at a held-out KL of "
-            f"{best.quality.kl:.4f}, and the plan is only predicted at {plan.predicted_loss:.4f} "
-            f"± {error:.4f}: quantize will measure it and take the better of the two",
+            f"{best.name}, with no more bits, was measured at a held-out {metric.name} of "
+            f"{best.quality.loss:{digits}}, and the plan is only predicted at "
+            f"{plan.predicted_loss:{digits}} ± {error:{digits}}: quantize will measure it and take "
+            "the better of the two",
         )
 
     def _compared(
         self, plan: BitPlan, measured: Measurement
-    ) -> tuple[Quality, tuple[CurvePoint, ...]]:
-        """Quality of a plan, and the uniform networks with the same embedding and head."""
+    ) -> tuple[AnyQuality, tuple[CurvePoint, ...]]:
+        """AnyQuality of a plan, and the uniform networks with the same embedding and head."""
         sensitivity, store = measured.needed_for_search()
         outside = outside_specs(sensitivity.layers, plan.assignment)
         plans = [plan]
@@ -256,12 +259,12 @@ class PlanChooser:
             limits = (*budget.limits, Limit("bits", bits))
             return self.find(sensitivity, replace(budget, limits=limits))
 
-        def measure(plan: BitPlan) -> Quality:
+        def measure(plan: BitPlan) -> AnyQuality:
             what = "measure plans for the target"
             return self.measure([plan], store, what, all_windows=True)[0]
 
         limit = min(target.nats for target in budget.targets)
-        promising = {point.name for point in measured.uniform if point.quality.kl <= limit}
+        promising = {point.name for point in measured.uniform if point.quality.loss <= limit}
         return meet(
             budget.targets,
             find,

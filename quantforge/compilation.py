@@ -19,8 +19,8 @@ from quantforge.calibration import Calibrator
 from quantforge.choosing import PlanChooser
 from quantforge.decision import Chosen, Measurement
 from quantforge.evaluate.generate import greedy
-from quantforge.evaluate.quality import ReferenceOutputs
-from quantforge.evaluate.quality import measure as measure_quality
+from quantforge.evaluate.reference import AnyReference, collect
+from quantforge.evaluate.reference import measure as measure_quality
 from quantforge.files import fingerprint
 from quantforge.format.footprint import Footprint
 from quantforge.format.manifest import plan_to_dict
@@ -37,7 +37,7 @@ from quantforge.quantize.sequential import (
 )
 from quantforge.recipe import Recipe
 from quantforge.recovery import Recovery
-from quantforge.results import Generation, Quality, TrainingOutcome
+from quantforge.results import AnyQuality, Generation, TrainingOutcome
 from quantforge.search.allocate import (
     known_losses,
     table_row,
@@ -260,8 +260,8 @@ class Job:
             recipe=self.recipe,
             tokens=self.calibration.fitting,
             final_hidden=measured.final_hidden,
-            float_head=self.reference.head if self.vocabulary else None,
-            measure=lambda: self.measure_held_out(windows).kl,
+            float_output=self.reference.output if self.vocabulary else None,
+            measure=lambda: self.measure_held_out(windows).loss,
             evidence=measured.evidence,
             seed=self.seed,
             monitor=self.monitor,
@@ -269,7 +269,7 @@ class Job:
             notes=self.notes,
         )
 
-    def measure_held_out(self, windows: int | None = None, text: str = "held-out") -> Quality:
+    def measure_held_out(self, windows: int | None = None, text: str = "held-out") -> AnyQuality:
         """Quality of the network as it now stands on the first held-out sequences."""
         held_out = self.calibration.held_out[:windows]
         return measure_quality(
@@ -288,12 +288,12 @@ class Job:
         return Footprint.of(self.model, shard_bytes=shard_bytes, fixed=fixed_specs(self.vocabulary))
 
     @cached_property
-    def reference(self) -> ReferenceOutputs:
+    def reference(self) -> AnyReference:
         """The float network on the held-out tokens; first used before anything changes it.
 
         Its head is the network's own tensor as long as nothing changes that (`keep_float_head`).
         """
-        return ReferenceOutputs.collect(
+        return collect(
             self.model.module,
             self.model.architecture,
             self.calibration.held_out,
@@ -314,8 +314,11 @@ class Job:
         return self.continuations()
 
     def continuations(self) -> tuple[str, ...]:
-        """Greedy continuations of the report's prompts by the network as it now stands."""
-        if self.model.tokenizer is None:
+        """Greedy continuations of the report's prompts by the network as it now stands.
+
+        An encoder, or a network without a tokenizer, has none.
+        """
+        if self.model.tokenizer is None or self.model.architecture.encodes:
             return ()
         options = self.recipe.evaluate
         return tuple(
@@ -337,7 +340,7 @@ class Job:
         journal: Journal = NO_JOURNAL,
         *,
         all_windows: bool = False,
-    ) -> list[Quality]:
+    ) -> list[AnyQuality]:
         """Held-out quality of networks put together from the store; the network is restored.
 
         Args:
@@ -371,8 +374,8 @@ class Job:
         start: int = 0,
         count: int = 0,
         all_windows: bool = False,
-        note: Callable[[int, Quality], None] | None = None,
-    ) -> list[Quality]:
+        note: Callable[[int, AnyQuality], None] | None = None,
+    ) -> list[AnyQuality]:
         """Held-out quality of networks with other weights; the network is restored.
 
         Args:

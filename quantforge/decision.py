@@ -10,7 +10,7 @@ from torch import Tensor
 from quantforge.calibrate.evidence import Evidence
 from quantforge.format.store import CandidateStore
 from quantforge.hull import read_hull
-from quantforge.results import CurvePoint, Quality, RefinementRound, TargetOutcome
+from quantforge.results import AnyQuality, CurvePoint, RefinementRound, TargetOutcome
 from quantforge.search.allocate import known_losses, uniform_plans
 from quantforge.search.budget import Budget
 from quantforge.search.correction import relative_error
@@ -91,7 +91,10 @@ class Measurement:
         if self.sensitivity is None or plan.predicted_loss is None:
             return None
         measured = {
-            QuantSpec.parse(p.name.removeprefix("uniform ")): (p.quality.kl, p.quality.kl_stderr)
+            QuantSpec.parse(p.name.removeprefix("uniform ")): (
+                p.quality.loss,
+                p.quality.loss_stderr,
+            )
             for p in self.uniform
         }
         share = relative_error(inside_blocks(self.sensitivity), self.factors, measured)
@@ -121,8 +124,8 @@ class Chosen:
         plan: the plan to execute.
         measured: with the corrected predictions the plan was found with.
         curve: measured uniform networks and the plan, all with one-pass compensation.
-        hull_kl: KL of the uniform lower hull at the plan's bits; None outside what was measured.
-        cheapest_uniform: name and KL of the cheapest uniform plan of ceil(budget) bits.
+        hull_kl: loss of the uniform lower hull at the plan's bits; None outside what was measured.
+        cheapest_uniform: name and loss of the cheapest uniform plan of ceil(budget) bits.
         warnings: one line each.
         targets: how the budget's targets were met.
         refinement: what looking around the plan found.
@@ -140,7 +143,7 @@ class Chosen:
 
 def choose(
     plan: BitPlan,
-    quality: Quality,
+    quality: AnyQuality,
     measured: Measurement,
     budget: Budget,
     *,
@@ -159,32 +162,37 @@ def choose(
         given: the plan is the user's own: it is taken, and a better uniform network only named.
         barred: uniform networks that do not fit for another reason than bits, such as latency.
     """
-    warnings = []
+    warnings, metric = [], quality.metric
+    digits = metric.digits
     uniform = measured.uniform
     fitting = [p for p in uniform if p.stored_bits <= budget.bits and p.name not in barred]
-    best = min(fitting, key=lambda point: point.quality.kl, default=None)
-    if best is not None and best.quality.kl < quality.kl and given:
+    best = min(fitting, key=lambda point: point.quality.loss, default=None)
+    if best is not None and best.quality.loss < quality.loss and given:
         warnings.append(
-            f"{best.name} has a held-out KL of {best.quality.kl:.4f} with no more bits, the plan "
-            f"that was given {quality.kl:.4f}"
+            f"{best.name} has a held-out {metric.name} of {best.quality.loss:{digits}} with no "
+            f"more bits, the plan that was given {quality.loss:{digits}}"
         )
-    elif best is not None and best.quality.kl < quality.kl:
+    elif best is not None and best.quality.loss < quality.loss:
         warnings.append(
-            f"{best.name} has a held-out KL of {best.quality.kl:.4f}, the plan that was found "
-            f"{quality.kl:.4f} at {plan.stored_bits:.2f} bits: the uniform network is used"
+            f"{best.name} has a held-out {metric.name} of {best.quality.loss:{digits}}, the plan "
+            f"that was found {quality.loss:{digits}} at {plan.stored_bits:.2f} bits: the uniform "
+            "network is used"
         )
         sensitivity, _ = measured.needed_for_search()
         outside = outside_specs(sensitivity.layers, plan.assignment)
         taken = next(p for p in uniform_plans(sensitivity, outside) if p.budget == best.name)
         plan, quality = replace(taken, budget=budget.text), best.quality
-    hull = read_hull([(p.stored_bits, p.quality.kl) for p in uniform], plan.stored_bits)
+    hull = read_hull([(p.stored_bits, p.quality.loss) for p in uniform], plan.stored_bits)
     if hull is None and uniform:
         warnings.append(
             f"no uniform network was measured around {plan.stored_bits:.2f} bits; "
             "evaluate.curve_bits adds widths"
         )
-    if hull is not None and quality.kl > hull + quality.kl_stderr:
-        warnings.append(f"the plan's held-out KL {quality.kl:.4f} is above the hull {hull:.4f}")
+    if hull is not None and quality.loss > hull + quality.loss_stderr:
+        warnings.append(
+            f"the plan's held-out {metric.name} {quality.loss:{digits}} is above "
+            f"the hull {hull:{digits}}"
+        )
     width = -(-budget.bits.numerator // budget.bits.denominator)
     same = [point for point in uniform if point.name.startswith(f"uniform {width}b-")]
     cheapest = min(same, key=lambda point: point.stored_bits, default=None)
@@ -194,6 +202,6 @@ def choose(
         measured=measured,
         curve=(point, *uniform),
         hull_kl=hull,
-        cheapest_uniform=None if cheapest is None else (cheapest.name, cheapest.quality.kl),
+        cheapest_uniform=None if cheapest is None else (cheapest.name, cheapest.quality.loss),
         warnings=tuple(warnings),
     )

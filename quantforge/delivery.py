@@ -39,7 +39,6 @@ from quantforge.memory import peak_bytes, release_freed
 from quantforge.models.experts import LEAST_TOKENS, routers
 from quantforge.models.linears import WITHOUT_LINEARS
 from quantforge.outcomes import (
-    EstimatorCost,
     LatencyReport,
     PlannedLayer,
     PlanReport,
@@ -49,7 +48,7 @@ from quantforge.outcomes import (
 from quantforge.quantize.sequential import FEW_TOKENS, QuantizedLayer
 from quantforge.report.card import model_card
 from quantforge.report.html import render
-from quantforge.results import LayerReport, Quality, SizeReport
+from quantforge.results import AnyQuality, EstimatorCost, LayerReport, SizeReport
 from quantforge.search.allocate import (
     candidate_bytes,
     known_errors,
@@ -268,6 +267,7 @@ def dry_run(
         latency=latency_rows(job, assignment, budget),
         sensitivity=None if sensitivity is None else estimator_cost(job, sensitivity, work.rate),
         refinement=decided.refinement,
+        measure=job.model.architecture.measure,
     )
 
 
@@ -380,7 +380,7 @@ def loading_warnings(job: Job, plan: BitPlan) -> list[str]:
     return found
 
 
-def target_warnings(job: Job, chosen: Chosen, quality: Quality) -> list[str]:
+def target_warnings(job: Job, chosen: Chosen, quality: AnyQuality) -> list[str]:
     """One line for every target that the finished network does not keep, for all its tuning."""
     if not chosen.targets:
         return []
@@ -391,12 +391,12 @@ def target_warnings(job: Job, chosen: Chosen, quality: Quality) -> list[str]:
         if after.upper > target.nats:
             found.append(
                 f"{target.text} held for the plan before tuning, but the finished network's upper "
-                f"bound is {after.upper:.4g} nats a token, above {target.nats:.4g}"
+                f"bound is {after.upper:.4g}{quality.metric.each}, above {target.nats:.4g}"
             )
     return found
 
 
-def held_out_warnings(quality: Quality) -> list[str]:
+def held_out_warnings(quality: AnyQuality) -> list[str]:
     """Says where a standard error is not one over sequences."""
     if quality.windows > 1:
         return []

@@ -39,7 +39,7 @@ from quantforge.calibrate.fisher import LARGEST_OUTPUT_BLOCK
 from quantforge.capture import compute_in
 from quantforge.memory import peak_bytes, resident_bytes
 from quantforge.methods.head_loss import HEAD_CHUNK
-from quantforge.models import Model
+from quantforge.models import Head, Model
 from quantforge.outcomes import WorkEstimate
 from quantforge.quantize.config import CROSS_METHODS
 from quantforge.recipe import Recipe
@@ -57,7 +57,7 @@ class Shape:
 
     Attributes:
         layers: the planned layers.
-        head: weights of the head.
+        head: weights of the head; 0 where there is none.
         hidden: features of the residual stream.
         fitting: fitting tokens.
         held_out: held-out tokens.
@@ -76,12 +76,13 @@ class Shape:
     @classmethod
     def of(cls, model: Model, calibration: CalibrationSet, recipe: Recipe) -> Shape:
         """Of a loaded network and its calibration text."""
-        head: Any = model.module.get_submodule(model.architecture.head)
+        embedding: Any = model.module.get_submodule(model.architecture.embedding)
+        output = model.architecture.output(model.module)
         held_out = calibration.held_out
         return cls(
             layers=model.layers,
-            head=head.weight.numel(),
-            hidden=head.in_features,
+            head=output.weight.numel() if isinstance(output, Head) else 0,
+            hidden=int(embedding.embedding_dim),
             fitting=calibration.fitting.numel(),
             held_out=held_out.numel(),
             curve=held_out[: recipe.evaluate.curve_windows].numel(),
@@ -219,7 +220,7 @@ def forward_rate(model: Model, calibration: CalibrationSet, recipe: Recipe) -> f
 
     A pass before them warms caches and compiled products up.
     """
-    body = model.module.get_submodule(model.architecture.blocks.rpartition(".")[0])
+    body = model.architecture.body(model.module)
     tokens = calibration.held_out[:1].to(model.device)
     fastest = float("inf")
     for _ in range(3):

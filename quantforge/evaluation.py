@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantforge.delivery import planned_layer
 from quantforge.errors import InputError, UsageError
 from quantforge.evaluate.generate import stream
-from quantforge.evaluate.quality import ReferenceOutputs, measure, paired
+from quantforge.evaluate.reference import AnyReference, collect, measure, paired
 from quantforge.evaluate.tasks import compared, require_tasks, run_tasks
 from quantforge.files import parse_json
 from quantforge.format.checkpoint import TensorReader, open_checkpoint, read_shape
@@ -28,10 +28,11 @@ from quantforge.load.text import (
 )
 from quantforge.loading import load_source
 from quantforge.models import Architecture, shape_of
+from quantforge.models.sizes import context_length
 from quantforge.outcomes import EvaluationReport, InspectReport, TasksReport
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.recipe import compose, resolve_target
-from quantforge.results import Quality, SizeReport, TaskScore
+from quantforge.results import AnyQuality, SizeReport, TaskScore
 from quantforge.runtime.decode import Decoder, obstacle
 from quantforge.runtime.load import load as load_packed
 from quantforge.types import LayerInfo
@@ -107,7 +108,7 @@ def evaluate(
         name, text, (windows, window_length), precision, device, trust_remote_code, monitor
     )
 
-    def measured(path: str | Path) -> Quality:
+    def measured(path: str | Path) -> AnyQuality:
         module, architecture = _network(path, device, trust_remote_code, monitor)
         return measure(
             module, architecture, tokens, outputs,
@@ -215,6 +216,7 @@ def generate(
     """
     monitor = Monitor(progress=progress, cancel=cancel)
     module = load(checkpoint, device=device, backend=backend)
+    _require_decoder(module, "which continues no text")
     tokenizer = load_tokenizer(Path(checkpoint))
     if tokenizer is None:
         raise InputError(f"{checkpoint} has no tokenizer, which a prompt needs; add its files")
@@ -279,16 +281,19 @@ def _reference(
     device: str,
     trust_remote_code: bool,
     monitor: Monitor,
-) -> tuple[Tensor, str, ReferenceOutputs]:
+) -> tuple[Tensor, str, AnyReference]:
     """Windows of a text, their description, and what the float model says; it is freed again."""
     recipe = compose(resolve_target(name))
     model = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
     where = DEFAULT_EVALUATION if text is None else str(text)
     windows, length = shape
     _check_context(model.module, length)
-    tokens = evaluation_windows(where, model.tokenizer, windows=windows, length=length)
+    framed = model.architecture.encodes
+    tokens = evaluation_windows(
+        where, model.tokenizer, windows=windows, length=length, framed=framed
+    )
     check_vocabulary(tokens, model, where)
-    outputs = ReferenceOutputs.collect(
+    outputs = collect(
         model.module,
         model.architecture,
         tokens,
@@ -296,12 +301,12 @@ def _reference(
         keep_head_copy=True,
         monitor=monitor,
     )
-    return tokens, describe_windows(where, model.tokenizer, tokens), outputs
+    return tokens, describe_windows(where, model.tokenizer, tokens, framed=framed), outputs
 
 
 def _check_context(module: nn.Module, length: int) -> None:
-    limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
+    limit = context_length(module)
+    if limit is not None and length > limit:
         raise InputError(
             f"windows of {length} tokens exceed the model's context of {limit}: lower the length "
             "of the windows (--window-length)"
@@ -347,9 +352,18 @@ def _with_tokenizer(
         recipe = compose(resolve_target(path))
         model = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
         module, tokenizer = model.module, model.tokenizer
+    _require_decoder(module, "which has no likelihoods to answer tasks by")
     if tokenizer is None:
         raise InputError(f"{path} has no tokenizer, which tasks need; add its files")
     return module, tokenizer
+
+
+def _require_decoder(module: nn.Module, lack: str) -> None:
+    """Refuse an encoder."""
+    if shape_of(module).encodes:
+        raise InputError(
+            f"{type(module).__name__} is an encoder, {lack}: quantforge eval compares its outputs"
+        )
 
 
 def _source_of(checkpoint: Path) -> str:

@@ -47,6 +47,7 @@ def frontier_report(job: Job, measured: Measurement, points: int, count: int) ->
         reference_bytes=job.footprint.reference_bytes,
         calibration=job.calibration.description,
         settings=job.recipe.model_dump(mode="json"),
+        measure=job.model.architecture.measure,
     )
 
 
@@ -64,6 +65,7 @@ def write_frontier(report: ParetoReport, output: Path) -> None:
     ]
     document = {
         "model": report.model,
+        "measure": report.measure,
         "calibration": report.calibration,
         "points": points,
         "reference_bytes": report.reference_bytes,

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from quantforge.compilation import Job
+from quantforge.encoders import require_answerable
 from quantforge.errors import InputError, UsageError
 from quantforge.format.footprint import Footprint
 from quantforge.latency import latency_model
@@ -133,6 +134,7 @@ def open_job(
         loaded = from_module(model, tokenizer=tokenizer)
     else:
         loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
+    require_answerable(loaded, recipe, limit)
     folder = loaded.source.path if loaded.source.kind == "folder" else None
     require_split(described(loaded.module), recipe.search, folder)
     given = None  # before the text, which may have to be sampled

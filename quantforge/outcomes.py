@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantforge.results import (
+    AnyDifference,
+    AnyQuality,
     CurvePoint,
+    EstimatorCost,
     Generation,
     LayerReport,
-    PairedDifference,
-    Quality,
     RefinementRound,
     SizeReport,
     TargetOutcome,
@@ -39,8 +40,8 @@ class Report:
         quality: held-out quality of the final network.
         curve: measured uniform networks and the plan, one-pass compensation for all; empty where
             nothing was searched.
-        hull_kl: KL of the uniform lower hull read at the plan's stored bits; None if out of range.
-        cheapest_uniform: name and held-out KL of the cheapest uniform ceil(budget)-bit plan.
+        hull_kl: loss of the uniform lower hull at the plan's stored bits; None if out of range.
+        cheapest_uniform: name and held-out loss of the cheapest uniform ceil(budget)-bit plan.
         generations: short continuations before and after.
         calibration: description of the calibration text.
         settings: the effective recipe.
@@ -57,7 +58,7 @@ class Report:
     plan: BitPlan
     layers: tuple[LayerReport, ...]
     sizes: SizeReport
-    quality: Quality
+    quality: AnyQuality
     curve: tuple[CurvePoint, ...]
     hull_kl: float | None
     cheapest_uniform: tuple[str, float] | None
@@ -143,21 +144,6 @@ class WorkEstimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EstimatorCost:
-    """What predicting the losses takes beside the passes that every calibration makes.
-
-    Attributes:
-        name: of the estimator.
-        what: in words; empty for nothing.
-        seconds: about; the time of its forward and backward passes at the measured rate.
-    """
-
-    name: str
-    what: str
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyReport:
     """How long a decoding step spends in the planned weights, by the times of a device.
 
@@ -202,6 +188,7 @@ class PlanReport:
         latency: one for every batch that the budget names, or for one sequence; empty where no
             device was named.
         refinement: what looking around the plan found; empty without `search.refine`.
+        measure: what losses are, see `results.METRICS`.
     """
 
     model: str
@@ -223,6 +210,7 @@ class PlanReport:
     sensitivity: EstimatorCost | None = None
     latency: tuple[LatencyReport, ...] = ()
     refinement: tuple[RefinementRound, ...] = ()
+    measure: str = "kl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +227,7 @@ class FrontierPoint:
     plan: BitPlan
     predicted_error: float | None
     checkpoint_bytes: int
-    quality: Quality | None = None
+    quality: AnyQuality | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +243,7 @@ class ParetoReport:
         calibration: description of the calibration text.
         settings: the effective recipe.
         warnings: one line each.
+        measure: what losses are, see `results.METRICS`.
     """
 
     model: str
@@ -265,6 +254,7 @@ class ParetoReport:
     calibration: str
     settings: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    measure: str = "kl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,11 +276,11 @@ class EvaluationReport:
 
     model: str
     reference: str
-    quality: Quality
+    quality: AnyQuality
     sizes: SizeReport | None = None
     against: str = ""
-    against_quality: Quality | None = None
-    difference: PairedDifference | None = None
+    against_quality: AnyQuality | None = None
+    difference: AnyDifference | None = None
     precision: str = "float32"
     versions: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

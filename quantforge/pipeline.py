@@ -81,9 +81,10 @@ def quantize(
             dtype; one in half precision takes the memory of float32 meanwhile.
         budget: "3bit" or "3.25bpw", stored bits a weight over the planned weights; "120MB" or
             "0.4x", of the whole checkpoint; "vram:8GB@4096", weights and keys and values in memory;
-            "kl:0.05" or "ppl:+2%", the fewest bits measured to lose no more; "latency:-25%" or
-            "latency:12ms@1", a decoding step's time by `settings["device"]`; several joined by a
-            comma. None takes the recipe's, and needs none where that leaves nothing to search.
+            "kl:0.05" or "ppl:+2%", the fewest bits measured to lose no more, "cosine:0.99" for an
+            encoder; "latency:-25%" or "latency:12ms@1", a decoding step's time by
+            `settings["device"]`; several joined by a comma. None takes the recipe's, and needs none
+            where that leaves nothing to search.
         plan: in the place of a budget: a `plan.json`, maybe edited, its contents, or layer name →
             spec ("3b-g64", "kept").
         calibration: text file (.txt, .jsonl, .parquet), hub id, "pydoc", "self", or an iterable of

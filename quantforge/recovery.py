@@ -18,12 +18,12 @@ from quantforge.capture import product_dtype
 from quantforge.errors import InputError
 from quantforge.journal import Journal
 from quantforge.methods.temperature import temperature_multipliers
-from quantforge.models import Head, Model
+from quantforge.models import Head, Model, Output
 from quantforge.progress import Monitor
 from quantforge.quantize.sequential import QuantizedLayer
 from quantforge.quantize.tune import kept_if_better, tune_scales
 from quantforge.recipe import Recipe
-from quantforge.results import TrainingOutcome
+from quantforge.results import METRICS, TrainingOutcome
 from quantforge.train.blockwise import BlockwiseTask, train_blocks
 from quantforge.train.config import TrainingConfig
 from quantforge.train.loop import Task, Trained, train
@@ -42,8 +42,8 @@ class Recovery:
         tokens: [sequences, length] int64 fitting tokens.
         final_hidden: [sequences, length, hidden] the float network's head input on them; None where
             only blocks are trained.
-        float_head: of the float network; None where the network's own is that.
-        measure: held-out KL of the network as it stands.
+        float_output: of the float network; None where the network's own is that.
+        measure: held-out loss of the network as it stands.
         evidence: of the measurement, for temperatures; None where nothing was searched.
         seed: of everything random.
         monitor: progress and cancellation.
@@ -56,7 +56,7 @@ class Recovery:
     recipe: Recipe
     tokens: Tensor
     final_hidden: Tensor | None
-    float_head: Head | None
+    float_output: Output | None
     measure: Callable[[], float]
     evidence: Callable[[], Evidence] | None
     seed: int
@@ -72,7 +72,7 @@ class Recovery:
         held_out: Tensor,
         channel_weights: Sequence[Tensor],
     ) -> list[QuantizedLayer]:
-        """The same layers, trained block by block, if that lowers the KL on held-out tokens.
+        """The same layers, trained block by block, if that lowers the loss on held-out tokens.
 
         Args:
             layers: as they are in the network.
@@ -101,11 +101,11 @@ class Recovery:
 
         kept = kept_if_better(self.model, weights, trained, self.measure)
         if kept is weights:
-            self.notes.append("training blocks did not lower the held-out KL and was undone")
+            self._undone("training blocks")
         return _with_weights(layers, kept)
 
     def tune(self, layers: Sequence[QuantizedLayer]) -> list[QuantizedLayer]:
-        """The same layers with tuned scales, if that lowers the KL on held-out tokens."""
+        """The same layers with tuned scales, if that lowers the loss on held-out tokens."""
         weights, teacher = _inside_blocks(layers), self._hidden()
 
         def tuned() -> dict[str, QuantizedWeight]:
@@ -115,7 +115,7 @@ class Recovery:
                 self.tokens.to(self.model.device),
                 teacher.to(self.model.device),
                 self.recipe.quantize.tuning,
-                float_head=self.float_head,
+                float_output=self.float_output,
                 generator=torch.Generator().manual_seed(self.seed),
                 monitor=self.monitor,
                 journal=self.journal,
@@ -123,13 +123,13 @@ class Recovery:
 
         kept = kept_if_better(self.model, weights, tuned, self.measure)
         if kept is weights:
-            self.notes.append("tuning the scales did not lower the held-out KL and was undone")
+            self._undone("tuning the scales")
         return _with_weights(layers, kept)
 
     def train(
         self, layers: Sequence[QuantizedLayer], originals: dict[str, Tensor]
     ) -> list[QuantizedLayer]:
-        """The same layers trained, if that lowers the KL on held-out tokens.
+        """The same layers trained, if that lowers the loss on held-out tokens.
 
         Args:
             layers: as they are in the network.
@@ -168,7 +168,7 @@ class Recovery:
         kept = kept_if_better(self.model, weights, trained, self.measure)
         self.outcome = replace(made[0].outcome, kept=kept is not weights)
         if kept is weights:
-            self.notes.append("training did not lower the held-out KL and was undone")
+            self._undone("training")
         self.notes += [one for one in (note, self.outcome.note) if one]
         return _with_weights(layers, kept)
 
@@ -178,10 +178,15 @@ class Recovery:
             raise ValueError("the measurement was made without tuning or training in mind")
         return self.final_hidden
 
-    def _teachers_head(self, config: TrainingConfig) -> Head:
-        """The float network's head, in the dtype of the products."""
-        head = self.float_head or self.model.architecture.output_head(self.model.module)
-        return head.rounded(product_dtype(config.precision))
+    def _teachers_head(self, config: TrainingConfig) -> Head | None:
+        """The float network's head, in the dtype of the products; None of an encoder."""
+        output = self.float_output or self.model.architecture.output(self.model.module)
+        return output.rounded(product_dtype(config.precision)) if isinstance(output, Head) else None
+
+    def _undone(self, what: str) -> None:
+        """Note that something did not help."""
+        name = METRICS[self.model.architecture.measure].name
+        self.notes.append(f"{what} did not lower the held-out {name} and was undone")
 
 
 def layer_multipliers(

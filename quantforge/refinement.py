@@ -36,7 +36,7 @@ from torch import Tensor
 from quantforge.errors import InputError
 from quantforge.files import write_json
 from quantforge.format.manifest import plan_from_dict, plan_to_dict
-from quantforge.results import Quality, RefinementRound
+from quantforge.results import AnyQuality, RefinementRound
 from quantforge.search.allocate import cost_tables, make_plan, tied_rows
 from quantforge.search.choice import Picks
 from quantforge.search.config import SearchConfig
@@ -74,7 +74,7 @@ class Surroundings:
     """
 
     derive: Callable[[BitPlan], Tensor]
-    measure: Callable[[list[BitPlan]], list[Quality]]
+    measure: Callable[[list[BitPlan]], list[AnyQuality]]
     within: Callable[[BitPlan], bool]
     limit: int
 
@@ -98,7 +98,7 @@ def refine(
     """
     space = _Space(sensitivity, products, config)
     rounds: list[RefinementRound] = []
-    quality: Quality | None = None
+    quality: AnyQuality | None = None
     for _ in range(config.refine):
         first = around.derive(plan)
         if quality is None:
@@ -135,7 +135,7 @@ class _Found:
     """The best plan of a round, its quality, and what is told about it."""
 
     plan: BitPlan
-    quality: Quality
+    quality: AnyQuality
     outcome: RefinementRound
 
 
@@ -203,7 +203,7 @@ def swap_curvature(loss: Tensor, products: Tensor, columns: Sequence[int]) -> Te
 
 
 def _round(
-    plan: BitPlan, quality: Quality, space: _Space, first: Tensor, around: Surroundings
+    plan: BitPlan, quality: AnyQuality, space: _Space, first: Tensor, around: Surroundings
 ) -> _Found:
     """Measure what is nearest to a plan; the best of it, or the plan itself."""
     picks, changes = space.picks(plan), space.changes(plan, first)
@@ -213,10 +213,10 @@ def _round(
     proposed += [space.plan(_moved(picks, one), plan.budget) for one in near]
     known = [one for one in proposed if around.within(one)]
     measured = list(zip(known, around.measure(known), strict=True))
-    better = {id(one) for one, found in measured if found.kl < quality.kl}
-    kls = {id(one): found.kl for one, found in measured}
+    better = {id(one) for one, found in measured if found.loss < quality.loss}
+    losses = {id(one): found.loss for one, found in measured}
     gains = [
-        (kls[id(one)], exchange)
+        (losses[id(one)], exchange)
         for one, exchange in zip(proposed[len(whole) :], near, strict=True)
         if id(one) in better
     ]
@@ -225,8 +225,8 @@ def _round(
     last = space.plan(together, plan.budget)
     if len(gains) > 1 and around.within(last):
         measured += zip([last], around.measure([last]), strict=True)
-    best, found = min(measured, key=lambda pair: pair[1].kl, default=(plan, quality))
-    if not found.kl < quality.kl:
+    best, found = min(measured, key=lambda pair: pair[1].loss, default=(plan, quality))
+    if not found.loss < quality.loss:
         best, found = plan, quality
     return _Found(
         plan=best, quality=found, outcome=_outcome(plan, quality, best, found, len(measured))
@@ -241,16 +241,16 @@ def _moved(picks: Picks, exchange: Exchange) -> Picks:
 
 
 def _outcome(
-    before: BitPlan, old: Quality, after: BitPlan, new: Quality, measured: int
+    before: BitPlan, old: AnyQuality, after: BitPlan, new: AnyQuality, measured: int
 ) -> RefinementRound:
     """What a round did."""
-    differences = [b - a for a, b in zip(old.window_kl, new.window_kl, strict=True)]
+    differences = [b - a for a, b in zip(old.window_loss, new.window_loss, strict=True)]
     count = len(differences)
     spread = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.inf
     return RefinementRound(
         plans=measured,
         layers=sum(after.assignment[name] != spec for name, spec in before.assignment.items()),
-        before=old.kl,
-        after=new.kl,
+        before=old.loss,
+        after=new.loss,
         stderr=spread,
     )

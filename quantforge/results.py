@@ -5,7 +5,57 @@ What a command hands back is put together from them in `outcomes`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """How the loss of a network against its float reference is called.
+
+    Attributes:
+        name: short, as in a table's head.
+        noun: what it is.
+        axis: with its unit, beside an axis.
+        unit: behind a number, with a space before it; empty where there is none.
+        each: the same, with what it is a mean of.
+        digits: how a loss is formatted in a sentence.
+    """
+
+    name: str
+    noun: str
+    axis: str
+    unit: str = ""
+    each: str = ""
+    digits: str = ".3g"
+
+    @property
+    def scale(self) -> str:
+        """What a loss is counted in."""
+        return self.each.strip() or self.name
+
+    @property
+    def head(self) -> str:
+        """Name and unit, for the head of a column."""
+        return f"{self.name} ({self.unit.strip()})" if self.unit else self.name
+
+
+METRICS: Mapping[str, Metric] = {
+    "kl": Metric(
+        name="KL",
+        noun="KL divergence",
+        axis="KL, nats per token",
+        unit=" nats",
+        each=" nats a token",
+        digits=".4f",
+    ),
+    "cosine": Metric(
+        name="1 - cosine",
+        noun="1 - cosine of the pooled output",
+        axis="1 - cosine of the pooled output",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +85,72 @@ class Quality:
     top1: float
     window_kl: tuple[float, ...]
     window_nll: tuple[float, ...]
+
+    metric: ClassVar[Metric] = METRICS["kl"]
+
+    @property
+    def loss(self) -> float:
+        """What a plan is chosen by."""
+        return self.kl
+
+    @property
+    def loss_stderr(self) -> float:
+        """Its standard error over windows."""
+        return self.kl_stderr
+
+    @property
+    def window_loss(self) -> tuple[float, ...]:
+        """It, of every window."""
+        return self.window_kl
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PooledQuality:
+    """How an encoder compares with its float reference on a set of equal windows.
+
+    What is compared is the mean of the last hidden states over a window's tokens.
+
+    Attributes:
+        text: which text, and the rule of special tokens.
+        windows: number of windows.
+        window_length: tokens a window, special ones included.
+        cosine: mean cosine to the float network's output.
+        cosine_stderr: its standard error over windows.
+        mse: mean of ‖difference‖² / ‖float output‖².
+        mse_stderr: its standard error over windows.
+        window_distance: 1 - cosine of every window, for paired comparisons.
+        window_mse: relative squared error of every window.
+    """
+
+    text: str
+    windows: int
+    window_length: int
+    cosine: float
+    cosine_stderr: float
+    mse: float
+    mse_stderr: float
+    window_distance: tuple[float, ...]
+    window_mse: tuple[float, ...]
+
+    metric: ClassVar[Metric] = METRICS["cosine"]
+
+    @property
+    def loss(self) -> float:
+        """What a plan is chosen by."""
+        return sum(self.window_distance) / self.windows
+
+    @property
+    def loss_stderr(self) -> float:
+        """Its standard error over windows."""
+        return self.cosine_stderr
+
+    @property
+    def window_loss(self) -> tuple[float, ...]:
+        """It, of every window."""
+        return self.window_distance
+
+
+AnyQuality = Quality | PooledQuality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +214,31 @@ class PairedDifference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PooledDifference:
+    """Difference of two encoders over the same windows (first minus second).
+
+    Attributes:
+        distance: mean difference of 1 - cosine.
+        distance_stderr: its standard error over windows.
+        mse: mean difference of the relative squared error.
+        mse_stderr: its standard error over windows.
+    """
+
+    distance: float
+    distance_stderr: float
+    mse: float
+    mse_stderr: float
+
+    @property
+    def lower(self) -> bool:
+        """Whether the first is lower by two standard errors."""
+        return self.distance + 2 * self.distance_stderr < 0
+
+
+AnyDifference = PairedDifference | PooledDifference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CurvePoint:
     """One measured network on the size–KL plane.
 
@@ -109,7 +250,7 @@ class CurvePoint:
 
     name: str
     stored_bits: float
-    quality: Quality
+    quality: AnyQuality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +340,21 @@ class TrainingOutcome:
     def gap(self) -> float:
         """KL of the stored network above that of the trained one, at the end."""
         return self.points[-1].kl - self.points[-1].soft_kl
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimatorCost:
+    """What predicting the losses takes beside the passes that every calibration makes.
+
+    Attributes:
+        name: of the estimator.
+        what: in words; empty for nothing.
+        seconds: about; the time of its forward and backward passes at the measured rate.
+    """
+
+    name: str
+    what: str
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

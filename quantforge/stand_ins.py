@@ -52,9 +52,11 @@ def stand_ins(
 
 @contextmanager
 def trainable_norms(
-    module: nn.Module, layers: Mapping[str, nn.Module], head: nn.Module
+    module: nn.Module, layers: Mapping[str, nn.Module], behind: nn.Module | None
 ) -> Iterator[list[nn.Parameter]]:
-    """The one-dimensional parameters outside stand-ins and head: norms, biases of kept layers.
+    """The one-dimensional parameters but those of stand-ins and of what is behind the last states.
+
+    They are norms, and biases of kept layers.
 
     Inside, only they and the stand-ins' own parameters ask for gradients; the layers' biases do
     not.
@@ -62,12 +64,13 @@ def trainable_norms(
     Args:
         module: the network or block.
         layers: name → stand-in.
-        head: of the network.
+        behind: head or pooler (`Architecture.behind`).
     """
     needs = {name: p.requires_grad for name, p in module.named_parameters()}
     biases = {id(getattr(layer, "bias", None)) for layer in layers.values()}
     own = [p for layer in layers.values() for p in layer.parameters() if id(p) not in biases]
-    inside = {id(p) for p in (*own, *head.parameters())} | biases
+    outside = [] if behind is None else list(behind.parameters())
+    inside = {id(p) for p in (*own, *outside)} | biases
     module.requires_grad_(False)
     norms = [p for p in module.parameters() if p.ndim == 1 and id(p) not in inside]
     for parameter in (*norms, *own):

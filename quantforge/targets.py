@@ -7,12 +7,13 @@ until one plan inside the target and one outside it are known, and then halves t
 them until it is a hundredth of a bit.
 
 A plan is inside a target if the upper end of its one-sided 95 % interval is: mean plus as many
-standard errors over the held-out windows as Student's law asks for so few, of the KL, or of the
-cross-entropy's paired difference to the float network. Two things this does not promise. What is
-measured has the one-pass compensation of the candidates; `quantize` then compensates block by block
-and tunes, which lowers the loss, so that the finished network is usually better than asked for and
-a little larger than it had to be. And the interval is of this text: on another one the loss may be
-larger.
+standard errors over the held-out windows as Student's law asks for so few, of the KL, of an
+encoder's 1 - cosine, or of the cross-entropy's paired difference to the float network.
+
+Two things this does not promise. What is measured has the one-pass compensation of the candidates;
+`quantize` then compensates block by block and tunes, which lowers the loss, so that the finished
+network is usually better than asked for and a little larger than it had to be. And the interval is
+of this text: on another one the loss may be larger.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from fractions import Fraction
 
 from scipy.special import stdtrit
 
-from quantforge.errors import BudgetError, InputError
-from quantforge.results import Quality, TargetOutcome
+from quantforge.errors import BudgetError, InputError, UsageError
+from quantforge.results import AnyQuality, Quality, TargetOutcome
 from quantforge.search.budget import Target
 from quantforge.types import BitPlan, QuantSpec
 
@@ -37,7 +38,7 @@ _PREDICTED_ROUNDS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """A loss measured over windows, in nats a token, and the upper end of its interval."""
+    """A loss measured over windows, in its metric's unit, and the upper end of its interval."""
 
     mean: float
     stderr: float
@@ -62,7 +63,7 @@ class Met:
     outcomes: tuple[TargetOutcome, ...]
 
 
-def bound(target: Target, quality: Quality, reference_nll: Sequence[float]) -> Bound:
+def bound(target: Target, quality: AnyQuality, reference_nll: Sequence[float]) -> Bound:
     """How far a measured network is from the float one, by what a target looks at.
 
     Args:
@@ -72,14 +73,17 @@ def bound(target: Target, quality: Quality, reference_nll: Sequence[float]) -> B
 
     Raises:
         InputError: there is one window, which says nothing of a spread.
+        UsageError: the target is a perplexity and the network an encoder.
     """
     if quality.windows < 2:
         raise InputError(
             f"{target.text} needs at least two held-out sequences, the calibration text has "
             f"{quality.windows}; raise calibration.sequences or calibration.held_out_share"
         )
-    if target.kind == "kl":
-        return Bound(mean=quality.kl, stderr=quality.kl_stderr, windows=quality.windows)
+    if target.kind in ("kl", "cosine"):
+        return Bound(mean=quality.loss, stderr=quality.loss_stderr, windows=quality.windows)
+    if not isinstance(quality, Quality):
+        raise UsageError(f"{target.text} is about next tokens, which an encoder does not predict")
     rises = [a - b for a, b in zip(quality.window_nll, reference_nll, strict=True)]
     return Bound(
         mean=statistics.fmean(rises),
@@ -91,7 +95,7 @@ def bound(target: Target, quality: Quality, reference_nll: Sequence[float]) -> B
 def meet(
     targets: Sequence[Target],
     find: Callable[[Fraction], BitPlan],
-    measure: Callable[[BitPlan], Quality],
+    measure: Callable[[BitPlan], AnyQuality],
     reference_nll: Sequence[float],
     *,
     bits: tuple[Fraction, Fraction],
@@ -113,9 +117,9 @@ def meet(
         BudgetError: even the plan of the most bits is outside, or there is none.
         InputError: there are too few held-out windows.
     """
-    known: dict[tuple[tuple[str, QuantSpec | None], ...], Quality] = {}
+    known: dict[tuple[tuple[str, QuantSpec | None], ...], AnyQuality] = {}
 
-    def measured(plan: BitPlan) -> Quality:
+    def measured(plan: BitPlan) -> AnyQuality:
         key = tuple(plan.assignment.items())
         if key not in known:
             known[key] = measure(plan)
@@ -189,7 +193,7 @@ def _predicted(
 def _outcomes(
     targets: Sequence[Target],
     plan: BitPlan,
-    quality: Quality,
+    quality: AnyQuality,
     reference_nll: Sequence[float],
     plans: int,
 ) -> tuple[TargetOutcome, ...]:
@@ -212,13 +216,14 @@ def _outcomes(
 
 
 def _unreachable(
-    targets: Sequence[Target], plan: BitPlan, quality: Quality, reference_nll: Sequence[float]
+    targets: Sequence[Target], plan: BitPlan, quality: AnyQuality, reference_nll: Sequence[float]
 ) -> str:
     """Names the target that the plan of the most bits misses, and by what."""
     bounds = [(target, bound(target, quality, reference_nll)) for target in targets]
     target, one = next((t, b) for t, b in bounds if b.upper > t.nats)
+    unit = "" if target.kind == "cosine" else quality.metric.each
     return (
         f"budget {plan.budget} cannot be met: with the most bits that its limits allow, "
-        f"{plan.stored_bits:.3f}, the upper bound for {target.text} is {one.upper:.4g} nats a "
-        f"token, above {target.nats:.4g}; allow more bits or more loss"
+        f"{plan.stored_bits:.3f}, the upper bound for {target.text} is {one.upper:.4g}"
+        f"{unit}, above {target.nats:.4g}; allow more bits or more loss"
     )

@@ -92,6 +92,49 @@ def save_tiny_checkpoint(
     return folder
 
 
+def save_tiny_encoder(folder: Path, *, seed: int = 0, positions: int = 64) -> Path:
+    """Write a random BERT encoder whose layers matter, with a byte-level tokenizer, as a folder.
+
+    The tokenizer puts [CLS] and [SEP] around every text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    alphabet = ["[PAD]", "[CLS]", "[SEP]", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    config = BertConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=len(alphabet),
+        max_position_embeddings=positions,
+    )
+    torch.manual_seed(seed)
+    module: Any = BertModel(config).train(False)
+    sharpen(module)
+    module.save_pretrained(folder)
+    wrapped: Any = PreTrainedTokenizerFast
+    wrapped(
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def sharpen(encoder: nn.Module, factor: float = 4.0) -> None:
+    """Multiply the matrices of an encoder's blocks: at their first values blocks hardly matter."""
+    for name, parameter in encoder.named_parameters():
+        if parameter.ndim == 2 and ".layer." in name:
+            parameter.mul_(factor)
+
+
 def random_weight(
     out_features: int, in_features: int, spec: QuantSpec, *, seed: int = 0
 ) -> QuantizedWeight:

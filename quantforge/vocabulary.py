@@ -24,7 +24,7 @@ from quantforge.files import fingerprint
 from quantforge.format.store import CandidateStore
 from quantforge.measurements import measurement
 from quantforge.memory import StageTimer
-from quantforge.results import Quality
+from quantforge.results import AnyQuality
 from quantforge.search.vocabulary import Candidates, joined
 from quantforge.types import LayerInfo, QuantSpec, Sensitivity
 
@@ -44,7 +44,7 @@ class VocabularyCalibrator:
 
     calibrator: Calibrator
     candidates: Candidates
-    measure: Callable[[Iterable[Mapping[str, Tensor]]], list[Quality]]
+    measure: Callable[[Iterable[Mapping[str, Tensor]]], list[AnyQuality]]
 
     @contextmanager
     def beside(self, measured: Measurement, *, fresh: bool) -> Iterator[Measurement]:
@@ -95,7 +95,7 @@ class VocabularyCalibrator:
                 weights = kept[spec].dequantize()
                 (quality,) = self.measure([{layer.name: weights}])
                 column = specs.index(spec)
-                loss[row, column], stderr[row, column] = quality.kl, quality.kl_stderr
+                loss[row, column], stderr[row, column] = quality.loss, quality.loss_stderr
                 error[row, column] = relative_error(layer, weights - weight, weight, gram, counts)
                 done += 1
                 self.calibrator.monitor.step("embeddings", done, total)
@@ -113,13 +113,13 @@ class VocabularyCalibrator:
         save_sensitivity(table, folder / SENSITIVITY)  # last: says that all is there
 
     def _best_way(self, layer: LayerInfo, quantizer: MatrixQuantizer, spec: QuantSpec) -> str:
-        """The way of least held-out KL."""
+        """The way of least held-out loss."""
         if len(quantizer.ways) == 1:
             return quantizer.ways[0]
         qualities = self.measure(
             {layer.name: quantizer.make(way, spec).dequantize()} for way in quantizer.ways
         )
-        losses = dict(zip(quantizer.ways, (quality.kl for quality in qualities), strict=True))
+        losses = dict(zip(quantizer.ways, (quality.loss for quality in qualities), strict=True))
         return min(losses, key=losses.__getitem__)
 
 

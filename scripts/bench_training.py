@@ -131,7 +131,7 @@ def float_turn(job: Job, teacher: HiddenTeacher, config: TrainingConfig, steps: 
             model=job.model,
             layers={},
             norms=[*layers, *norms],
-            head=architecture.output_head(module).rounded(product_dtype(config.precision)),
+            output=architecture.output(module).rounded(product_dtype(config.precision)),
             tokens=job.calibration.fitting,
             teacher=teacher,
             config=config,

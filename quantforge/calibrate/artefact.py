@@ -16,7 +16,7 @@ from torch import Tensor
 from quantforge.calibrate.evidence import Evidence
 from quantforge.errors import InputError
 from quantforge.files import atomic_path, write_json
-from quantforge.results import CurvePoint, Quality
+from quantforge.results import AnyQuality, CurvePoint, PooledQuality, Quality
 from quantforge.types import LayerInfo, QuantSpec, Sensitivity
 
 FORMAT_VERSION = 2
@@ -201,10 +201,11 @@ def load_curve(path: Path) -> tuple[CurvePoint, ...]:
         raise _damaged(path, error) from error
 
 
-def quality_of(fields: Mapping[str, Any]) -> Quality:
+def quality_of(fields: Mapping[str, Any]) -> AnyQuality:
     """A measured quality from what JSON made of it."""
-    rows = {name: tuple(fields[name]) for name in ("window_kl", "window_nll")}
-    return Quality(**{**fields, **rows})
+    kind = PooledQuality if "cosine" in fields else Quality
+    rows = {name: tuple(one) for name, one in fields.items() if isinstance(one, list)}
+    return kind(**{**fields, **rows})
 
 
 def _damaged(path: Path, error: Exception) -> InputError:

@@ -1,4 +1,4 @@
-"""Gradients of a decoder one block at a time: the way back of `capture.BlockWalk`.
+"""Gradients of a network one block at a time: the way back of `capture.BlockWalk`.
 
 The hidden states at every block's entrance are kept from the forward pass, in the precision of the
 products, on disk if there is a place for them; from the head backwards each block then runs again,
@@ -193,12 +193,13 @@ def _at_last_output(
     model: Model, hidden: Tensor, rows: slice, precision: Precision, head_gradient: HeadGradient
 ) -> Tensor:
     """[batch, length, hidden] float32: the loss's gradient at the last block's output."""
-    head = model.architecture.output_head(model.module).rounded(product_dtype(precision))
-    norm = model.module.get_submodule(model.architecture.final_norm)
+    output = model.architecture.output(model.module).rounded(product_dtype(precision))
     start = hidden.detach().requires_grad_()
     with torch.enable_grad():
-        normed: Tensor = norm(start)
-    flat = normed.detach().flatten(0, 1).to(head.weight.dtype)
-    gradient = head_gradient(rows, flat, head).view_as(normed).to(normed.dtype)
-    (found,) = torch.autograd.grad(normed, start, gradient)
+        states = model.architecture.final_states(model.module, start)
+    entering = output.entering(states.detach())
+    gradient = head_gradient(rows, entering, output).view_as(states).to(states.dtype)
+    if states is start:
+        return gradient
+    (found,) = torch.autograd.grad(states, start, gradient)
     return found

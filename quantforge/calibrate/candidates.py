@@ -238,5 +238,5 @@ def _walk(model: Model, tokens: Tensor, config: CalibrateConfig) -> BlockWalk:
 @torch.no_grad()
 def _head_inputs(model: Model, walk: BlockWalk) -> Tensor:
     """[sequences, length, hidden] bfloat16: what enters the head, from a walk at its end."""
-    norm = model.module.get_submodule(model.architecture.final_norm)
-    return torch.cat([norm(hidden).bfloat16() for hidden in walk.hidden])
+    states = model.architecture.final_states
+    return torch.cat([states(model.module, hidden).bfloat16() for hidden in walk.hidden])

@@ -13,6 +13,9 @@ entropy over all predicted tokens, in nats a token, against one of three kinds o
               divergence from the float network: positive semi-definite, and without the noise of
               drawn labels. So ½ Dᵀ H D is a KL in nats a token, the unit of all sensitivities.
 
+An encoder's output is one direction a sequence (`models.pooled`); with expected labels its loss is
+half the squared distance from where the direction is, whose Hessian is the same in this sense too.
+
 Products run in float32 with plain attention, since fused kernels have no second derivative. Only
 `autograd.grad` is used: `backward` with `create_graph` would leave gradients on the parameters that
 hold their whole graph.
@@ -34,6 +37,7 @@ from quantforge.errors import InputError, UsageError
 from quantforge.methods.curvature.operator import Matvec, draw_probe
 from quantforge.methods.curvature.trace import BlockTraces
 from quantforge.models import Model
+from quantforge.models.pooled import direction, mean_over_tokens
 from quantforge.numerics import draw_categorical
 from quantforge.progress import Monitor
 from quantforge.types import LayerInfo
@@ -165,7 +169,7 @@ class LossHessian:
     def _loss(self, index: int) -> Tensor:
         """One batch's share of the mean loss a token."""
         labels = None if self.labels is None else self.labels[index]
-        losses = _token_losses(self.model.module, self.batches[index], labels)
+        losses = _token_losses(self.model, self.batches[index], labels)
         return losses.sum() / self._predicted()
 
     def _predicted(self) -> int:
@@ -216,7 +220,7 @@ def activation_traces(
     for index, batch in enumerate(batches):
         target = None if targets is None else targets[index]
         with _differentiable(model, ()), _kept_inputs(model, names) as seen:
-            losses = _token_losses(model.module, batch, target)
+            losses = _token_losses(model, batch, target)
             predicted = losses.shape[1] if target is None else (target[0] != UNPREDICTED).sum()
             inputs = [seen[name] for name in names]
             gradients = torch.autograd.grad(losses.sum() / predicted, inputs, create_graph=True)
@@ -245,14 +249,19 @@ def _activation_sample(
     return torch.stack(columns, 1)
 
 
-def _token_losses(module: nn.Module, batch: Tensor, labels: Tensor | None) -> Tensor:
+def _token_losses(model: Model, batch: Tensor, labels: Tensor | None) -> Tensor:
     """[batch, length] loss of every position in nats; 0 where nothing is predicted.
 
     Args:
-        module: the network.
+        model: the network; an encoder's loss of a sequence stands at each of its positions.
         batch: [batch, length] tokens.
         labels: [batch, length]; None for the network's own distribution, held fixed.
     """
+    module = model.module
+    if model.architecture.encodes:
+        pooled = direction(mean_over_tokens(module(input_ids=batch).last_hidden_state))
+        losses = 0.5 * (pooled - pooled.detach()).square().sum(-1)
+        return losses.unsqueeze(1).expand(batch.shape)
     logits: Tensor = module(input_ids=batch, use_cache=False).logits
     log_probability = torch.log_softmax(logits, -1)
     if labels is None:
@@ -269,12 +278,17 @@ def _labels(
 
     Raises:
         InputError: there are no tokens, or none that follow another.
-        UsageError: sampled labels without a generator.
+        UsageError: sampled labels without a generator, or an encoder, which has no labels.
     """
     if not batches or not batches[0].numel():
         raise InputError("no calibration tokens: curvature needs at least one sequence")
     if kind == "expected":
         return None
+    if model.architecture.encodes:
+        raise UsageError(
+            f"{type(model.module).__name__} is an encoder, which predicts no tokens: the only "
+            "labels of its curvature are 'expected'"
+        )
     if kind == "true":
         if batches[0].shape[1] < 2:
             raise InputError("sequences of one token predict nothing: give longer ones")

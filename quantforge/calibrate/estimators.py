@@ -43,7 +43,7 @@ from quantforge.methods.curvature.scores import Scores, cautious, mean_trace_sco
 from quantforge.models import Model
 from quantforge.progress import Monitor
 from quantforge.registry import Registry
-from quantforge.results import Quality
+from quantforge.results import AnyQuality
 from quantforge.types import LayerInfo, QuantSpec, Sensitivity
 
 # A product with the Hessian of all layers in forward passes over the same tokens: 11.7 on
@@ -79,7 +79,7 @@ class Network:
     fitting: Tensor
     config: CalibrateConfig
     errors: Callable[[LayerInfo], Tensor]
-    measure: Callable[[Sequence[Mapping[str, QuantSpec]]], list[Quality]]
+    measure: Callable[[Sequence[Mapping[str, QuantSpec]]], list[AnyQuality]]
     seed: int
     monitor: Monitor
     scratch: Path | None = None
@@ -253,7 +253,7 @@ def measured(evidence: Evidence, network: Network) -> Scores:
     qualities = network.measure(
         [{evidence.layers[row].name: evidence.specs[column]} for row, column in probes]
     )
-    found = torch.tensor([[q.kl, q.kl_stderr] for q in qualities], dtype=torch.float64)
+    found = torch.tensor([[q.loss, q.loss_stderr] for q in qualities], dtype=torch.float64)
     kl, error = cautious(found[:, 0], found[:, 1]), found[:, 1]
     values, errors = torch.full_like(relative, torch.inf), torch.full_like(relative, torch.inf)
     for (row, column), one, spread in zip(probes, kl, error, strict=True):

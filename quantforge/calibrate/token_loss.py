@@ -7,7 +7,8 @@ where p is the network's own distribution. They differ in the target:
     following  the token that follows in the text: the loss the network was trained on
     toward     the distribution of another network: the gradient of KL(other ‖ this)
 
-Logits are formed a chunk of tokens at a time, because a vocabulary is large.
+An encoder has no logits: the same is asked of its pooled output (`models.pooled`), which follows
+nothing. Logits are formed a chunk of tokens at a time, because a vocabulary is large.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantforge.models import Head
+from quantforge.errors import UsageError
+from quantforge.models import Head, Output, PooledOutput
 from quantforge.numerics import draw_categorical
 
 HEAD_CHUNK = 512
 
-HeadGradient = Callable[[slice, Tensor, Head], Tensor]
-"""Rows of a batch among all sequences, head inputs [tokens, hidden] and the head to the gradient
-[tokens, hidden] of the loss's sum over tokens, in the inputs' dtype."""
+HeadGradient = Callable[[slice, Tensor, Output], Tensor]
+"""Rows of a batch among all sequences, what enters the output and the output to the gradient of the
+loss's sum over tokens, in the inputs' shape and dtype. A head is entered by [tokens, hidden], an
+encoder's output by [sequences, length, hidden]."""
 
 # Tokens of the chunk and their probabilities [tokens, vocabulary], to be changed to p − target.
 _Residual = Callable[[slice, Tensor], Tensor]
@@ -32,7 +35,13 @@ _Residual = Callable[[slice, Tensor], Tensor]
 
 def sampled_labels(generator: torch.Generator) -> HeadGradient:
     """Labels drawn from the network, batch by batch; the generator is of the network's device."""
-    return lambda _, hidden, head: sampled_label_gradient(hidden, head, generator)
+
+    def gradient(_: slice, hidden: Tensor, output: Output) -> Tensor:
+        if isinstance(output, PooledOutput):
+            return output.sampled_gradient(hidden, generator)
+        return sampled_label_gradient(hidden, output, generator)
+
+    return gradient
 
 
 def sampled_label_gradient(hidden: Tensor, head: Head, generator: torch.Generator) -> Tensor:
@@ -60,9 +69,13 @@ def following_tokens(tokens: Tensor) -> HeadGradient:
 
     Args:
         tokens: [sequences, length] int64, all that are run.
+
+    Raises:
+        UsageError: the network is an encoder (when the gradient is asked for).
     """
 
-    def gradient(rows: slice, hidden: Tensor, head: Head) -> Tensor:
+    def gradient(rows: slice, hidden: Tensor, output: Output) -> Tensor:
+        head = _predicting(output)
         following = tokens[rows].to(hidden.device).roll(-1, dims=1).flatten()
         predicting = torch.ones_like(tokens[rows], dtype=torch.bool, device=hidden.device)
         predicting[:, -1] = False
@@ -85,15 +98,28 @@ def toward(target: Tensor) -> HeadGradient:
         target: [sequences, length, hidden] that network's head inputs for all that is run.
     """
 
-    def gradient(rows: slice, hidden: Tensor, head: Head) -> Tensor:
-        wanted = target[rows].to(hidden.device, hidden.dtype).flatten(0, 1)
+    def gradient(rows: slice, hidden: Tensor, output: Output) -> Tensor:
+        wanted = target[rows].to(hidden.device, hidden.dtype)
+        if isinstance(output, PooledOutput):
+            return output.toward(hidden, wanted)[1]
+        head, flat = output, wanted.flatten(0, 1)
 
         def residual(chunk: slice, probability: Tensor) -> Tensor:
-            return probability.sub_(torch.softmax(head.logits(wanted[chunk]), -1))
+            return probability.sub_(torch.softmax(head.logits(flat[chunk]), -1))
 
         return _through_head(hidden, head, residual)
 
     return gradient
+
+
+def _predicting(output: Output) -> Head:
+    """The head of a decoder."""
+    if isinstance(output, PooledOutput):
+        raise UsageError(
+            "an encoder predicts no next tokens, and this loss is about them; choose another "
+            "calibrate.estimator, e.g. fisher"
+        )
+    return output
 
 
 def _through_head(hidden: Tensor, head: Head, residual: _Residual) -> Tensor:

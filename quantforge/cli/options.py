@@ -79,9 +79,9 @@ Budget = Annotated[
         show_default=False,
         help="Stored bits a weight (3bit, 3.25bpw), bytes of the whole checkpoint (120MB, 0.4x of "
         "bfloat16), memory with keys and values (vram:8GB@4096), or the fewest bits measured to "
-        "lose no more (kl:0.05, ppl:+2%), or time of a decoding step in these weights "
-        "(latency:-25%, latency:12ms@1, with --latency-device); several joined by commas. "
-        "Not needed with --plan, or where the recipe says it or leaves nothing to search.",
+        "lose no more (kl:0.05, ppl:+2%, cosine:0.99 of an encoder), or time of a decoding step in "
+        "these weights (latency:-25%, latency:12ms@1, with --latency-device); several joined by "
+        "commas. Not needed with --plan, or where the recipe says it or leaves nothing to search.",
     ),
 ]
 Plan = Annotated[

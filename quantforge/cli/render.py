@@ -17,13 +17,26 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from quantforge.cli.drawing import add_row, pairs, print_table, table_of, warn
-from quantforge.cli.text import duration, estimate, number, one_line, size, with_error
+from quantforge.cli.losses import (
+    difference_rows,
+    loss_of,
+    loss_text,
+    predicted,
+    predicted_head,
+    quality_rows,
+    refinement_rows,
+    second_name,
+    second_of,
+    target_rows,
+    training_rows,
+)
+from quantforge.cli.text import duration, estimate, number, one_line, size
+from quantforge.results import METRICS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from quantforge.outcomes import (
-        EstimatorCost,
         EvaluationReport,
         FrontierPoint,
         InspectReport,
@@ -35,14 +48,7 @@ if TYPE_CHECKING:
         ServerSupport,
         WorkEstimate,
     )
-    from quantforge.results import (
-        LayerReport,
-        Quality,
-        RefinementRound,
-        SizeReport,
-        TargetOutcome,
-        TrainingOutcome,
-    )
+    from quantforge.results import EstimatorCost, LayerReport, Metric, SizeReport
 
 JSON_VERSION = 1
 
@@ -75,34 +81,34 @@ def to_plain(value: Any) -> Any:
 
 def show_quantized(report: Report, out: Console) -> None:
     """What `quantize` made, how good it is, and how to use it."""
+    metric = report.quality.metric
     rows = [
         ("model", report.source),
         ("calibration", report.calibration),
         *_plan_rows(report.plan.budget, report.plan.stored_bits, report.plan.code_bits),
         *_outside_rows(report.layers),
         *_size_rows(report.sizes),
-        *_quality_rows(report.quality),
-        *_target_rows(report.targets),
-        *_refinement_rows(report.refinement),
-        *_training_rows(report.training),
+        *quality_rows(report.quality),
+        *target_rows(report.targets, metric),
+        *refinement_rows(report.refinement, metric),
+        *training_rows(report.training, metric),
     ]
     plan = next((point for point in report.curve if not point.name.startswith("uniform ")), None)
     if plan is not None:  # like the uniform networks: one-pass compensation, the same windows
-        rows.append(("one-pass: the plan", f"KL {number(plan.quality.kl)} nats"))
+        rows.append(("one-pass: the plan", loss_text(plan.quality.loss, metric)))
     if report.hull_kl is not None:
-        rows.append(("  uniform there", f"KL {number(report.hull_kl)} nats (lower hull)"))
+        rows.append(("  uniform there", f"{loss_text(report.hull_kl, metric)} (lower hull)"))
     if report.cheapest_uniform is not None:
         name, lowest = report.cheapest_uniform
-        rows.append(("  cheapest uniform", f"KL {number(lowest)} nats ({name})"))
+        rows.append(("  cheapest uniform", f"{loss_text(lowest, metric)} ({name})"))
     pairs(rows, out)
     _specs([(layer.spec, None) for layer in report.layers], out)
     if report.curve:
-        table = table_of("network", "stored bits", "held-out KL (nats)", "perplexity")
+        second = second_name(report.quality)
+        table = table_of("network", "stored bits", f"held-out {metric.head}", second)
         for point in sorted(report.curve, key=lambda p: p.stored_bits):
-            kl = with_error(point.quality.kl, point.quality.kl_stderr)
-            add_row(
-                table, point.name, f"{point.stored_bits:.3f}", kl, number(point.quality.perplexity)
-            )
+            cells = loss_of(point.quality), second_of(point.quality)
+            add_row(table, point.name, f"{point.stored_bits:.3f}", *cells)
         print_table(table, out)
     for generation in report.generations:
         out.line()
@@ -122,15 +128,20 @@ def show_quantized(report: Report, out: Console) -> None:
 def show_plan(report: PlanReport, out: Console) -> None:
     """The plan, what it costs, and what uniform plans would cost."""
     low, high = report.reachable
+    metric = METRICS[report.measure]
     rows = [
         ("model", report.source),
         ("calibration", report.calibration),
         *_plan_rows(report.plan.budget, report.plan.stored_bits, report.plan.code_bits),
         *([("reachable", f"{low:.3f} to {high:.3f} stored bits a weight")] if low < high else []),
-        ("predicted loss", _predicted(report.plan.predicted_loss, report.predicted_error)),
-        *([("  the best", f"at most {number(gap)} nats less")] if (gap := report.plan.gap) else []),
-        *_target_rows(report.targets),
-        *_refinement_rows(report.refinement),
+        ("predicted loss", predicted(report.plan.predicted_loss, report.predicted_error, metric)),
+        *(
+            [("  the best", f"at most {number(gap)}{metric.unit} less")]
+            if (gap := report.plan.gap)
+            else []
+        ),
+        *target_rows(report.targets, metric),
+        *refinement_rows(report.refinement, metric),
         *_outside_rows(report.layers),
         *_size_rows(report.sizes),
     ]
@@ -142,9 +153,9 @@ def show_plan(report: PlanReport, out: Console) -> None:
     rows += [*_estimator_rows(report.sensitivity), *_work_rows(report.work)]
     pairs(rows, out)
     _specs([(layer.spec, layer.weights) for layer in report.layers], out)
-    _layers(report.layers, out)
+    _layers(report.layers, metric, out)
     if report.uniform:
-        table = table_of("uniform plan", "stored bits", "predicted loss (nats)", "fits")
+        table = table_of("uniform plan", "stored bits", predicted_head(metric), "fits")
         for plan in report.uniform:
             fits = "yes" if plan.fits else "no"
             add_row(
@@ -159,11 +170,12 @@ def show_frontier(report: ParetoReport, out: Console) -> None:
     """The plans worth having, and the uniform networks beside them."""
     pairs([("model", report.source), ("calibration", report.calibration)], out)
     measured = any(point.quality is not None for point in report.points)
-    heads = ["checkpoint", "of 16 bits", "predicted KL (nats)"]
-    table = table_of("stored bits", *heads, *(["measured KL (nats)"] if measured else []))
+    metric = METRICS[report.measure]
+    heads = ["checkpoint", "of 16 bits", f"predicted {metric.head}"]
+    table = table_of("stored bits", *heads, *([f"measured {metric.head}"] if measured else []))
     for point in report.points:
         share = point.checkpoint_bytes / max(report.reference_bytes, 1)
-        loss = _predicted(point.plan.predicted_loss, point.predicted_error, unit="")
+        loss = predicted(point.plan.predicted_loss, point.predicted_error)
         cells = [size(point.checkpoint_bytes), f"{share:.1%}", loss]
         add_row(
             table,
@@ -173,10 +185,9 @@ def show_frontier(report: ParetoReport, out: Console) -> None:
         )
     print_table(table, out)
     if report.uniform:
-        table = table_of("uniform network", "stored bits", "measured KL (nats)")
+        table = table_of("uniform network", "stored bits", f"measured {metric.head}")
         for one in report.uniform:
-            kl = with_error(one.quality.kl, one.quality.kl_stderr)
-            add_row(table, one.name, f"{one.stored_bits:.3f}", kl)
+            add_row(table, one.name, f"{one.stored_bits:.3f}", loss_of(one.quality))
         print_table(table, out)
     warn(report.warnings, out)
 
@@ -189,18 +200,14 @@ def show_evaluation(report: EvaluationReport, out: Console) -> None:
         ("reference", report.reference),
         ("precision", report.precision),
         *(_size_rows(report.sizes) if report.sizes else []),
-        *_quality_rows(quality),
+        *quality_rows(quality),
     ]
     if other is not None:
         rows.append(("against", report.against))
-        rows.append(("  perplexity", number(other.perplexity)))
-        rows.append(("  KL", f"{with_error(other.kl, other.kl_stderr)} nats"))
+        rows.append((f"  {second_name(other)}", second_of(other)))
+        rows.append((f"  {other.metric.name}", f"{loss_of(other)}{other.metric.unit}"))
     if report.difference is not None:
-        gap = report.difference
-        side = "lower" if gap.lower else "higher" if gap.kl > 2 * gap.kl_stderr else "equal"
-        verdict = f"{side} within two standard errors" if side == "equal" else f"clearly {side}"
-        rows.append(("KL difference", f"{with_error(gap.kl, gap.kl_stderr)} nats: {verdict}"))
-        rows.append(("NLL difference", f"{with_error(gap.nll, gap.nll_stderr)} nats"))
+        rows += difference_rows(report.difference)
     pairs(rows, out)
     warn(report.warnings, out)
 
@@ -218,7 +225,7 @@ def show_inspection(report: InspectReport, out: Console, *, layers: bool) -> Non
     pairs(rows, out)
     _specs([(layer.spec, layer.weights) for layer in report.layers], out)
     if layers:
-        _layers(report.layers, out)
+        _layers(report.layers, METRICS["kl"], out)
     warn(report.warnings, out)
 
 
@@ -247,70 +254,9 @@ def _size_rows(sizes: SizeReport) -> list[tuple[str, str]]:
     return [("checkpoint", whole), ("weights", counts)]
 
 
-def _quality_rows(quality: Quality) -> list[tuple[str, str]]:
-    return [
-        ("measured on", quality.text),
-        ("KL to the float model", f"{with_error(quality.kl, quality.kl_stderr)} nats a token"),
-        (
-            "perplexity",
-            f"{number(quality.perplexity)} (float model {number(quality.reference_perplexity)})",
-        ),
-        ("same first token", f"{quality.top1:.1%}"),
-    ]
-
-
-def _predicted(loss: float | None, error: float | None, unit: str = " nats a token") -> str:
-    if loss is None:
-        return "not estimated"
-    sign = "+" if unit else ""
-    return f"{sign}{number(loss) if error is None else with_error(loss, error)}{unit}"
-
-
 def _measured(point: FrontierPoint) -> str:
     quality = point.quality
-    return "" if quality is None else with_error(quality.kl, quality.kl_stderr)
-
-
-def _target_rows(targets: Sequence[TargetOutcome]) -> list[tuple[str, str]]:
-    return [
-        (
-            f"target {one.text}",
-            f"measured {with_error(one.measured, one.stderr)} nats before tuning, at most "
-            f"{number(one.upper)} (95 %) of {number(one.limit)}; predicted "
-            f"{estimate(one.predicted)}; {one.windows} windows, {one.plans} plans measured",
-        )
-        for one in targets
-    ]
-
-
-def _refinement_rows(rounds: Sequence[RefinementRound]) -> list[tuple[str, str]]:
-    rows = []
-    for one in rounds:
-        moved = f"{one.layers} layers exchanged" if one.layers else "the plan was kept"
-        gain = with_error(one.after - one.before, one.stderr)
-        rows.append(
-            (
-                "refined",
-                f"{one.plans} plans measured, {moved}: KL {number(one.before)} to "
-                f"{number(one.after)} nats before tuning ({gain})",
-            )
-        )
-    return rows
-
-
-def _training_rows(training: TrainingOutcome | None) -> list[tuple[str, str]]:
-    if training is None:
-        return []
-    best = training.points[training.best]
-    ended = f"best after step {best.step}" if training.kept else "undone"
-    return [
-        (
-            "trained",
-            f"{training.tokens:,} tokens in {training.steps} steps, {ended}: KL "
-            f"{number(training.points[0].kl)} to {number(best.kl)} nats on held-out tokens; "
-            f"rounding costs {number(training.gap)} at the end",
-        )
-    ]
+    return "" if quality is None else loss_of(quality)
 
 
 def _estimator_rows(cost: EstimatorCost | None) -> list[tuple[str, str]]:
@@ -373,15 +319,15 @@ def _spec_order(spec: str) -> tuple[int, str]:
     return (int(digits) if digits.isdigit() else 16, spec)
 
 
-def _layers(layers: Iterable[PlannedLayer], out: Console) -> None:
+def _layers(layers: Iterable[PlannedLayer], metric: Metric, out: Console) -> None:
     rows = list(layers)
     estimated = any(layer.predicted_loss is not None for layer in rows)
-    heads = ["spec", "weights", "stored bits", *(["predicted loss (nats)"] if estimated else [])]
+    heads = ["spec", "weights", "stored bits", *([predicted_head(metric)] if estimated else [])]
     table = table_of("layer", *heads)
     for layer in rows:
         cells = [layer.spec, f"{layer.weights:,}", f"{layer.stored_bits:.3f}"]
         if estimated:
             loss = layer.predicted_loss
-            cells.append("" if loss is None else _predicted(loss, layer.predicted_error, ""))
+            cells.append("" if loss is None else predicted(loss, layer.predicted_error))
         add_row(table, layer.name, *cells)
     print_table(table, out)

@@ -36,6 +36,7 @@ from quantforge.evaluate.scoring import (
     reference_scores,
     shared_head_scores,
 )
+from quantforge.evaluate.windows import checked_windows, require_same, standard_error
 from quantforge.models import Architecture, Head
 from quantforge.numerics import OVERFLOW, require_finite
 from quantforge.progress import Monitor
@@ -100,7 +101,7 @@ class ReferenceOutputs:
                 is not a plain linear, or the network does something between final norm and logits
                 that the architecture does not describe.
         """
-        tokens = _checked_windows(module, architecture, windows)
+        tokens = checked_windows(module, architecture, windows)
         head = _checked_head(module, architecture, tokens)
         count, length = tokens.shape
         hidden = torch.empty(count, length - 1, head.weight.shape[1], dtype=storage)
@@ -123,6 +124,11 @@ class ReferenceOutputs:
             batch=batch,
         )
         return made.with_own_head() if keep_head_copy else made
+
+    @property
+    def output(self) -> Head:
+        """What the reference makes of its last hidden states."""
+        return self.head
 
     def with_own_head(self) -> ReferenceOutputs:
         """The same with a copy of the head, for a network whose own will be changed in place."""
@@ -174,12 +180,9 @@ def measure(
         InputError: the windows or the vocabulary are not the reference's, the reference's head was
             changed in place, or the network gives logits that are not finite.
     """
-    tokens = _checked_windows(module, architecture, windows)
+    tokens = checked_windows(module, architecture, windows)
     count, length = tokens.shape
-    if not torch.equal(tokens, reference.windows[:count]):
-        raise InputError(
-            "the windows are not those the reference was collected on; collect it anew"
-        )
+    require_same(tokens, reference.windows)
     score = _scorer(module.get_submodule(architecture.head), reference)
     kl, nll, agreement = torch.empty(3, count, length - 1, dtype=torch.float64)
     for start, state in _final_states(module, architecture, tokens, reference.batch, precision):
@@ -299,7 +302,7 @@ def _final_states(
     precision: Precision,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (first window, final norm's output [windows, length - 1, hidden]) batch by batch."""
-    decoder = module.get_submodule(architecture.blocks.rpartition(".")[0])
+    decoder = architecture.body(module)
     final_norm = module.get_submodule(architecture.final_norm)
     embedding = module.get_submodule(architecture.embedding)
     device = next(embedding.parameters(), next(module.parameters())).device
@@ -340,31 +343,6 @@ def _checked_head(module: nn.Module, architecture: Architecture, tokens: Tensor)
             f"{architecture.name} does not say what else is done to them"
         )
     return head
-
-
-def _checked_windows(module: nn.Module, architecture: Architecture, windows: Tensor) -> Tensor:
-    """[windows, length] int64 on the CPU."""
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise InputError(
-            f"windows must be [windows, length >= 2] tokens, got shape {tuple(windows.shape)}"
-        )
-    tokens = windows.detach().to("cpu", torch.int64)
-    embedding = module.get_submodule(architecture.embedding)
-    vocabulary = getattr(embedding, "num_embeddings", None)
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise InputError(
-            f"tokens {low}..{high} are outside the model's vocabulary of {vocabulary}; "
-            "is this another model's tokenizer?"
-        )
-    return tokens
-
-
-def standard_error(samples: Tensor) -> float:
-    """Standard error of the mean of independent samples; infinite for a single one."""
-    if len(samples) < 2:
-        return math.inf
-    return float(samples.std(correction=1)) / math.sqrt(len(samples))
 
 
 def _exp(value: float) -> float:

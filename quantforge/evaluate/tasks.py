@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from quantforge.errors import CancelledError, InputError, UsageError
-from quantforge.evaluate.quality import standard_error
+from quantforge.evaluate.windows import standard_error
 from quantforge.files import parse_json
 from quantforge.progress import Monitor
 from quantforge.results import TaskDifference, TaskScore

@@ -53,7 +53,9 @@ class Footprint:
     def of(cls, model: Model, *, shard_bytes: int, fixed: _Assignment | None = None) -> Footprint:
         """The footprint of a loaded network."""
         config: Any = model.module.config
-        tied = f"{model.architecture.head}.weight" if config.tie_word_embeddings else None
+        tied = (
+            f"{model.architecture.head}.weight" if model.architecture.tied(model.module) else None
+        )
         tensors = [
             (name, KEPT_DTYPE if t.is_floating_point() else t.dtype, tuple(t.shape))
             for name, t in model.module.state_dict().items()

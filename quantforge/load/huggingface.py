@@ -7,6 +7,7 @@ misshapen weight is an error that names it, as are NaN and infinite values.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def load_model(
 ) -> Model:
     """Load the network and its tokenizer.
 
+    Encoders are loaded as such, decoders with their heads.
+
     Args:
         source: from `resolve_source`.
         dtype: dtype of the weights in memory.
@@ -84,12 +87,9 @@ def load_model(
             non-finite weights, malformed configuration or tokenizer.
         ResourceError: the cache cannot be written (GGUF).
     """
-    from transformers import AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM
-
     folder = local_folder(source)
     config = read_config(folder)
+    auto = _auto_class(config)
     require_plausible(config, **stored(weight_files(folder)), where=f"{folder / 'config.json'}")
     _check_class(folder, config, trust_remote_code)
     with malformed(f"{folder} cannot be loaded"), quiet():
@@ -152,6 +152,16 @@ def from_module(module: nn.Module, *, name: str = "in-memory", tokenizer: Any = 
     )
 
 
+def _auto_class(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that loads the network a configuration describes."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    names = config.get("architectures")
+    encoders = {name for one in ARCHITECTURES.values() if one.encodes for name in one.classes}
+    encodes = isinstance(names, list) and bool(names) and names[0] in encoders
+    return AutoModel if encodes else AutoModelForCausalLM
+
+
 def _check_ties(module: nn.Module, architecture: Architecture, name: str) -> None:
     """Refuse a network whose configuration says that head and embedding are one, if they are two.
 
@@ -160,11 +170,12 @@ def _check_ties(module: nn.Module, architecture: Architecture, name: str) -> Non
     Raises:
         InputError: it does.
     """
-    config: Any = module.config
+    if not architecture.tied(module):
+        return
     head, embedding = (
         module.get_submodule(path).weight for path in (architecture.head, architecture.embedding)
     )
-    if config.tie_word_embeddings and head is not embedding:
+    if head is not embedding:
         raise InputError(
             f"{name}: config.tie_word_embeddings is set, but {architecture.head} has a weight of "
             "its own: clear the flag, or tie the weights"

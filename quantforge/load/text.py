@@ -4,6 +4,10 @@ The stream is the tokenised documents one after another, with only those special
 tokenizer adds by itself (the BOS rule of the descriptions). It is cut into disjoint sequences, and
 every eighth of them is held out before anything looks at them: methods are fitted on the others and
 chosen on these.
+
+An encoder reads sentences, each between special tokens of its own. Its stream has none; it is cut
+into shorter sequences, each of which gets those before and behind it. All are of one length, so
+that there is no padding.
 """
 
 from __future__ import annotations
@@ -29,8 +33,10 @@ from quantforge.load.documents import (
     has_template,
     read_text,
 )
+from quantforge.load.frame import Frame, frame_of
 from quantforge.load.packaged_text import TEMPERATURE, pydoc_text, remembered_tokens
 from quantforge.models import Model
+from quantforge.models.sizes import context_length
 from quantforge.progress import Monitor
 from quantforge.types import CalibrationSet
 
@@ -52,6 +58,9 @@ __all__ = [
 DEFAULT_TEXT = "self"
 DEFAULT_EVALUATION = "pydoc"
 DEFAULT_SEQUENCES = 128
+DEFAULT_LENGTH = 512
+# An encoder has one output a sequence, so more of them tell more, and it is used on short texts.
+ENCODER_TEXT, ENCODER_LENGTH, ENCODER_SEQUENCES = "pydoc", 128, 256
 SAMPLED_SEQUENCES = 80  # sampling takes as long as several forward passes
 CHARACTERS_A_TOKEN = 32
 FIRST_READ = 1 << 22
@@ -64,10 +73,12 @@ class CalibrationConfig(Config):
 
     Attributes:
         source: path of a .txt, .jsonl or .parquet file, a hub data set, "pydoc" (Python's manual),
-            "self" (sampled from the model), "mix" (half of each) or "default" ("self").
-        sequences: number of sequences, held-out ones included; None takes 128 of a text, and 80
-            where they are sampled from the model.
-        sequence_length: tokens a sequence.
+            "self" (sampled from the model), "mix" (half of each) or "default" ("self"; "pydoc" for
+            an encoder, which cannot be sampled from).
+        sequences: number of sequences, held-out ones included; None takes 128 of a text, 80 where
+            they are sampled from the model, and 256 for an encoder.
+        sequence_length: tokens a sequence; None takes 512, and 128 for an encoder or as many as it
+            has positions for.
         fewer: take as many sequences as the text has where that is less, instead of an error.
         held_out_share: share of the sequences that only choices are made on.
         chat_template: "auto" formats rows with messages, "always" all rows, "never" none.
@@ -77,7 +88,7 @@ class CalibrationConfig(Config):
 
     source: str = "default"
     sequences: int | None = Field(default=None, ge=2)
-    sequence_length: int = Field(default=512, ge=2)
+    sequence_length: int | None = Field(default=None, ge=2)
     fewer: bool = False
     held_out_share: float = Field(default=0.125, gt=0.0, le=0.5)
     chat_template: ChatTemplate = "auto"
@@ -107,13 +118,9 @@ def calibration_set(
             outside the vocabulary or sequences longer than the model's context.
         CancelledError: the monitor was cancelled.
     """
-    _check_context(config, model)
-    source = DEFAULT_TEXT if config.source == "default" else config.source
-    share, length = config.held_out_share, config.sequence_length
-    count = config.sequences
-    if count is None:
-        count = SAMPLED_SEQUENCES if source == "self" else DEFAULT_SEQUENCES
-    monitor = monitor or Monitor()
+    source, count, length = _extent(config, model)
+    share, monitor = config.held_out_share, monitor or Monitor()
+    frame = frame_of(_tokenizer(model)) if model.architecture.encodes else None
     if source == "mix":
         half = count // 2
         if count < 4:
@@ -125,18 +132,50 @@ def calibration_set(
         text = f"{what}; {how}"
     else:
         if source == "pydoc":
-            rows, text = _pydoc(count, length, model, fewer=config.fewer)
+            rows, text = _pydoc(count, length, model, fewer=config.fewer, frame=frame)
         elif source == "self":
             rows, text = _self(count, length, model, seed, monitor, fresh=fresh)
         else:
-            rows, text = _external(config, count, source, _tokenizer(model))
+            rows, text = _external(config, count, length, source, _tokenizer(model), frame)
         fitting, held_out = split_rows(rows, share)
     check_vocabulary(torch.cat([fitting, held_out]), model, source)
     counts = f"{len(fitting)} fitting and {len(held_out)} held-out sequences of {length} tokens"
     return make_set(fitting, held_out, f"{text}: {counts}")
 
 
-def evaluation_windows(source: str, tokenizer: Any, *, windows: int, length: int) -> Tensor:
+def _extent(config: CalibrationConfig, model: Model) -> tuple[str, int, int]:
+    """Source, sequences and their length, where the configuration leaves them open too.
+
+    Raises:
+        InputError: sequences are longer than the model's context, or were to be sampled from an
+            encoder.
+    """
+    encodes, context = model.architecture.encodes, context_length(model.module)
+    source, count, length = config.source, config.sequences, config.sequence_length
+    if source == "default":
+        source = ENCODER_TEXT if encodes else DEFAULT_TEXT
+    if encodes and source in ("self", "mix"):
+        raise InputError(
+            f"no text can be sampled from {model.source.name}, an encoder: give a calibration text "
+            "or 'pydoc'"
+        )
+    if length is None:
+        length = min(ENCODER_LENGTH, context or ENCODER_LENGTH) if encodes else DEFAULT_LENGTH
+    if context is not None and length > context:
+        raise InputError(
+            f"calibration sequences of {length} tokens exceed the model's context of {context}: "
+            "lower calibration.sequence_length"
+        )
+    if count is None and encodes:
+        count = ENCODER_SEQUENCES
+    elif count is None:
+        count = SAMPLED_SEQUENCES if source == "self" else DEFAULT_SEQUENCES
+    return source, count, length
+
+
+def evaluation_windows(
+    source: str, tokenizer: Any, *, windows: int, length: int, framed: bool = False
+) -> Tensor:
     """[windows, length] int64: the first disjoint windows of a text.
 
     Args:
@@ -146,6 +185,7 @@ def evaluation_windows(source: str, tokenizer: Any, *, windows: int, length: int
         tokenizer: of the model under test.
         windows: how many.
         length: tokens a window.
+        framed: every window is between the tokenizer's special tokens, as for an encoder.
 
     Raises:
         InputError: no such text, an unreadable or empty one, or too few tokens.
@@ -154,22 +194,48 @@ def evaluation_windows(source: str, tokenizer: Any, *, windows: int, length: int
         raise InputError(f"{windows} windows of {length} tokens: at least 1 of 2 are needed")
     if tokenizer is None:
         raise InputError("the model has no tokenizer, which evaluation text needs: pass one")
-    needed = windows * length
+    frame = frame_of(tokenizer) if framed else None
+    needed = windows * (length - (0 if frame is None else frame.size))
     if source == DEFAULT_EVALUATION:
-        stream = _tokenise([Document(text=pydoc_text())], tokenizer)[-needed:]
-        return cut(stream, windows, length, what="windows", where=source)
-    stream, _ = _stream(source, tokenizer, needed, column=None, chat_template="auto", split="test")
-    return cut(stream, windows, length, what="windows", where=source)
+        stream = _tokenise([Document(text=pydoc_text())], tokenizer, frame)[-needed:]
+    else:
+        stream, _ = _stream(
+            source, tokenizer, needed, frame, column=None, chat_template="auto", split="test"
+        )
+    return _rows(stream, windows, length, frame, what="windows", where=source)
 
 
-def describe_windows(source: str, tokenizer: Any, windows: Tensor) -> str:
+def describe_windows(source: str, tokenizer: Any, windows: Tensor, *, framed: bool = False) -> str:
     """One line for reports: the text, the tokens and the BOS rule."""
     count, length = windows.shape
     if source == DEFAULT_EVALUATION:
         what = f"the manual of Python {platform.python_version()} (pydoc_data.topics), last"
     else:
         what = f"{Path(source).name}, first"
-    return f"{what} {count} windows of {length} tokens, {bos_rule(tokenizer)}"
+    rule = frame_of(tokenizer).rule if framed else bos_rule(tokenizer)
+    return f"{what} {count} windows of {length} tokens, {rule}"
+
+
+def _rows(
+    stream: Tensor,
+    count: int,
+    length: int,
+    frame: Frame | None,
+    *,
+    what: str,
+    where: str,
+    fewer: bool = False,
+) -> Tensor:
+    """[count, length] sequences of a stream, in their frames; see `cut`."""
+    if frame is None:
+        return cut(stream, count, length, what=what, where=where, fewer=fewer)
+    if length <= frame.size:
+        raise InputError(
+            f"{what} of {length} tokens leave no room beside {frame.size} special ones: give "
+            "longer ones"
+        )
+    bare = cut(stream, count, length - frame.size, what=what, where=where, fewer=fewer)
+    return frame.around(bare)
 
 
 def bos_rule(tokenizer: Any) -> str:
@@ -194,15 +260,6 @@ def _tokenizer(model: Model) -> Any:
     return model.tokenizer
 
 
-def _check_context(config: CalibrationConfig, model: Model) -> None:
-    limit = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
-    if isinstance(limit, int) and config.sequence_length > limit:
-        raise InputError(
-            f"calibration sequences of {config.sequence_length} tokens exceed the model's context "
-            f"of {limit}: lower calibration.sequence_length"
-        )
-
-
 def check_vocabulary(rows: Tensor, model: Model, source: str) -> None:
     """Refuse tokens that the model does not know.
 
@@ -218,12 +275,14 @@ def check_vocabulary(rows: Tensor, model: Model, source: str) -> None:
         )
 
 
-def _pydoc(count: int, length: int, model: Model, *, fewer: bool) -> tuple[Tensor, str]:
+def _pydoc(
+    count: int, length: int, model: Model, *, fewer: bool, frame: Frame | None = None
+) -> tuple[Tensor, str]:
     tokenizer = _tokenizer(model)
-    stream = _tokenise([Document(text=pydoc_text())], tokenizer)
-    rows = cut(stream, count, length, what="sequences", where="pydoc", fewer=fewer)
-    python = platform.python_version()
-    return rows, f"the manual of Python {python} (pydoc_data.topics), {bos_rule(tokenizer)}"
+    stream = _tokenise([Document(text=pydoc_text())], tokenizer, frame)
+    rows = _rows(stream, count, length, frame, what="sequences", where="pydoc", fewer=fewer)
+    python, rule = platform.python_version(), frame.rule if frame else bos_rule(tokenizer)
+    return rows, f"the manual of Python {python} (pydoc_data.topics), {rule}"
 
 
 def _self(
@@ -236,21 +295,27 @@ def _self(
 
 
 def _external(
-    config: CalibrationConfig, count: int, source: str, tokenizer: Any
+    config: CalibrationConfig,
+    count: int,
+    length: int,
+    source: str,
+    tokenizer: Any,
+    frame: Frame | None,
 ) -> tuple[Tensor, str]:
-    needed = count * config.sequence_length
     stream, how = _stream(
         source,
         tokenizer,
-        needed,
+        count * length,
+        frame,
         column=config.column,
         chat_template=config.chat_template,
         split=config.split,
     )
-    rows = cut(
+    rows = _rows(
         stream,
         count,
-        config.sequence_length,
+        length,
+        frame,
         what="sequences",
         where=source,
         fewer=config.fewer,
@@ -262,6 +327,7 @@ def _stream(
     source: str,
     tokenizer: Any,
     needed: int,
+    frame: Frame | None,
     *,
     column: str | None,
     chat_template: ChatTemplate,
@@ -269,42 +335,45 @@ def _stream(
 ) -> tuple[Tensor, str]:
     """At least `needed` tokens from the beginning of a source, if it has so many, and how."""
     path = Path(source).expanduser()
+    rule = frame.rule if frame else bos_rule(tokenizer)
     if path.suffix in PLAIN_SUFFIXES:
-        return _plain_stream(path, tokenizer, needed), f"one text, {bos_rule(tokenizer)}"
+        return _plain_stream(path, tokenizer, needed, frame), f"one text, {rule}"
     found = documents(
         source, tokenizer=tokenizer, column=column, chat_template=chat_template, split=split
     )
     pieces: list[Tensor] = []
     total = count = templated = 0
     while total < needed and (some := list(islice(found, DOCUMENTS_A_BATCH))):
-        pieces.append(_tokenise(some, tokenizer))
+        pieces.append(_tokenise(some, tokenizer, frame))
         total += len(pieces[-1])
         count += len(some)
         templated += sum(document.templated for document in some)
     if not pieces:
         raise InputError(f"{source} holds no text: give a file with text")
-    rule = bos_rule(tokenizer)
     if templated:
         rule += f", {templated} of the documents through the chat template"
     return torch.cat(pieces), f"the first {count} documents joined, {rule}"
 
 
-def _plain_stream(path: Path, tokenizer: Any, needed: int) -> Tensor:
+def _plain_stream(path: Path, tokenizer: Any, needed: int, frame: Frame | None = None) -> Tensor:
     """The file tokenised as one piece; a long one only as far as it is needed."""
     limit = max(FIRST_READ, needed * CHARACTERS_A_TOKEN)
     while True:
         text = read_text(path, limit)
-        stream = _tokenise([Document(text=text)], tokenizer)
+        stream = _tokenise([Document(text=text)], tokenizer, frame)
         # Where reading stopped, a word was cut: only tokens well before that place are final.
         if len(text) < limit or len(stream) >= needed + MARGIN_TOKENS:
             return stream
         limit *= 2
 
 
-def _tokenise(texts: list[Document], tokenizer: Any) -> Tensor:
-    """[tokens] of all documents, one after another; templated ones bring their special tokens."""
+def _tokenise(texts: list[Document], tokenizer: Any, frame: Frame | None = None) -> Tensor:
+    """[tokens] of all documents, one after another; templated ones bring their special tokens.
+
+    So does a frame, which comes around sequences instead of documents.
+    """
     ids: list[int] = []
     for document in texts:
-        special = not document.templated
+        special = not document.templated and frame is None
         ids += encode(tokenizer, document.text, add_special_tokens=special, verbose=False)
     return torch.tensor(ids, dtype=torch.int64)

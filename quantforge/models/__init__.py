@@ -5,15 +5,19 @@ from quantforge.models.architecture import (
     Architecture,
     Model,
     ModelSource,
+    Output,
     architecture_of,
 )
+from quantforge.models.bert import BERT
 from quantforge.models.discovery import block_list_path, shape_of
 from quantforge.models.gpt2 import GPT2
 from quantforge.models.head import Head, LogitForm
 from quantforge.models.llama import LLAMA
+from quantforge.models.pooled import PooledOutput
 
 __all__ = [
     "ARCHITECTURES",
+    "BERT",
     "GPT2",
     "LLAMA",
     "Architecture",
@@ -21,6 +25,8 @@ __all__ = [
     "LogitForm",
     "Model",
     "ModelSource",
+    "Output",
+    "PooledOutput",
     "architecture_of",
     "block_list_path",
     "shape_of",

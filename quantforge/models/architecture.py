@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantforge.errors import InputError
 from quantforge.models.head import NO_ENTRIES, Head, LogitEntries, LogitForm
+from quantforge.models.pooled import PooledOutput
 from quantforge.registry import Registry
 from quantforge.types import LayerInfo
+
+Output = Head | PooledOutput
+"""What becomes of a network's last hidden states: logits, or one direction a sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """Module paths of a decoder.
+    """Module paths of a decoder, or of an encoder, which has no head.
 
     Attributes:
         name: short name, e.g. "llama".
@@ -34,8 +38,12 @@ class Architecture:
             stays the same, provided that the module has as many channels as they read (with
             grouped-query attention values have fewer than the output projection).
         embedding: path of the token embedding.
-        final_norm: path of the norm between the last block and the head.
-        head: path of the output projection.
+        final_norm: path of the norm between the last block and the head; empty where the last
+            block's output is the last.
+        head: path of the output projection; empty for an encoder, which is measured by the mean of
+            its last hidden states.
+        pooler: of an encoder, path of what else it makes of those, if anything.
+        tuples: blocks return tuples, and who calls them takes the first entry.
         rotary: path of the module that gives cosines and sines of positions, where the block is
             Llama's: norms before both halves, rotated queries and keys, a gated feed-forward, its
             four stages in this order. Empty for any other block.
@@ -56,6 +64,43 @@ class Architecture:
     rotary: str = ""
     experts: str = ""
     logits: LogitEntries = NO_ENTRIES
+    pooler: str = ""
+    tuples: bool = False
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder."""
+        return not self.head
+
+    @property
+    def measure(self) -> str:
+        """What losses of such a network are, see `results.METRICS`."""
+        return "cosine" if self.encodes else "kl"
+
+    def body(self, module: nn.Module) -> nn.Module:
+        """What takes token ids and gives last hidden states."""
+        return module.get_submodule("" if self.encodes else self.blocks.rpartition(".")[0])
+
+    def behind(self, module: nn.Module) -> nn.Module | None:
+        """What reads the last hidden states: the head, or an encoder's pooler if it has one."""
+        path = self.head or self.pooler
+        found: nn.Module | None = dict(module.named_modules()).get(path) if path else None
+        return found
+
+    def final_states(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        """What the output is made of, [..., hidden], from the last block's output."""
+        if not self.final_norm:
+            return hidden
+        states: Tensor = module.get_submodule(self.final_norm)(hidden)
+        return states
+
+    def output(self, module: nn.Module) -> Output:
+        """What is made of the last hidden states, and measured.
+
+        Raises:
+            InputError: there is a head, and it is no linear.
+        """
+        return PooledOutput() if self.encodes else self.output_head(module)
 
     def logit_form(self, module: nn.Module) -> LogitForm:
         """What `module` makes of its head's output."""
@@ -146,8 +191,15 @@ class Architecture:
                     found.append(info)
         return tuple(found)
 
+    def tied(self, module: nn.Module) -> bool:
+        """Whether a head is the embedding's matrix."""
+        config: Any = module.config
+        return not self.encodes and bool(config.tie_word_embeddings)
+
     def vocabulary(self, module: nn.Module) -> tuple[LayerInfo, ...]:
         """The token embedding and the head, [vocabulary, hidden]; one matrix where they are tied.
+
+        An encoder has the embedding alone.
 
         An embedding that does more than look rows up (Gemma's multiplies them) is left out, and so
         is a head that is the same matrix: nothing executes them quantized.
@@ -155,22 +207,21 @@ class Architecture:
         Raises:
             InputError: one of them is of another kind than an embedding and a linear.
         """
-        config: Any = module.config
-        embedding, head = module.get_submodule(self.embedding), module.get_submodule(self.head)
-        for name, part, kind in (
-            (self.embedding, embedding, nn.Embedding),
-            (self.head, head, nn.Linear),
-        ):
+        expected: list[tuple[str, type[nn.Embedding | nn.Linear]]]
+        expected = [(self.embedding, nn.Embedding)]
+        expected += [] if self.encodes else [(self.head, nn.Linear)]
+        for name, kind in expected:
+            part = module.get_submodule(name)
             if not isinstance(part, kind):
                 found = type(part).__name__
                 raise InputError(f"{name} is a {found}, expected a float {kind.__name__}")
-        tied = bool(config.tie_word_embeddings)
+        tied = self.tied(module)
         kinds: list[tuple[str, Literal["linear", "embedding", "tied"]]]
-        kinds = [(self.embedding, "tied")] if tied else [
-            (self.embedding, "embedding"), (self.head, "linear")
-        ]  # fmt: skip
-        if type(embedding) is not nn.Embedding:
-            kinds = [] if tied else [(self.head, "linear")]
+        kinds = [(self.embedding, "tied" if tied else "embedding")]
+        if type(module.get_submodule(self.embedding)) is not nn.Embedding:
+            kinds = []
+        if not self.encodes and not tied:
+            kinds.append((self.head, "linear"))
         matrices: dict[str, Any] = {name: module.get_submodule(name).weight for name, _ in kinds}
         return tuple(
             LayerInfo(

@@ -108,6 +108,10 @@ class Head:
         """The same with products in `dtype`; the bias, which is added after them, stays."""
         return replace(self, weight=self.weight.to(dtype))
 
+    def entering(self, states: Tensor) -> Tensor:
+        """[tokens, hidden] in the dtype of the products, from [sequences, length, hidden]."""
+        return states.flatten(0, 1).to(self.weight.dtype)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] → [tokens, vocabulary] in float32 at least.
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from quantforge.errors import InputError
 
 _BLOCKS = ("num_hidden_layers", "n_layer", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd")
 _EXTENTS = ("vocab_size", "intermediate_size", "head_dim", "num_attention_heads",
             "num_key_value_heads", "n_inner", "n_head", "num_experts",
-            "moe_intermediate_size")  # fmt: skip
+            "num_local_experts", "moe_intermediate_size",
+            "shared_expert_intermediate_size")  # fmt: skip
 _POSITIONS = ("max_position_embeddings", "n_positions")
 _MOST_POSITIONS = 1 << 31
 
@@ -61,3 +64,16 @@ def _short(value: int) -> str:
     """Digits of a number, or how many there are."""
     text = str(value)
     return text if len(text) <= 20 else f"a number of {len(text)} digits"
+
+
+def context_length(module: nn.Module) -> int | None:
+    """Most tokens of a sequence that a network has positions for; None where it does not say.
+
+    RoBERTa and its like count positions from behind the padding token's number.
+    """
+    limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    tables = (m for name, m in module.named_modules() if name.endswith("position_embeddings"))
+    padding = getattr(next(tables, None), "padding_idx", None)
+    return limit if padding is None else limit - padding - 1

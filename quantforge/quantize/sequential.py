@@ -37,7 +37,7 @@ from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantizedWeight
 # By whether the layer is outside the blocks.
 _ONE_PASS = {
     False: "one-pass compensation on the float network's inputs",
-    True: "rounded or compensated, whichever gave the lower held-out KL",
+    True: "rounded or compensated, whichever lost less on held-out tokens",
 }
 # Of a note, by which starved experts are known.
 FEW_TOKENS = "calibration tokens reached it"

@@ -10,7 +10,7 @@ Updates of scales are relative: a scale is base · (1 + change). Adam runs on th
 norm weights themselves, with a short warm-up and a linear decay. The float distribution comes from
 stored final hidden states, logits of both networks are formed for a few hundred tokens at a time,
 and the gradient at the head's input is written down directly, (q − p) W where the head is W alone,
-so no [tokens, vocabulary] graph exists.
+so no [tokens, vocabulary] graph exists. An encoder is tuned on 1 - cosine of its pooled output.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.memory import release_freed
 from quantforge.methods.head_loss import distillation_gradient
 from quantforge.methods.scaled_linear import ScaledLinear
-from quantforge.models import Head, Model
+from quantforge.models import Model, Output, PooledOutput
 from quantforge.progress import Monitor, resumed
 from quantforge.quantize.config import TuningConfig
 from quantforge.quantize.resume import read_tuning, write_tuning
@@ -40,12 +40,12 @@ def tune_scales(
     teacher: Tensor,
     config: TuningConfig,
     *,
-    float_head: Head | None = None,
+    float_output: Output | None = None,
     generator: torch.Generator,
     monitor: Monitor,
     journal: Journal = NO_JOURNAL,
 ) -> dict[str, QuantizedWeight]:
-    """Tune all scales and the network's norms on the KL divergence to the float network.
+    """Tune all scales and the network's norms on the divergence from the float network.
 
     Args:
         model: the quantized network, which holds `weights`; its norms are changed in place, its
@@ -54,7 +54,7 @@ def tune_scales(
         tokens: [sequences, length] fitting tokens.
         teacher: [sequences, length, hidden] the float network's head input on them.
         config: steps and step sizes.
-        float_head: of the float network; None where it is the network's own.
+        float_output: of the float network; None where it is the network's own.
         generator: orders the sequences.
         monitor: progress and cancellation.
         journal: gets the state after every step, which takes far less time than the step; where it
@@ -64,16 +64,16 @@ def tune_scales(
         layer name → the same integers with tuned scales.
     """
     module, architecture = model.module, model.architecture
-    head = architecture.output_head(module).rounded(torch.bfloat16)
-    taught = head if float_head is None else float_head.rounded(torch.bfloat16)
-    body = module.get_submodule(architecture.blocks.rpartition(".")[0])
+    own = architecture.output(module).rounded(torch.bfloat16)
+    taught = own if float_output is None else float_output.rounded(torch.bfloat16)
+    body = architecture.body(module)
 
     def stand_in(name: str, bias: nn.Parameter | None) -> ScaledLinear:
         return ScaledLinear(weights[name], bias)
 
     with (
         stand_ins(module, weights, stand_in) as layers,
-        trainable_norms(module, layers, module.get_submodule(architecture.head)) as norms,
+        trainable_norms(module, layers, architecture.behind(module)) as norms,
         recomputed(architecture.block_list(module), config.recompute),
     ):
         optimizer = torch.optim.Adam(
@@ -93,12 +93,12 @@ def tune_scales(
                 if not order:
                     order = torch.randperm(len(tokens), generator=generator).tolist()
                 index = order.pop()
-                with torch.enable_grad(), compute_in("bfloat16", body, head.weight.device):
+                with torch.enable_grad(), compute_in("bfloat16", body, model.device):
                     output = body(input_ids=tokens[index : index + 1], use_cache=False)
                 hidden = output.last_hidden_state
-                gradient = distillation_gradient(hidden.detach()[0], teacher[index], head, taught)
-                share = gradient / (config.batch * gradient.shape[0])
-                torch.autograd.backward(hidden, share.to(hidden.dtype).unsqueeze(0))
+                gradient = _gradient(hidden.detach(), teacher[index : index + 1], own, taught)
+                share = gradient / (config.batch * gradient.shape[1])
+                torch.autograd.backward(hidden, share.to(hidden.dtype))
             factor = min(1.0, (step + 1) / config.warm_up) * (1.0 - step / config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * factor
@@ -107,6 +107,20 @@ def tune_scales(
             write_tuning(journal, step + 1, order, trained, optimizer, generator)
             monitor.step("tune scales", step + 1, config.steps)
         return {name: layer.finish() for name, layer in layers.items()}
+
+
+def _gradient(hidden: Tensor, teacher: Tensor, own: Output, taught: Output) -> Tensor:
+    """Of the divergence's sum over tokens, with respect to a sequence's last hidden states.
+
+    Args:
+        hidden: [1, length, hidden] of the network.
+        teacher: likewise of the float network.
+        own: output of the network.
+        taught: of the float network.
+    """
+    if isinstance(own, PooledOutput) or isinstance(taught, PooledOutput):
+        return PooledOutput().toward(hidden, teacher)[1]
+    return distillation_gradient(hidden[0], teacher[0], own, taught).unsqueeze(0)
 
 
 def kept_if_better(

@@ -9,12 +9,14 @@ from quantforge.outcomes import Report
 from quantforge.report.numbers import (
     KEPT,
     against_uniform,
+    loss_of,
     percent,
     place,
+    second_of,
     significant,
     size,
-    with_error,
 )
+from quantforge.results import AnyQuality, PooledQuality
 
 
 def model_card(report: Report, *, obstacle: str | None = None) -> str:
@@ -25,20 +27,22 @@ def model_card(report: Report, *, obstacle: str | None = None) -> str:
         obstacle: why stock transformers does not load the network's class, whatever the plan.
     """
     obstacle = obstacle or stock_obstacle(report)
-    sections = (_front_matter(report), _intro(report), _loading(obstacle), _quality(report))
+    loading = _loading(obstacle, "AutoModel" if _encodes(report) else "AutoModelForCausalLM")
+    sections = (_front_matter(report), _intro(report), loading, _quality(report))
     made = f"## Calibration\n\n{_inline(report.calibration)}\n"
     return "\n".join((*sections, made, _limits(report, obstacle)))
 
 
 def _front_matter(report: Report) -> str:
     mixed = "- mixed-precision\n" if _mixed(report) else ""
+    task = "feature-extraction" if _encodes(report) else "text-generation"
     # a JSON string is a YAML string: quotes, colons and line breaks in a name stay data
     return (
         "---\n"
         f"base_model: {json.dumps(report.model)}\n"
         "base_model_relation: quantized\n"
         "library_name: transformers\n"
-        "pipeline_tag: text-generation\n"
+        f"pipeline_tag: {task}\n"
         f"tags:\n- quantforge\n- compressed-tensors\n{mixed}- quantized\n"
         "---\n"
     )
@@ -63,6 +67,11 @@ def _intro(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _encodes(report: Report) -> bool:
+    """Whether the network is an encoder."""
+    return isinstance(report.quality, PooledQuality)
+
+
 def _mixed(report: Report) -> bool:
     """Whether layers differ in width or grouping."""
     return len({layer.spec for layer in report.layers}) > 1
@@ -78,7 +87,7 @@ def stock_obstacle(report: Report) -> str | None:
     return None
 
 
-def _loading(obstacle: str | None) -> str:
+def _loading(obstacle: str | None, loader: str) -> str:
     own = (
         "With quantforge, which computes on the packed weights (install it from its source; the "
         "package of that name on PyPI is another project):\n\n"
@@ -92,9 +101,9 @@ def _loading(obstacle: str | None) -> str:
     return (
         "## Loading\n\nWith stock transformers, which needs `pip install compressed-tensors` "
         "(0.17 or later):\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"```python\nfrom transformers import {loader}, AutoTokenizer\n\n"
         'folder = "path/to/this/folder"\n'
-        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
+        f'model = {loader}.from_pretrained(folder, dtype="auto")\n'
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n\n"
         "The weights are then expanded to 16 bits in memory.\n\n" + own
     )
@@ -105,13 +114,7 @@ def _quality(report: Report) -> str:
     rows = (
         ("", "float", "this checkpoint"),
         ("---", "---:", "---:"),
-        (
-            "perplexity",
-            significant(quality.reference_perplexity, 4),
-            significant(quality.perplexity, 4),
-        ),
-        ("KL from float, nats a token", "0", with_error(quality.kl, quality.kl_stderr)),
-        ("same first choice as float", percent(1.0), percent(quality.top1)),
+        *_quality_rows(quality),
         ("stored bits per planned weight", "16", f"{sizes.stored_bits:.3f}"),
         ("code bits per planned weight", "16", f"{sizes.code_bits:.3f}"),
         ("bits over all weights", "16", f"{sizes.checkpoint_bits:.3f}"),
@@ -126,6 +129,24 @@ def _quality(report: Report) -> str:
         *(f"{sentence}\n" for sentence in against_uniform(report)),
     ]
     return "\n".join(lines)
+
+
+def _quality_rows(quality: AnyQuality) -> tuple[tuple[str, str, str], ...]:
+    """Measurements beside the float model's."""
+    if isinstance(quality, PooledQuality):
+        return (
+            ("1 - cosine of the mean-pooled output to float", "0", loss_of(quality)),
+            ("its relative squared error", "0", second_of(quality)),
+        )
+    return (
+        (
+            "perplexity",
+            significant(quality.reference_perplexity, 4),
+            significant(quality.perplexity, 4),
+        ),
+        ("KL from float, nats a token", "0", loss_of(quality)),
+        ("same first choice as float", percent(1.0), percent(quality.top1)),
+    )
 
 
 def _limits(report: Report, obstacle: str | None) -> str:

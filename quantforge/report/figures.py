@@ -24,7 +24,7 @@ from quantforge.report.numbers import (
     significant,
     with_error,
 )
-from quantforge.results import CurvePoint, LayerReport
+from quantforge.results import CurvePoint, LayerReport, Metric
 
 WIDTH = 820
 _LABEL_WIDTH = 6.3
@@ -93,19 +93,19 @@ def curve_figure(report: Report) -> str:
     final = CurvePoint(
         name="finished network", stored_bits=report.sizes.stored_bits, quality=report.quality
     )
-    drawn = [p for p in (*report.curve, final) if math.isfinite(p.quality.kl)]
-    on_scale = [p for p in drawn if p.quality.kl >= LEAST_KL]
+    drawn = [p for p in (*report.curve, final) if math.isfinite(p.quality.loss)]
+    on_scale = [p for p in drawn if p.quality.loss >= LEAST_KL]
     if not on_scale:
         return ""
-    axes = Axes.around([p.stored_bits for p in drawn], [p.quality.kl for p in on_scale])
+    axes = Axes.around([p.stored_bits for p in drawn], [p.quality.loss for p in on_scale])
     uniform = [p for p in drawn if is_uniform(p)]
-    hull = lower_hull((p.stored_bits, p.quality.kl) for p in uniform)
-    parts = [grid(axes)]
+    hull = lower_hull((p.stored_bits, p.quality.loss) for p in uniform)
+    parts = [grid(axes, report.quality.metric)]
     if len(hull) > 1:
         path = " ".join(f"{axes.x(b):.2f},{axes.y(kl):.2f}" for b, kl in hull)
         parts.append(f'<polyline class="hull" points="{path}"/>')
     labels = Labels(axes)
-    labels.keep_off_points([(p.stored_bits, p.quality.kl) for p in drawn])
+    labels.keep_off_points([(p.stored_bits, p.quality.loss) for p in drawn])
     labels.keep_off_line(hull)
     parts.extend(uniform_mark(p, axes) for p in uniform)
     for point in (p for p in drawn if not is_uniform(p)):
@@ -116,11 +116,11 @@ def curve_figure(report: Report) -> str:
     on_hull = {b for b, _ in hull}
     ordered = sorted(uniform, key=lambda p: (p.stored_bits not in on_hull, p.stored_bits))
     parts.extend(labels.place(p, p.name.removeprefix("uniform").strip(), "label") for p in ordered)
-    title = "Stored bits per weight against held-out KL divergence"
+    title = f"Stored bits per weight against held-out {report.quality.metric.noun}"
     return svg("curve", title, axes.bottom + 42, parts)
 
 
-def grid(axes: Axes) -> str:
+def grid(axes: Axes, metric: Metric) -> str:
     """Axes, their ticks and titles."""
     left, right, bottom = axes.left, axes.right, axes.bottom
     parts = [_line("axis", left, bottom, right, bottom)]
@@ -132,7 +132,7 @@ def grid(axes: Axes) -> str:
         parts += [_line("axis", x, bottom, x, bottom + 5)]
         parts += [_text("tick mid", x, bottom + 18, f"{bits:g}")]
     below = "stored bits per weight (codes, scales, zero-points)"
-    beside = "held-out KL, nats per token (log scale)"
+    beside = f"held-out {metric.axis} (log scale)"
     parts += [_text("title mid", (left + right) / 2, bottom + 36, below)]
     turned = _text("title mid", 0, 0, beside)
     middle = (axes.top + bottom) / 2
@@ -152,19 +152,19 @@ def _numbers(point: CurvePoint) -> str:
     """Data attributes of a mark."""
     return (
         f'data-name="{escape(point.name)}" data-bits="{point.stored_bits!r}" '
-        f'data-kl="{point.quality.kl!r}"'
+        f'data-kl="{point.quality.loss!r}"'
     )
 
 
 def _tooltip(point: CurvePoint) -> str:
-    kl = with_error(point.quality.kl, point.quality.kl_stderr)
-    text = f"{point.name}: {point.stored_bits:.3f} stored bits, KL {kl}"
+    kl = with_error(point.quality.loss, point.quality.loss_stderr)
+    text = f"{point.name}: {point.stored_bits:.3f} stored bits, {point.quality.metric.name} {kl}"
     return f"<title>{escape(text)}</title>"
 
 
 def _error_bar(point: CurvePoint, axes: Axes) -> str:
     """One standard error to either side, where there is one."""
-    kl, error = point.quality.kl, point.quality.kl_stderr
+    kl, error = point.quality.loss, point.quality.loss_stderr
     if not 0 < error < math.inf:
         return ""
     x = axes.x(point.stored_bits)
@@ -176,7 +176,7 @@ def _error_bar(point: CurvePoint, axes: Axes) -> str:
 
 def uniform_mark(point: CurvePoint, axes: Axes) -> str:
     """A circle for a uniform network."""
-    x, y = axes.x(point.stored_bits), axes.y(point.quality.kl)
+    x, y = axes.x(point.stored_bits), axes.y(point.quality.loss)
     return (
         f'<g class="uniform" {_numbers(point)}>{_tooltip(point)}{_error_bar(point, axes)}'
         f'<circle cx="{x:.2f}" cy="{y:.2f}" r="4.5"/></g>'
@@ -185,7 +185,7 @@ def uniform_mark(point: CurvePoint, axes: Axes) -> str:
 
 def diamond(point: CurvePoint, axes: Axes, kind: str) -> str:
     """A diamond for a plan; `kind` is its style, "plan" or "final"."""
-    x, y = axes.x(point.stored_bits), axes.y(point.quality.kl)
+    x, y = axes.x(point.stored_bits), axes.y(point.quality.loss)
     corners = " ".join(
         f"{x + dx:.2f},{y + dy:.2f}" for dx, dy in ((0, -8), (8, 0), (0, 8), (-8, 0))
     )
@@ -229,7 +229,7 @@ class Labels:
 
     def place(self, point: CurvePoint, text: str, style: str) -> str:
         """SVG text at the first free place around the mark; nothing if all are taken."""
-        x, y = self.axes.x(point.stored_bits), self.axes.y(point.quality.kl)
+        x, y = self.axes.x(point.stored_bits), self.axes.y(point.quality.loss)
         width = _LABEL_WIDTH * len(text)
         for dx, dy, anchor in self._OFFSETS:
             left = x + dx - (width if anchor == "end" else 0)
@@ -245,7 +245,7 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def layers_figure(layers: Sequence[LayerReport]) -> str:
+def layers_figure(layers: Sequence[LayerReport], unit: str = " nats") -> str:
     """Bits of every layer, blocks across and kinds down, with the predicted loss on the margins.
 
     Bars above the strip add up a block's predicted loss, bars on its right a kind's. Layers outside
@@ -264,13 +264,14 @@ def layers_figure(layers: Sequence[LayerReport]) -> str:
     column = {block: left + i * cell_width for i, block in enumerate(blocks)}
     row = {kind: top + i * cell_height for i, kind in enumerate(kinds)}
     parts = [
-        _cell(layer, column[block], row[kind], cell_width, cell_height)
+        _cell(layer, column[block], row[kind], cell_width, cell_height, unit)
         for block, kind, layer in cells
     ]
     by_block = _sums((block, layer) for block, _, layer in cells)
     by_kind = _sums((kind, layer) for _, kind, layer in cells)
-    parts.append(_block_bars(by_block, column, cell_width, top - 6))
-    parts.append(_kind_bars(by_kind, row, left + len(blocks) * cell_width + 8, cell_height))
+    parts.append(_block_bars(by_block, column, cell_width, top - 6, unit))
+    right = left + len(blocks) * cell_width + 8
+    parts.append(_kind_bars(by_kind, row, right, cell_height, unit))
     parts.extend(_text("tick end", left - 8, row[kind] + 15, kind) for kind in kinds)
     bottom = top + cell_height * len(kinds)
     every = max(1, math.ceil(22 / cell_width))
@@ -292,10 +293,10 @@ def _sums(pairs: Iterable[tuple[int | str, LayerReport]]) -> dict[int | str, flo
     return total
 
 
-def _cell(layer: LayerReport, x: float, y: float, width: float, height: float) -> str:
+def _cell(layer: LayerReport, x: float, y: float, width: float, height: float, unit: str) -> str:
     bits = bits_of(layer)
     loss = layer.predicted_loss
-    known = "not estimated" if loss is None else f"{significant(loss)} nats"
+    known = "not estimated" if loss is None else f"{significant(loss)}{unit}"
     text = f"{layer.name}: {layer.spec}, predicted loss {known}"
     number = ""
     if width >= 8.5 * len(str(bits)):
@@ -310,16 +311,16 @@ def _cell(layer: LayerReport, x: float, y: float, width: float, height: float) -
 
 
 def _block_bars(
-    sums: dict[int | str, float], column: dict[int, float], width: float, bottom: float
+    sums: dict[int | str, float], column: dict[int, float], width: float, bottom: float, unit: str
 ) -> str:
     largest = max(sums.values()) or 1.0
     height = 62.0
     first = min(column.values())
-    title = f"predicted loss by block (highest {significant(largest)} nats)"
+    title = f"predicted loss by block (highest {significant(largest)}{unit})"
     parts = [_text("title", first, 14, title)]
     for block, x in column.items():
         bar = sums[block] / largest * height
-        tooltip = f"<title>block {block}: {significant(sums[block])} nats</title>"
+        tooltip = f"<title>block {block}: {significant(sums[block])}{unit}</title>"
         parts.append(
             f'<rect class="loss" data-block="{block}" data-loss="{sums[block]!r}" '
             f'x="{x + 1:.2f}" y="{bottom - bar:.2f}" width="{max(width - 2, 1):.2f}" '
@@ -329,7 +330,7 @@ def _block_bars(
 
 
 def _kind_bars(
-    sums: dict[int | str, float], row: dict[str, float], left: float, height: float
+    sums: dict[int | str, float], row: dict[str, float], left: float, height: float, unit: str
 ) -> str:
     largest = max(sums.values()) or 1.0
     total = sum(sums.values()) or 1.0
@@ -339,7 +340,7 @@ def _kind_bars(
         parts.append(
             f'<rect class="loss" data-kind="{escape(kind)}" data-loss="{sums[kind]!r}" '
             f'x="{left:.2f}" y="{y + 4:.2f}" width="{bar:.2f}" height="{height - 8:.2f}">'
-            f"<title>{escape(kind)}: {significant(sums[kind])} nats</title></rect>"
+            f"<title>{escape(kind)}: {significant(sums[kind])}{unit}</title></rect>"
         )
         share = f"{100 * sums[kind] / total:.0f} %"
         parts.append(_text("tick", left + bar + 5, y + 15, share))

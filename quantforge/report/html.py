@@ -23,6 +23,7 @@ from quantforge.report.numbers import (
     against_uniform,
     bits_of,
     estimate,
+    loss_of,
     percent,
     place,
     significant,
@@ -31,7 +32,7 @@ from quantforge.report.numbers import (
     training_sentences,
     with_error,
 )
-from quantforge.results import LayerReport
+from quantforge.results import AnyQuality, LayerReport, PooledQuality
 
 
 def render(report: Report) -> str:
@@ -47,7 +48,7 @@ def render(report: Report) -> str:
             _strip(report),
             _generations(report),
             _sizes(report),
-            _layer_table(report.layers),
+            _layer_table(report.layers, report.quality.metric.scale),
             _run(report),
         )
     )
@@ -87,8 +88,7 @@ def _warnings(warnings: Sequence[str]) -> str:
 def _headline(report: Report) -> str:
     quality, sizes = report.quality, report.sizes
     ratio = sizes.reference_bytes / sizes.checkpoint_bytes if sizes.checkpoint_bytes else math.nan
-    change = quality.perplexity / quality.reference_perplexity - 1
-    kl, _, error = with_error(quality.kl, quality.kl_stderr).partition(f"{NO_BREAK}±{NO_BREAK}")
+    loss, _, error = loss_of(quality).partition(f"{NO_BREAK}±{NO_BREAK}")
     tiles = (
         (
             "Stored bits a weight",
@@ -96,17 +96,11 @@ def _headline(report: Report) -> str:
             f"budget {report.plan.budget}; codes alone {sizes.code_bits:.3f}",
         ),
         (
-            "Held-out KL, nats",
-            kl,
+            f"Held-out {quality.metric.name}" + (", nats" if quality.metric.unit else ""),
+            loss,
             f"±{NO_BREAK}{error or 'unknown'}, one standard error ({quality.windows} windows)",
         ),
-        (
-            "Perplexity",
-            significant(quality.perplexity, 4),
-            f"float {significant(quality.reference_perplexity, 4)} "
-            f"({100 * change:+.1f}{NO_BREAK}%)",
-        ),
-        ("Top-1 agreement", percent(quality.top1), "tokens with the same first choice as float"),
+        *_further_tiles(quality),
         (
             "Checkpoint",
             size(sizes.checkpoint_bytes),
@@ -121,10 +115,33 @@ def _headline(report: Report) -> str:
     return f'<dl class="tiles">{inside}</dl>\n<p class="soft">{escape(quality.text)}</p>'
 
 
+def _further_tiles(quality: AnyQuality) -> tuple[tuple[str, str, str], ...]:
+    """Name, value and detail of what is measured beside the loss."""
+    if isinstance(quality, PooledQuality):
+        return (
+            (
+                "Relative MSE",
+                significant(quality.mse),
+                "squared error of the mean-pooled output over its squared length",
+            ),
+        )
+    change = quality.perplexity / quality.reference_perplexity - 1
+    return (
+        (
+            "Perplexity",
+            significant(quality.perplexity, 4),
+            f"float {significant(quality.reference_perplexity, 4)} "
+            f"({100 * change:+.1f}{NO_BREAK}%)",
+        ),
+        ("Top-1 agreement", percent(quality.top1), "tokens with the same first choice as float"),
+    )
+
+
 def _decisions(report: Report) -> str:
     layers = report.layers
+    metric = report.quality.metric
     sentences = [
-        *_targets(report), *_refinement(report), *training_sentences(report.training),
+        *_targets(report), *_refinement(report), *training_sentences(report.training, metric),
         *against_uniform(report), *_spread(layers),
     ]  # fmt: skip
     if report.plan.solver == "file":
@@ -143,8 +160,8 @@ def _decisions(report: Report) -> str:
             f"{_chooser(report.plan.solver)} chose a width and a grouping for each of "
             f"{len(layers)} layers. It spends a bit where that lowers the predicted loss most for "
             "the bits it stores: a layer with many bits is one the loss is sensitive to for its "
-            f"size. The plan's predicted loss is {significant(report.plan.predicted_loss)} nats a "
-            "token."
+            f"size. The plan's predicted loss is {significant(report.plan.predicted_loss)}"
+            f"{report.quality.metric.each}."
         )
     items = "".join(f"<li>{escape(s)}</li>" for s in sentences)
     return (
@@ -155,10 +172,11 @@ def _decisions(report: Report) -> str:
 
 def _targets(report: Report) -> Iterator[str]:
     """Sentences on how the budget's targets were met."""
+    each = report.quality.metric.each
     for one in report.targets:
         yield (
             f"Target {one.text}: of {one.plans} plans measured, the one of fewest bits whose upper "
-            f"95 % bound is within {significant(one.limit)} nats a token. Put together without "
+            f"95 % bound is within {significant(one.limit)}{each}. Put together without "
             f"tuning it measures {with_error(one.measured, one.stderr)}, at most "
             f"{significant(one.upper)} ({one.windows} held-out windows); predicted "
             f"{estimate(one.predicted)}."
@@ -177,7 +195,8 @@ def _refinement(report: Report) -> Iterator[str]:
     for one in report.refinement:
         yield (
             f"Refinement: {one.plans} plans around the one that was found were measured before "
-            f"tuning; {one.layers} layers changed, held-out KL {significant(one.before)} to "
+            f"tuning; {one.layers} layers changed, held-out "
+            f"{report.quality.metric.name} {significant(one.before)} to "
             f"{significant(one.after)}, a difference of "
             f"{with_error(one.after - one.before, one.stderr)} on the windows it was chosen on."
         )
@@ -264,8 +283,8 @@ def _curve(report: Report) -> str:
         "Circles: uniform networks, one width and grouping for all layers. Dashed: their lower "
         "hull. Open diamond: the plan with the same one-pass compensation, the fair comparison. "
         "Filled diamond: the finished network, after everything else this run did. Bars: one "
-        "standard error. On the lower edge: no KL above the rounding of the arithmetic. Lower and "
-        "further left is better."
+        "standard error. On the lower edge: no loss above the rounding of the arithmetic. Lower "
+        "and further left is better."
     )
     return figure_section("Size and quality against uniform networks", figure, caption)
 
@@ -273,7 +292,7 @@ def _curve(report: Report) -> str:
 def _strip(report: Report) -> str:
     if total_loss(report.layers) is None:
         return ""  # no choice between layers was made: nothing to see
-    figure = layers_figure(report.layers)
+    figure = layers_figure(report.layers, unit=report.quality.metric.unit)
     outside = [layer for layer in report.layers if place(layer.name).block is None]
     note = "".join(f" {layer.name}: {layer.spec}." for layer in outside)
     if not figure:
@@ -281,7 +300,7 @@ def _strip(report: Report) -> str:
     caption = (
         "Each cell is a layer, its number the code bits; darker means more (lighter on a dark "
         "page). Grey bars: predicted loss added up over a block (above) or a layer type (right), "
-        "in nats a token." + (f" Outside the blocks:{note}" if note else "")
+        f"in {report.quality.metric.scale}." + (f" Outside the blocks:{note}" if note else "")
     )
     return figure_section("Bits by layer", figure, caption)
 
@@ -320,7 +339,8 @@ def _sizes(report: Report) -> str:
     return f"<section><h2>Sizes</h2><p>Counted from the written files.</p>{table}</section>"
 
 
-def _layer_table(layers: Sequence[LayerReport]) -> str:
+def _layer_table(layers: Sequence[LayerReport], scale: str) -> str:
+    """Every layer; `scale` is what its predicted loss is counted in."""
     losses = any(layer.predicted_loss is not None for layer in layers)
     heads = [
         "layer", "spec", *(["predicted loss"] if losses else []), "weight error", "output error",
@@ -341,7 +361,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> str:
                 "; ".join(note for note in (layer.note, dead) if note),
             )
         )
-    units = " Predicted loss is in nats a token." if losses else ""
+    units = f" Predicted loss is in {scale}." if losses else ""
     return (
         "<section><h2>Layers</h2><p>Errors are squared and relative; output errors are on the "
         "calibration inputs, as the method counts their tokens; RTN is rounding to nearest on the "

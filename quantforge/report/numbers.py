@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from quantforge.outcomes import Report
-from quantforge.results import CurvePoint, LayerReport, TrainingOutcome
+from quantforge.results import AnyQuality, CurvePoint, LayerReport, Metric, Quality, TrainingOutcome
 from quantforge.types import KEPT_BITS, QuantSpec
 
 KEPT = "kept"
@@ -105,19 +105,19 @@ def against_uniform(report: Report) -> list[str]:
     point = plan_point(report)
     if point is None:
         return []
-    kl = point.quality.kl
+    loss, metric = point.quality.loss, point.quality.metric
     found = []
     if report.hull_kl is not None and report.hull_kl > 0:
         found.append(
-            f"With the same one-pass compensation for all, the plan's held-out KL is "
-            f"{significant(kl)} nats at {point.stored_bits:.3f} stored bits; the hull of the "
-            f"uniform networks reads {significant(report.hull_kl)} there, so the plan is "
-            f"{_difference(kl, report.hull_kl)}."
+            f"With the same one-pass compensation for all, the plan's held-out {metric.name} is "
+            f"{significant(loss)}{metric.unit} at {point.stored_bits:.3f} stored bits; the hull of "
+            f"the uniform networks reads {significant(report.hull_kl)} there, so the plan is "
+            f"{_difference(loss, report.hull_kl)}."
         )
     if report.cheapest_uniform is not None and report.cheapest_uniform[1] > 0:
-        name, uniform_kl = report.cheapest_uniform
+        name, other = report.cheapest_uniform
         found.append(
-            f"Against {name} ({significant(uniform_kl)} nats) it is {_difference(kl, uniform_kl)}."
+            f"Against {name} ({significant(other)}{metric.unit}) it is {_difference(loss, other)}."
         )
     return found
 
@@ -129,7 +129,7 @@ def _difference(value: float, base: float) -> str:
     return f"{percent(abs(change))} {'lower' if change < 0 else 'higher'}"
 
 
-def training_sentences(training: TrainingOutcome | None) -> Iterator[str]:
+def training_sentences(training: TrainingOutcome | None, metric: Metric) -> Iterator[str]:
     """Sentences on what recovery by training did."""
     if training is None:
         return
@@ -140,7 +140,22 @@ def training_sentences(training: TrainingOutcome | None) -> Iterator[str]:
         else "The untrained weights were kept, because nothing better came"
     )
     yield (
-        f"Training: {training.tokens:,} tokens in {training.steps} steps. {ended}; held-out KL "
-        f"{significant(training.points[0].kl)} to {significant(best.kl)}, on the windows it was "
-        f"chosen on. At the end rounding what was trained costs {significant(training.gap)} nats."
+        f"Training: {training.tokens:,} tokens in {training.steps} steps. {ended}; held-out "
+        f"{metric.name} {significant(training.points[0].kl)} to {significant(best.kl)}, on the "
+        f"windows it was chosen on. At the end rounding what was trained costs "
+        f"{significant(training.gap)}{metric.unit}."
     )
+
+
+def loss_of(quality: AnyQuality) -> str:
+    """What a plan is chosen by, with its standard error."""
+    return with_error(quality.loss, quality.loss_stderr)
+
+
+def second_of(quality: AnyQuality | None) -> str:
+    """What is told beside it: a decoder's perplexity, an encoder's relative squared error."""
+    if quality is None:
+        return ""
+    if isinstance(quality, Quality):
+        return significant(quality.perplexity, 4)
+    return with_error(quality.mse, quality.mse_stderr)

@@ -12,11 +12,12 @@ A budget is one or several parts, joined by a comma or a plus, all of which must
 | `latency:-25%`  | the same, less than 16 bits take |
 | `kl:0.05`       | KL to the float network in nats a token, measured on held-out tokens |
 | `ppl:+2%`       | rise of the perplexity over the float network's, likewise |
+| `cosine:0.99`   | an encoder's mean cosine to the float network's pooled output, likewise |
 
 The first four are sizes, which a plan meets by arithmetic, and so it does latency, by the times of
 a device (`search.latency`). Bytes are a constant and the stored
 bits over eight, but for the headers, so they become a limit in bits once the network's shapes are
-known (`quantforge.planning`). The last two are found by measuring plans (`quantforge.targets`).
+known (`quantforge.planning`). The last three are found by measuring plans (`quantforge.targets`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ UNITS = {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
 SECONDS = {"US": Fraction(1, 10**6), "MS": Fraction(1, 10**3), "S": Fraction(1)}
-EXAMPLES = "3bit, 3.25bpw, 120MB, 0.4x, vram:8GB@4096, latency:-25%, kl:0.05 or ppl:+2%"
+EXAMPLES = (
+    "3bit, 3.25bpw, 120MB, 0.4x, vram:8GB@4096, latency:-25%, kl:0.05, ppl:+2% or cosine:0.99"
+)
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _SMALL = r"(\d+(?:\.\d+)?(?:e-?\d\d?)?)"  # 5e-2 too
@@ -64,13 +67,13 @@ class Target:
     """How close the network must stay to the float one, on held-out tokens.
 
     Attributes:
-        kind: "kl" or "ppl".
+        kind: "kl" or "ppl" of a decoder, "cosine" of an encoder.
         nats: most KL a token; of "ppl" the most that the cross-entropy a token may rise, the
-            logarithm of the perplexities' ratio.
+            logarithm of the perplexities' ratio; of "cosine" one minus what was asked for.
         text: as the user wrote it.
     """
 
-    kind: Literal["kl", "ppl"]
+    kind: Literal["kl", "ppl", "cosine"]
     nats: float
     text: str
 
@@ -205,6 +208,13 @@ def _perplexity(match: re.Match[str], text: str) -> Target:
     return Target("ppl", _positive(math.log1p(float(match[1]) / 100), text), text)
 
 
+def _cosine(match: re.Match[str], text: str) -> Target:
+    least = float(match[1])
+    if not 0 < least < 1:
+        raise UsageError(f"budget {text!r} is out of range; give a cosine between 0 and 1")
+    return Target("cosine", float(1 - Fraction(match[1])), text)
+
+
 def _positive(nats: float, text: str) -> float:
     if nats <= 0:
         raise UsageError(f"budget {text!r} allows no loss at all; give a number above 0")
@@ -220,4 +230,5 @@ _FORMS: tuple[tuple[str, Callable[[re.Match[str], str], Limit | Target]], ...] =
     (rf"latency:\s*-\s*{_NUMBER}\s*%(?:\s*@\s*(\d+))?", _faster),
     (rf"kl:\s*{_SMALL}", _kl),
     (rf"ppl:\s*\+?\s*{_NUMBER}\s*%", _perplexity),
+    (rf"cosine:\s*{_NUMBER}", _cosine),
 )

@@ -75,7 +75,7 @@ class Task:
         originals: gives a layer's [out, in] float weight by its name, before compensation.
         tokens: [sequences, length] int64 to train on.
         teacher: what they are pulled towards.
-        measure: held-out KL of the network as it stands.
+        measure: held-out loss of the network as it stands.
         multipliers: layer name → of its temperature; 1 where there is none.
     """
 
@@ -132,17 +132,16 @@ def objective_of(task: Task, config: TrainingConfig, share: Share) -> Iterator[O
         )
 
     architecture = task.model.architecture
-    projection = module.get_submodule(architecture.head)
     with (
         stand_ins(module, task.weights, stand_in) as layers,
-        trainable_norms(module, layers, projection) as norms,
+        trainable_norms(module, layers, architecture.behind(module)) as norms,
         recomputed(architecture.block_list(module), config.recompute),
     ):
         yield Objective(
             model=task.model,
             layers=layers,
             norms=norms,
-            head=architecture.output_head(module).rounded(product_dtype(config.precision)),
+            output=architecture.output(module).rounded(product_dtype(config.precision)),
             tokens=task.tokens,
             teacher=task.teacher,
             config=config,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quantforge.capture import compute_in, product_dtype
 from quantforge.methods.head_loss import Mixed, Target, following_tokens, head_gradient
-from quantforge.models import Head, Model
+from quantforge.models import Model, Output, PooledOutput
 from quantforge.train.config import TrainingConfig
 from quantforge.train.layer import TrainedLinear
 from quantforge.train.parallel import Share
@@ -33,7 +33,7 @@ class Objective:
         model: the network, with stand-ins in it.
         layers: name → stand-in.
         norms: the network's own parameters that are trained.
-        head: the network's, which is not trained, in the dtype of the products.
+        output: the network's, which is not trained, with products in their dtype.
         tokens: [sequences, length] int64.
         teacher: gives what they are pulled towards.
         config: the loss, its precision and how many sequences run at once.
@@ -43,7 +43,7 @@ class Objective:
     model: Model
     layers: Mapping[str, TrainedLinear]
     norms: Sequence[nn.Parameter]
-    head: Head
+    output: Output
     tokens: Tensor
     teacher: Teacher
     config: TrainingConfig
@@ -85,7 +85,10 @@ class Objective:
             chunk = mine[first : first + self.config.at_once]
             hidden = self._hidden(chunk)
             flat = hidden.detach().flatten(0, 1)
-            loss, gradient = head_gradient(flat, self.head, choose(chunk))
+            if isinstance(self.output, PooledOutput):
+                loss, gradient = self._toward_pooled(hidden.detach(), chunk)
+            else:
+                loss, gradient = head_gradient(flat, self.output, choose(chunk))
             if targets is None and self.config.hidden_term:
                 loss = loss + self._add_hidden_term(flat, chunk, gradient)
             total += loss
@@ -125,12 +128,20 @@ class Objective:
     def _hidden(self, sequences: Sequence[int]) -> Tensor:
         """[sequences, length, hidden] what enters the head, with its graph."""
         architecture = self.model.architecture
-        body = self.model.module.get_submodule(architecture.blocks.rpartition(".")[0])
+        body = architecture.body(self.model.module)
         tokens = self.tokens[list(sequences)].to(self.model.device)
         with torch.enable_grad(), compute_in(self.config.precision, body, self.model.device):
             output = body(input_ids=tokens, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states
+
+    def _toward_pooled(self, hidden: Tensor, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Σ_t (1 - cosine) of an encoder's sequences, and its gradient [tokens, hidden]."""
+        wanted = self.teacher.states(sequences, self.model.device)
+        if wanted is None:
+            raise ValueError("this teacher has no hidden states, which an encoder is trained on")
+        losses, gradient = PooledOutput().toward(hidden, wanted.view_as(hidden))
+        return losses.sum(), gradient.float().flatten(0, 1)
 
     def _add_hidden_term(
         self, states: Tensor, sequences: Sequence[int], gradient: Tensor

@@ -43,14 +43,16 @@ class HiddenTeacher:
 
     Attributes:
         hidden: [sequences, length, hidden], any float dtype and device.
-        head: the float network's.
+        head: the float network's; None for an encoder, whose states are the target.
     """
 
     hidden: Tensor
-    head: Head
+    head: Head | None
 
     def target(self, sequences: Sequence[int], device: torch.device) -> Target:
         """See `Teacher`."""
+        if self.head is None:
+            raise ValueError("an encoder has no distribution over tokens")
         return FullTeacher(hidden=self.states(sequences, device), head=self.head)
 
     def states(self, sequences: Sequence[int], device: torch.device) -> Tensor:

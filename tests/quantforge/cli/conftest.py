@@ -19,7 +19,6 @@ from quantforge.outcomes import (
     BenchReport,
     CheckReport,
     ConvertReport,
-    EstimatorCost,
     EvaluationReport,
     FrontierPoint,
     GgufType,
@@ -37,6 +36,7 @@ from quantforge.outcomes import (
 )
 from quantforge.results import (
     CurvePoint,
+    EstimatorCost,
     Generation,
     LayerReport,
     PairedDifference,

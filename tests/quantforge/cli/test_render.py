@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from quantforge.cli import drawing, render, render_machine, text
-from quantforge.results import PairedDifference, TrainingOutcome, TrainingPoint
+from quantforge.cli import drawing, losses, render, render_machine, text
+from quantforge.results import METRICS, PairedDifference, TrainingOutcome, TrainingPoint
 from quantforge.types import QuantSpec
 
 
@@ -246,12 +246,12 @@ def test_training_in_one_row() -> None:
         for step, kl in ((0, 0.5), (20, 0.3), (40, 0.31))
     )
     outcome = TrainingOutcome(tokens=81_920, steps=40, points=points, best=1)
-    (row,) = render._training_rows(outcome)
+    (row,) = losses.training_rows(outcome, METRICS["kl"])
     assert row == (
         "trained",
         "81,920 tokens in 40 steps, best after step 20: KL 0.5 to 0.3 nats on held-out tokens; "
         "rounding costs 0.01 at the end",
     )
     undone = dataclasses.replace(outcome, kept=False)
-    assert "in 40 steps, undone: KL" in render._training_rows(undone)[0][1]
-    assert render._training_rows(None) == []
+    assert "in 40 steps, undone: KL" in losses.training_rows(undone, METRICS["kl"])[0][1]
+    assert losses.training_rows(None, METRICS["kl"]) == []

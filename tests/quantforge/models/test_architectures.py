@@ -103,7 +103,8 @@ def network(name):
 
 
 def test_every_registered_architecture_is_here():
-    assert set(ARCHITECTURES) == set(CONFIGS)
+    encoders = {one.name for one in ARCHITECTURES.values() if one.encodes}  # in test_encoders
+    assert set(ARCHITECTURES) - encoders == set(CONFIGS)
 
 
 @EVERY
