@@ -56,6 +56,8 @@ class ServerRule:
         slices: it knows tensor parallelism.
         gguf: it reads GGUF files, which `convert` makes of this form; a type must hold every layer.
         refuses: classes of networks for whose layers it has no packed ones.
+        renames: classes of networks whose layers it knows by other names than transformers does,
+            which are those of our folders.
     """
 
     name: str
@@ -70,6 +72,7 @@ class ServerRule:
     slices: bool = True
     gguf: bool = False
     refuses: tuple[str, ...] = tuple(WITHOUT_LINEARS)
+    renames: tuple[str, ...] = ()
 
 
 _TRANSFORMERS = ServerRule(
@@ -87,6 +90,7 @@ _VLLM = ServerRule(
     embedding_bits=(2, 4, 8),
     head=True,
     refuses=("GPT2LMHeadModel",),
+    renames=("MixtralForCausalLM",),
 )
 _RULES = (
     ServerRule(
@@ -205,6 +209,11 @@ def network_problems(
         found.append(
             f"{named}: {WITHOUT_LINEARS[named]}, where it puts no packed linears; "
             "quantforge.load does"
+        )
+    if isinstance(named, str) and named in rule.renames:
+        found.append(
+            f"{named}: it reads experts by the names of the hub's checkpoints, not by those of "
+            "transformers, which the folder has; quantforge.load does"
         )
     if isinstance(heads, int) and heads % parts:
         found.append(f"{heads} attention heads do not split into {parts}")

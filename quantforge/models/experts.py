@@ -3,14 +3,15 @@
 transformers keeps the experts of a layer in two parameters, [experts, 2 · inner, hidden] and
 [experts, hidden, inner]. A plan is about matrices, so the module that holds them is replaced by one
 with a gate, an up and a down projection for every expert, named as checkpoints on the hub name
-Qwen's. The router is no part of it and stays in 16 bits.
+Qwen's. The router is no part of it and stays in 16 bits. An expert that all tokens share (Qwen 2)
+has linears already, which are layers as any other; what weighs it is one row, and stays too.
 
 While a network is worked on, every expert runs on whole sequences in which the tokens that are not
-its own are zero. So its layers read [batch, length, in] as all others do, and hardly anything has
-to know of experts: a zero adds nothing to a gram, gradients there are zero because the router's
-share is, and every sum over a sequence stays what it is. The price is that the feed-forward halves
-take as many times the work as there are experts for each that a token has. A finished network runs
-each expert on its own tokens alone.
+its own are zero, and a shared one on the sequences as they are. So their layers read [batch,
+length, in] as all others do, and hardly anything has to know of experts: a zero adds nothing to a
+gram, gradients there are zero because the router's share is, and every sum over a sequence stays
+what it is. The price is that the feed-forward halves take as many times the work as there are
+experts for each that a token has. A finished network runs each expert on its own tokens alone.
 
 Routing is uneven, so some experts may see few calibration tokens. With fewer than `LEAST_TOKENS`
 a gram says more about those tokens than about the expert, and error compensation would fit the
@@ -33,7 +34,9 @@ from torch import Tensor, nn
 LEAST_TOKENS = 128
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 # Modules of transformers that hold experts as described above, of networks known here.
-EXPERT_CLASSES = ("Qwen3MoeExperts",)
+EXPERT_CLASSES = ("Qwen3MoeExperts", "Qwen2MoeExperts", "MixtralExperts")
+# Of the module that holds them, the name of an expert that all tokens share.
+SHARED = "shared_expert"
 
 
 class SplitExperts(nn.Module):
@@ -105,6 +108,19 @@ class SplitExperts(nn.Module):
 def note(block: Any, args: tuple[Tensor, ...]) -> None:
     """Hook before the module that has router and experts: the sequences that it gets."""
     block.experts.lengths = args[0].shape[:-1]
+    shared = getattr(block, SHARED, None)
+    if shared is not None:
+        shared.lengths = block.experts.lengths
+
+
+def as_sequences(shared: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Hook before a shared expert, which is called with [tokens, hidden]: the sequences."""
+    return (args[0].view(*shared.lengths, args[0].shape[-1]),)
+
+
+def as_tokens(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Hook behind it: [tokens, hidden] again."""
+    return output.flatten(0, -2)
 
 
 def split_experts(module: nn.Module, *, whole: bool) -> dict[str, nn.Module]:
@@ -122,7 +138,12 @@ def split_experts(module: nn.Module, *, whole: bool) -> dict[str, nn.Module]:
     }
     for name, one in found.items():
         module.set_submodule(name, _split(one, whole))
-        module.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(note)
+        parent = module.get_submodule(name.rpartition(".")[0])
+        parent.register_forward_pre_hook(note)
+        shared = getattr(parent, SHARED, None)
+        if shared is not None and whole:
+            shared.register_forward_pre_hook(as_sequences)
+            shared.register_forward_hook(as_tokens)
     return found
 
 
@@ -165,9 +186,18 @@ def _join(module: nn.Module, name: str, original: Any) -> None:
     original.gate_up_proj.data = torch.stack([torch.cat(pair) for pair in pairs])
     original.down_proj.data = torch.stack(weights[DOWN])
     module.set_submodule(name, original)
-    hooks = module.get_submodule(name.rpartition(".")[0])._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is note]:
-        del hooks[key]
+    parent = module.get_submodule(name.rpartition(".")[0])
+    for one in (parent, getattr(parent, SHARED, None)):
+        if one is not None:
+            _without_hooks(one)
+
+
+def _without_hooks(module: Any) -> None:
+    """Take away what `split_experts` hung on a module."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [k for k, hook in hooks.items() if hook in (note, as_sequences, as_tokens)]:
+            del hooks[key]
+    module.__dict__.pop("lengths", None)
 
 
 def routers(module: nn.Module) -> list[str]:

@@ -23,6 +23,8 @@ from quantforge.models.transposed import straighten, straightened
 WITHOUT_LINEARS = {
     "GPT2LMHeadModel": "its linears are stored transposed (Conv1D)",
     "Qwen3MoeForCausalLM": "its experts are stacked in one tensor",
+    "Qwen2MoeForCausalLM": "its experts are stacked in one tensor",
+    "MixtralForCausalLM": "its experts are stacked in one tensor",
 }
 
 

@@ -51,6 +51,21 @@ QWEN3_MOE = replace(
     folds=LLAMA.folds[:2],
     experts="mlp.experts",
 )
+MIXTRAL = replace(QWEN3_MOE, name="mixtral", classes=("MixtralForCausalLM",))
+# Beside the experts one that all tokens share, which runs before them.
+QWEN2_MOE = replace(
+    QWEN3_MOE,
+    name="qwen2_moe",
+    classes=("Qwen2MoeForCausalLM",),
+    stages=(
+        *LLAMA.stages[:2],
+        ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+        ("mlp.shared_expert.down_proj",),
+        *QWEN3_MOE.stages[2:],
+    ),
+    fused=(*QWEN3_MOE.fused, ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")),
+    folds=(*QWEN3_MOE.folds, ("mlp.shared_expert.up_proj", 3)),
+)
 # Norms behind both halves too, and each norm multiplies by one more than its weight, so a weight
 # cannot take up a factor; some blocks look back over a window (Gemma 3's with other rotary
 # frequencies).
@@ -122,5 +137,8 @@ PHI3 = replace(
     folds=(("input_layernorm", 0), ("post_attention_layernorm", 2)),
 )
 
-for _one in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, GRANITE, COHERE, PHI, PHI3):
+for _one in (
+    LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, QWEN2_MOE, GEMMA2, GEMMA3, GRANITE, COHERE,
+    PHI, PHI3,
+):  # fmt: skip
     ARCHITECTURES.register(_one.name)(_one)

@@ -34,6 +34,14 @@ CONFIGS = {
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **SHAPE, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
     ),
+    "mixtral": lambda: transformers.MixtralConfig(**SHAPE, num_local_experts=4),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **SHAPE,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **SHAPE, sliding_window=8, layer_types=WINDOWED, query_pre_attn_scalar=16
     ),
@@ -85,6 +93,7 @@ FOUND = {
     ),
 }
 EVERY = pytest.mark.parametrize("name", [*CONFIGS, *FOUND])
+MIXTURES = ("qwen3_moe", "mixtral", "qwen2_moe")
 LENGTH = 24
 QUICK = {
     "search.group_sizes": [16, -1], "search.bits": [2, 3, 4, 8], "quantize.tuning.steps": 4,
@@ -165,7 +174,7 @@ def test_gradients_taken_block_by_block_are_those_of_the_whole_network(name):
 @pytest.mark.parametrize(
     "name",
     [
-        *(one for one in CONFIGS if one not in ("gpt2", "qwen3_moe")),
+        *(one for one in CONFIGS if one not in ("gpt2", *MIXTURES)),
         "GPTNeoXForCausalLM",
         "MptForCausalLM",
     ],
@@ -222,13 +231,14 @@ def test_looking_finds_what_was_described(name):
     found = discover(module)
     shape = found.architecture
     assert (shape.blocks, shape.stages) == (known.blocks, known.stages)
-    if name not in ("cohere", "phi", "qwen3_moe"):  # servers fuse others than read one tensor
+    if name not in ("cohere", "phi", *MIXTURES):  # servers fuse others than read one tensor
         assert shape.fused == known.fused
     assert (shape.embedding, shape.final_norm, shape.head) == (
         known.embedding, known.final_norm, known.head,
     )  # fmt: skip
     assert shape.logit_form(module) == known.logit_form(module)
-    assert found.left_out == ()
+    # What weighs a shared expert is one row, read by tokens.
+    assert found.left_out == (("mlp.shared_expert_gate",) if name == "qwen2_moe" else ())
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -283,7 +293,7 @@ def test_what_becomes_of_the_logits_is_found_or_refused(entry, made, form):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (lambda: transformers.MixtralConfig(**SHAPE, num_local_experts=4),
+        (lambda: transformers.OlmoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2),
          "only 1.% of the weights of a block"),
         (lambda: transformers.BertConfig(**PLAIN), "takes no token ids"),
         (lambda: transformers.FalconConfig(

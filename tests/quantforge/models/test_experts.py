@@ -21,10 +21,11 @@ from quantforge.quantize.sequential import quantize_sequentially
 from quantforge.testing import markov_tokens, plan_of, train
 from quantforge.types import CalibrationSet, QuantSpec
 
-from .test_architectures import CONFIGS, LENGTH, QUICK, network
+from .test_architectures import CONFIGS, LENGTH, MIXTURES, QUICK, network
 
 NAME = "qwen3_moe"
 EXPERTS = 4
+EVERY = pytest.mark.parametrize("name", MIXTURES)
 
 
 @torch.no_grad()
@@ -46,30 +47,36 @@ def routed(module, tokens):
     return seen
 
 
+@EVERY
 @pytest.mark.parametrize("whole", [True, False])
-def test_split_experts_compute_the_same(whole):
-    module = network(NAME)
+def test_split_experts_compute_the_same(name, whole):
+    module = network(name)
     expected = logits(module)
     assert len(split_experts(module, whole=whole)) == 3
     assert torch.allclose(logits(module), expected, atol=1e-6)
 
 
-def test_what_the_linears_hold_comes_back():
-    module = network(NAME)
+@EVERY
+def test_what_the_linears_hold_comes_back(name):
+    module = network(name)
+    inner = module.model.layers[1].mlp.experts.down_proj.shape[2]
     own = dict(module.named_parameters())
     values = {name: tensor.clone() for name, tensor in own.items()}
     with experts_split(module):
         assert isinstance(module.model.layers[1].mlp.experts, SplitExperts)
         up = module.get_submodule("model.layers.1.mlp.experts.2.up_proj")
-        assert torch.equal(up.weight, values["model.layers.1.mlp.experts.gate_up_proj"][2, 32:])
+        assert torch.equal(up.weight, values["model.layers.1.mlp.experts.gate_up_proj"][2, inner:])
         up.weight.data = up.weight.data * 2
-    values["model.layers.1.mlp.experts.gate_up_proj"][2, 32:] *= 2
+    values["model.layers.1.mlp.experts.gate_up_proj"][2, inner:] *= 2
     found = dict(module.named_parameters())
     assert found.keys() == own.keys()
-    for name, tensor in found.items():
-        assert tensor is own[name]
-        assert torch.equal(tensor, values[name])
-    assert not module.model.layers[0].mlp._forward_pre_hooks
+    for path, tensor in found.items():
+        assert tensor is own[path]
+        assert torch.equal(tensor, values[path])
+    for one in module.model.layers[0].mlp.modules():
+        assert not one._forward_pre_hooks
+        assert not one._forward_hooks
+        assert "lengths" not in vars(one)
 
 
 def test_grams_are_of_an_experts_own_tokens_and_those_are_counted(monkeypatch):
@@ -102,12 +109,13 @@ def test_an_expert_that_no_token_reached_is_rounded_by_its_weights():
     assert torch.equal(gram, torch.eye(8))
 
 
-def test_weight_gradients_are_those_of_the_stacked_tensors():
-    raw, tokens = network(NAME), markov_tokens(3, LENGTH)
+@EVERY
+def test_weight_gradients_are_those_of_the_stacked_tensors(name):
+    raw, tokens = network(name), markov_tokens(3, LENGTH)
     output = raw(input_ids=tokens).logits
     target = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
     (output * target).sum().backward()
-    model = from_module(network(NAME))
+    model = from_module(network(name))
     model.module.requires_grad_(False)
 
     def head_gradient(rows, _states, head):
@@ -123,6 +131,11 @@ def test_weight_gradients_are_those_of_the_stacked_tensors():
     for index, block in enumerate(raw.model.layers):
         prefix, experts = f"model.layers.{index}", block.mlp.experts
         pairs = [(total[f"{prefix}.self_attn.q_proj"], block.self_attn.q_proj.weight.grad)]
+        if name == "qwen2_moe":
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                shared = block.mlp.shared_expert.get_submodule(part)
+                found = total[f"{prefix}.mlp.shared_expert.{part}"]
+                pairs.append((found, shared.weight.grad))
         for number in range(EXPERTS):
             parts = [total[f"{prefix}.mlp.experts.{number}.{one}_proj"] for one in ("gate", "up")]
             pairs.append((torch.cat(parts), experts.gate_up_proj.grad[number]))
@@ -175,10 +188,12 @@ def test_starved_experts_are_rounded_and_others_compensated(method, monkeypatch)
             assert not starved or f": {count} calibration tokens reached it" in one.report.note
 
 
-def test_mixed_bits_are_searched_written_read_and_announced(tmp_path, monkeypatch):
+@EVERY
+def test_mixed_bits_are_searched_written_read_and_announced(name, tmp_path, monkeypatch):
     for place in (capture, delivery):
         monkeypatch.setattr(place, "LEAST_TOKENS", 10_000)
-    module, folder = train(network(NAME), steps=30), tmp_path / "out"
+    module, folder = train(network(name), steps=30), tmp_path / "out"
+    inner, kind = module.model.layers[0].mlp.experts.down_proj.shape[2], type(module).__name__
     report = quantforge.quantize(
         module,
         budget="4bit",
@@ -188,14 +203,15 @@ def test_mixed_bits_are_searched_written_read_and_announced(tmp_path, monkeypatc
     )
     assert report.plan.stored_bits <= 4.0
     by_block = [set() for _ in range(3)]
-    for name, spec in report.plan.assignment.items():
-        if "experts" in name:
-            by_block[int(name.split(".")[2])].add(spec)
+    for layer, spec in report.plan.assignment.items():
+        if ".experts." in layer:
+            by_block[int(layer.split(".")[2])].add(spec)
     assert [len(specs) for specs in by_block] == [1, 1, 1]
-    assert len(report.plan.assignment) == 3 * (4 + 3 * EXPERTS)
+    shared = 3 if name == "qwen2_moe" else 0
+    assert len(report.plan.assignment) == 3 * (4 + shared + 3 * EXPERTS)
     assert len(set(report.plan.assignment.values())) > 1
     assert 0 < report.quality.kl < 1
-    said = "Qwen3MoeForCausalLM: its experts are stacked in one tensor; quantforge.load reads"
+    said = f"{kind}: its experts are stacked in one tensor; quantforge.load reads"
     assert any(line.startswith(said) for line in report.warnings)
     (starved,) = [line for line in report.warnings if "were rounded by their weights alone" in line]
     assert "fewer than 10000 calibration tokens reached" in starved
@@ -203,16 +219,21 @@ def test_mixed_bits_are_searched_written_read_and_announced(tmp_path, monkeypatc
     assert json.loads((folder / "quantforge.json").read_text())["stock_readable"] is False
     ignored = json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"]
     assert {f"model.layers.{block}.mlp.gate" for block in range(3)} <= set(ignored)
-    assert module.model.layers[0].mlp.experts.down_proj.shape == (EXPERTS, 64, 32)
+    weighed = {f"model.layers.{block}.mlp.shared_expert_gate" for block in range(3)}
+    assert weighed & set(ignored) == (weighed if shared else set())
+    assert module.model.layers[0].mlp.experts.down_proj.shape == (EXPERTS, 64, inner)
     assert torch.allclose(logits(quantforge.load(folder)), logits(module), atol=1e-5)
     (problem,) = quantforge.check(folder, server="transformers").problems
     assert "its experts are stacked in one tensor" in problem
     found = quantforge.check(folder, server="vllm").problems
     assert not any("stacked" in line or "different specs" in line for line in found)
+    other_names = [line for line in found if "by the names of the hub's checkpoints" in line]
+    assert len(other_names) == (name == "mixtral")
 
 
-def test_a_folder_gives_the_original_s_logits(tmp_path):
-    module = network(NAME)
+@EVERY
+def test_a_folder_gives_the_original_s_logits(name, tmp_path):
+    module = network(name)
     module.save_pretrained(tmp_path)
     loaded = load_model(resolve_source(str(tmp_path))).module
     assert isinstance(loaded.model.layers[0].mlp.experts, SplitExperts)
