@@ -161,10 +161,11 @@ class _Block:
             weight = first_weight(floats[path], start[path], config.start)
             return TrainedLinear(start[path], weight, QUANTIZERS[config.quantizer], bias)
 
+        # of the codes in the block: training may start from others (`start: float`)
+        best, least = dict(start), self._held_out_error()
         with frozen(self.block), stand_ins(self.block, start, stand_in) as layers:
             schedules = Schedules(layers, config, {})
             optimizer = OPTIMIZERS[config.optimizer](parameter_groups(layers, [], config), config)
-            best, least = dict(start), self._held_out_error()
             order: list[int] = []
             every = -(-config.block_steps // CHECKS)
             for step in range(config.block_steps):

@@ -115,15 +115,16 @@ class TrainedLinear(nn.Module):
         self._soft = self._used = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., out], in the dtype of the products."""
+        """[..., out], in the dtype of the products that surround it."""
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         weight = self._used
         if weight is None:
-            kind = x.device.type
-            autocast = torch.is_autocast_enabled(kind)
-            dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
             with torch.no_grad():
                 weight = self._quantized(HARD, dtype)
-        return functional.linear(x, weight, self.bias)
+        # what is measured on the way may have other products than training
+        return functional.linear(x, weight.to(dtype), self.bias)
 
     @torch.no_grad()
     def finish(self) -> QuantizedWeight:

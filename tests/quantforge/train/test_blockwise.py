@@ -45,6 +45,14 @@ def test_the_start_is_kept_where_nothing_nearer_comes(case):
         assert torch.equal(weight.scale, case.weights[name].scale)
 
 
+def test_the_start_is_kept_where_training_starts_from_worse(case):
+    """From the float weights a block starts at their rounding, which may be the worse one."""
+    case.weights = run(case)
+    made = run(case, start="float", weight_rate=1e-6, scale_rate=0.0, block_steps=2)
+    for name, weight in made.items():
+        assert torch.equal(weight.codes, case.weights[name].codes)
+
+
 def test_a_broken_run_goes_on_to_the_same_bits(case, tmp_path):
     whole = run(case, block_steps=6)
     case.put(case.weights)
