@@ -196,7 +196,7 @@ class _Run:
             if progress.step % every == 0 or progress.step == steps:
                 self._measure(progress, math.fsum(losses) / len(losses), place, best)
                 losses.clear()
-                message = f"held-out KL {progress.points[-1].kl:.4f}"
+                message = f"held-out loss {progress.points[-1].kl:.4f}"
                 if share.main:
                     write_state(self.journal, progress, parameters, self.optimizer, generator)
             self.monitor.step(STAGE, progress.step, steps, message)

@@ -123,7 +123,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path):
     assert messages[4] == "resumed at step 5 of 12"
     assert messages[3] == messages[0]
     assert messages[5:] == messages[1:3]
-    assert all(message.startswith("held-out KL 0.0") for message in messages[:4])
+    assert all(message.startswith("held-out loss 0.0") for message in messages[:4])
     assert hashes(tmp_path / "whole") == hashes(tmp_path / "broken")
 
 
