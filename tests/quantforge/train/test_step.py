@@ -72,7 +72,7 @@ def test_three_steps_are_adamws_of_clipped_gradients_at_the_schedules_rates(
                     mean = means[index] / (1 - betas[0] ** (step + 1))
                     square = squares[index] / (1 - betas[1] ** (step + 1))
                     parameter.mul_(1 - rate * base[index] * decays[index])
-                    parameter -= rate * base[index] * mean / (square.sqrt() + 1e-8)
+                    parameter.sub_(rate * base[index] * mean / (square.sqrt() + 1e-8))
         for index, parameter in enumerate(objective.parameters):
             off = (entry.tensors[f"parameter.{index}"] - parameter.detach()).abs()
             # clipping has another epsilon, and AdamW another order of its sums
