@@ -97,6 +97,7 @@ def convert(
     if layout not in FORMATS:
         raise UsageError(f"unknown layout {layout!r}; known: {', '.join(FORMATS)}")
     opened, monitor = open_checkpoint(checkpoint), Monitor(progress=progress, cancel=cancel)
+    _refuse_levels(opened)
     if layout == "gguf":
         return convert_gguf(
             opened, Path(output), source=str(checkpoint), force=force, monitor=monitor
@@ -132,6 +133,13 @@ def _belongs(file: Path) -> bool:
     """Whether a file of the source goes into the output as it is; pickled weights do not."""
     weights = file.suffix == ".safetensors" or any(file.match(pattern) for pattern in PICKLED)
     return file.name not in _LEFT and not weights
+
+
+def _refuse_levels(opened: Checkpoint) -> None:
+    """Other layouts have uniform grids."""
+    for name, spec in opened.specs().items():
+        if spec.grid != "uniform":
+            raise InputError(f"{name} is {spec}: no other layout is written of {spec.grid} weights")
 
 
 def _refuse_without_linears(opened: Checkpoint) -> None:

@@ -372,6 +372,11 @@ def loading_warnings(job: Job, plan: BitPlan) -> list[str]:
     found = []
     if lacks := class_obstacle(job):
         found.append(f"{type(job.model.module).__name__}: {lacks}; {only}")
+    names = [n for n, s in plan.assignment.items() if s is not None and s.grid != "uniform"]
+    if names:
+        spec = plan.assignment[names[0]]
+        own = "they are stored in quantforge's own format, and stock loaders refuse the folder"
+        found.append(f"{len(names)} layers are {spec}, first {names[0]}: {own}")
     names = asymmetric_layers(plan)
     if names:
         found.append(f"{len(names)} layers are asymmetric, first {names[0]}: {only}")

@@ -43,6 +43,7 @@ def require_answerable(model: Model, recipe: Recipe, limit: Budget | None) -> No
     refused = {
         "calibrate.estimator=empirical-fisher": recipe.calibrate.estimator == "empirical-fisher",
         "training.cross_entropy": training.cross_entropy > 0,
+        "training.teacher_top_k": training.teacher_top_k > 0,
         "training.optimizer=sophia": training.on and training.optimizer == "sophia",
     }
     for name, asked in refused.items():

@@ -20,7 +20,7 @@ from quantforge.latency import latency_model
 from quantforge.load.huggingface import described, from_module
 from quantforge.load.text import calibration_set, from_batches
 from quantforge.loading import load_source
-from quantforge.plan_file import GivenPlan, read_assignment, read_fixed
+from quantforge.plan_file import GivenPlan, read_assignment, read_fixed, require_grids
 from quantforge.planning import loadable_vocabulary, require_reachable, require_split
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe, Target, compose, resolve_target
@@ -145,6 +145,7 @@ def open_job(
     else:
         layers = (*loaded.layers, *matrices)
         given = read_assignment(plan, layers, independent=recipe.search.independent)
+        require_grids(given, layers, recipe.search)
         vocabulary = given_candidates(matrices, given, read_fixed(plan), recipe.embeddings)
         given |= {layer.name: specs[0] for layer, specs in vocabulary.items() if specs}
     if limit is not None:

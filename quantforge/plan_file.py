@@ -16,7 +16,8 @@ from typing import Any
 from quantforge.errors import InputError
 from quantforge.files import parse_json
 from quantforge.format.manifest import KEPT
-from quantforge.types import BitPlan, LayerInfo, QuantSpec
+from quantforge.search.config import SearchConfig
+from quantforge.types import PER_TENSOR, BitPlan, LayerInfo, QuantSpec
 
 _FIELDS = (
     "assignment", "budget", "stored_bits", "code_bits", "predicted_loss", "solver", "fixed", "gap",
@@ -60,6 +61,34 @@ def read_assignment(
     if fault is not None:
         raise InputError(fault)
     return {one.name: _spec(written[one.name]) for one in layers if one.name in written}
+
+
+def require_grids(
+    given: Mapping[str, QuantSpec | None], layers: Sequence[LayerInfo], config: SearchConfig
+) -> None:
+    """Blocks have the kind of grid that the recipe, whose other options fit it, is about.
+
+    Args:
+        given: the assignment.
+        layers: of the network.
+        config: says which.
+
+    Raises:
+        InputError: a layer has another, or one scale in all where rows are fitted one by one.
+    """
+    for layer in layers:
+        spec = given.get(layer.name)
+        if spec is None or layer.outside:
+            continue
+        if spec.grid != config.grid:
+            raise InputError(
+                f"{layer.name} is {spec}, but search.grid is {config.grid}: the quantized layers "
+                f"of the blocks have one kind of grid; set search.grid={spec.grid}"
+            )
+        if spec.group_size == PER_TENSOR and PER_TENSOR not in config.group_sizes:
+            raise InputError(
+                f"{layer.name} is {spec}: one scale a matrix needs search.group_sizes=[0]"
+            )
 
 
 def read_fixed(plan: GivenPlan) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from quantforge.quantize.config import QuantizeConfig
 from quantforge.search.budget import Budget
 from quantforge.search.config import EmbeddingsConfig, SearchConfig
 from quantforge.train.config import TrainingConfig
+from quantforge.types import PER_TENSOR
 
 _PACKAGE = Path(__file__).resolve().parent
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -101,6 +102,26 @@ class Recipe(Config):
             raise ValueError(
                 "quantize.rounding.share needs a plan that was searched: it goes by predicted "
                 "losses; leave it at 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _grids_fit_or_refused(self) -> Self:
+        """What is of ternary grids alone, and what would give rows a scale of their own."""
+        grid, quantize = self.search.grid, self.quantize
+        if quantize.grid == "absmean" and grid != "ternary":
+            raise ValueError("quantize.grid absmean is of ternary grids: add search.grid=ternary")
+        if self.training.quantizer == "absmean" and quantize.grid != "absmean":
+            raise ValueError(
+                "training.quantizer absmean trains ternary weights at their mean |w|: add "
+                "search.grid=ternary and quantize.grid=absmean"
+            )
+        if PER_TENSOR in self.search.group_sizes and (
+            quantize.method != "rtn" or quantize.rounding.steps or quantize.tuning.steps
+        ):
+            raise ValueError(
+                "one scale a matrix (search.group_sizes=[0]) needs quantize.method=rtn, "
+                "quantize.rounding.steps=0 and quantize.tuning.steps=0: those fit rows one by one"
             )
         return self
 

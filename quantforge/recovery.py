@@ -17,6 +17,7 @@ from quantforge.calibrate.evidence import Evidence
 from quantforge.capture import product_dtype
 from quantforge.errors import InputError
 from quantforge.journal import Journal
+from quantforge.load.batches import token_digest
 from quantforge.methods.temperature import temperature_multipliers
 from quantforge.models import Head, Model, Output
 from quantforge.progress import Monitor
@@ -28,7 +29,7 @@ from quantforge.train.blockwise import BlockwiseTask, train_blocks
 from quantforge.train.config import TrainingConfig
 from quantforge.train.loop import Task, Trained, train
 from quantforge.train.parallel import Share
-from quantforge.train.teacher import HiddenTeacher
+from quantforge.train.teacher import HiddenTeacher, Teacher, top_teacher
 from quantforge.types import QuantizedWeight
 
 
@@ -146,7 +147,7 @@ class Recovery:
             weights=weights,
             originals=originals.pop,
             tokens=self.tokens,
-            teacher=HiddenTeacher(hidden=self._hidden(), head=self._teachers_head(config)),
+            teacher=self._teacher(config),
             measure=self.measure,
             multipliers=multipliers,
         )
@@ -171,6 +172,15 @@ class Recovery:
             self._undone("training")
         self.notes += [one for one in (note, self.outcome.note) if one]
         return _with_weights(layers, kept)
+
+    def _teacher(self, config: TrainingConfig) -> Teacher:
+        """The float network on the tokens that are trained on."""
+        whole = HiddenTeacher(hidden=self._hidden(), head=self._teachers_head(config))
+        k, folder = config.teacher_top_k, self.journal.folder
+        if k == 0:
+            return whole
+        path = None if folder is None else folder / f"teacher-{k}.safetensors"
+        return top_teacher(whole, k, path, token_digest(self.tokens))
 
     def _hidden(self) -> Tensor:
         """What enters the float network's head."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantforge.types import BitPlan, QuantizedWeight, QuantSpec
+from quantforge.types import PER_TENSOR, BitPlan, QuantizedWeight, QuantSpec
 
 
 def tiny_llama(
@@ -140,11 +140,13 @@ def random_weight(
 ) -> QuantizedWeight:
     """A weight of random codes, with scales of both signs that give values of about ±0.1."""
     generator = torch.Generator().manual_seed(seed)
-    groups, top = spec.groups(in_features), 1 << spec.bits
+    groups, top = spec.groups(in_features), spec.top + 1
     codes = torch.randint(top, (out_features, in_features), generator=generator)
     magnitude = 0.05 + 0.1 * torch.rand(out_features, groups, generator=generator)
     sign = torch.randint(2, (out_features, groups), generator=generator) * 2 - 1
     zero = torch.randint(top, (out_features, groups), generator=generator).to(torch.uint8)
+    if spec.group_size == PER_TENSOR:
+        magnitude, sign = (x[:1].expand_as(x) for x in (magnitude, sign))
     return QuantizedWeight(
         codes=codes.to(torch.uint8),
         scale=(2 * magnitude * sign / top).to(torch.bfloat16),

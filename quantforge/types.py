@@ -16,7 +16,14 @@ from torch import Tensor
 SCALE_BITS = 16
 KEPT_BITS = 16
 PER_CHANNEL = -1
+PER_TENSOR = 0
 SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8)
+
+# "uniform": 2^bits levels, one more below 0 than above. "ternary": −1, 0 and 1; five codes a byte.
+# "balanced": −3/2, −1/2, 1/2 and 3/2, two bits. The latter two are of our own format alone.
+Grid = Literal["uniform", "ternary", "balanced"]
+LEVEL_GRIDS: tuple[Grid, ...] = ("ternary", "balanced")
+TERNARY_A_BYTE = 5  # 3^5 = 243
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -26,18 +33,25 @@ class QuantSpec:
     A layer left alone has no spec (`None` in a plan), not a 16-bit one.
 
     Attributes:
-        bits: width of a code, 2..8.
-        group_size: weights of a row that share a scale; -1 for the whole row (per channel).
-        symmetric: codes are centred on `2**(bits-1)` and no zero-point is stored.
+        bits: width of a code, 2..8; 2 for the grids that are not uniform.
+        group_size: weights of a row that share a scale; -1 for the whole row (per channel), 0 for
+            the whole matrix (per tensor), which uniform grids do not have.
+        symmetric: codes are centred on `middle` and no zero-point is stored.
+        grid: which levels there are.
     """
 
     bits: int
     group_size: int = PER_CHANNEL
     symmetric: bool = True
+    grid: Grid = "uniform"
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
             raise ValueError(f"bits must be one of {SUPPORTED_BITS}, got {self.bits}")
+        if self.grid != "uniform" and (self.bits != 2 or not self.symmetric):
+            raise ValueError(f"a {self.grid} grid has codes of 2 bits and no zero-points")
+        if self.group_size == PER_TENSOR and self.grid in LEVEL_GRIDS:
+            return
         if self.group_size != PER_CHANNEL and self.group_size < 1:
             raise ValueError(f"group_size must be positive or -1, got {self.group_size}")
 
@@ -46,15 +60,16 @@ class QuantSpec:
 
         A single group is the per-channel case, which has its own spelling.
         """
-        if self.group_size == PER_CHANNEL:
+        if self.group_size in (PER_CHANNEL, PER_TENSOR):
             return True
         return in_features % self.group_size == 0 and in_features > self.group_size
 
     def groups(self, in_features: int) -> int:
-        """Scales a row."""
+        """Scales a row; that of a whole matrix is in every row."""
         if not self.divides(in_features):
             raise ValueError(f"{self} does not divide a row of {in_features} weights")
-        return 1 if self.group_size == PER_CHANNEL else in_features // self.group_size
+        one = self.group_size in (PER_CHANNEL, PER_TENSOR)
+        return 1 if one else in_features // self.group_size
 
     def width(self, in_features: int) -> int:
         """Weights that share one scale."""
@@ -62,36 +77,65 @@ class QuantSpec:
 
     def stored_bits(self, out_features: int, in_features: int) -> int:
         """Codes + 16-bit scales + zero-points of one weight matrix, in bits (design: budgets)."""
+        if self.grid != "uniform":
+            scales = 1 if self.group_size == PER_TENSOR else out_features * self.groups(in_features)
+            return 8 * out_features * self.row_bytes(in_features) + SCALE_BITS * scales
         zero_bits = 0 if self.symmetric else self.bits
         a_row = in_features * self.bits + self.groups(in_features) * (SCALE_BITS + zero_bits)
         return out_features * a_row
 
+    def row_bytes(self, in_features: int) -> int:
+        """Bytes of a row's codes on a ternary or balanced grid."""
+        return -(-in_features // (TERNARY_A_BYTE if self.grid == "ternary" else 4))
+
+    @property
+    def top(self) -> int:
+        """Largest code."""
+        return 2 if self.grid == "ternary" else (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> float:
+        """The code that means 0 without zero-points; between two codes on a balanced grid."""
+        return self.top / 2 if self.grid != "uniform" else float(1 << (self.bits - 1))
+
+    @property
+    def code_bits(self) -> float:
+        """Bits that a code takes in the file."""
+        return 8 / TERNARY_A_BYTE if self.grid == "ternary" else float(self.bits)
+
     @property
     def code_min(self) -> int:
-        """Smallest signed code of the symmetric grid."""
+        """Smallest signed code of the symmetric uniform grid."""
         return -(1 << (self.bits - 1))
 
     @property
     def code_max(self) -> int:
-        """Largest signed code of the symmetric grid."""
+        """Largest signed code of the symmetric uniform grid."""
         return (1 << (self.bits - 1)) - 1
 
     def __str__(self) -> str:
-        grouping = "pc" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
-        return f"{self.bits}b-{grouping}" + ("" if self.symmetric else "-asym")
+        grouping = {PER_CHANNEL: "pc", PER_TENSOR: "pt"}.get(self.group_size, f"g{self.group_size}")
+        width = f"{self.bits}b" if self.grid == "uniform" else self.grid
+        return f"{width}-{grouping}" + ("" if self.symmetric else "-asym")
 
     @classmethod
     def parse(cls, text: str) -> QuantSpec:
-        """Inverse of `str`: "3b-g64", "4b-pc", "2b-g64-asym".
+        """Inverse of `str`: "3b-g64", "4b-pc", "2b-g64-asym", "ternary-pt", "balanced-g64".
 
         Raises:
             ValueError: the text has another form.
         """
-        match = re.fullmatch(r"(\d+)b-(pc|g(\d+))(-asym)?", text)
+        match = re.fullmatch(r"(?:(\d+)b|(ternary|balanced))-(pc|pt|g(\d+))(-asym)?", text)
         if match is None:
             raise ValueError(f"not a spec: {text!r}; expected e.g. '3b-g64' or '4b-pc'")
-        group = PER_CHANNEL if match[2] == "pc" else int(match[3])
-        return cls(int(match[1]), group, match[4] is None)
+        group = {"pc": PER_CHANNEL, "pt": PER_TENSOR}.get(match[3])
+        size = int(match[4]) if group is None else group
+        if group is None and size == 0:
+            raise ValueError(f"group_size must be positive or -1, got {size}")
+        grid = next((one for one in LEVEL_GRIDS if one == match[2]), None)
+        if grid is None:
+            return cls(int(match[1]), size, match[5] is None)
+        return cls(2, size, match[5] is None, grid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,11 +178,11 @@ class QuantizedWeight:
     """A weight matrix as integers and scales.
 
     The weight is `(codes - zero) * scale` formed in the dtype the model is loaded in; a symmetric
-    weight has the constant zero `2**(bits-1)` and stores none. Scales may be negative.
+    weight has the constant zero `spec.middle` and stores none. Scales may be negative.
 
     Attributes:
-        codes: [out, in] uint8, 0 .. 2**bits - 1.
-        scale: [out, groups] bfloat16 or float16.
+        codes: [out, in] uint8, 0 .. `spec.top`.
+        scale: [out, groups] bfloat16 or float16; the same in every row where a spec is per tensor.
         zero: [out, groups] uint8, or None when symmetric.
         spec: width and grouping.
     """
@@ -161,9 +205,13 @@ class QuantizedWeight:
             raise ValueError("a symmetric weight stores no zero, an asymmetric one must")
 
     def centre(self) -> Tensor:
-        """The codes that mean 0: int16 [out, groups, 1], or [] the middle one of all groups."""
+        """The codes that mean 0: int16 [out, groups, 1], or [] the middle one of all groups.
+
+        On a balanced grid that is float32 and between two codes.
+        """
         if self.zero is None:
-            return torch.full((), -self.spec.code_min, dtype=torch.int16, device=self.codes.device)
+            kind = torch.float32 if self.spec.grid == "balanced" else torch.int16
+            return torch.full((), self.spec.middle, dtype=kind, device=self.codes.device)
         return self.zero.to(torch.int16).unsqueeze(-1)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

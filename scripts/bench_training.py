@@ -289,7 +289,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
     parser.add_argument("--speed-spec", default="3b-g64", help="grid of the timed network")
     options = parser.parse_args(argv)
-    job = opened(options, json.loads(options.settings))
+    settings = json.loads(options.settings)
+    if options.tokens:  # so that what training reads is measured, with scales untuned too
+        training = {"minutes": 0, "tokens": options.tokens, **json.loads(options.training)}
+        settings |= {"training": training}
+    job = opened(options, settings)
     found: dict[str, Any] = {"torch": torch.__version__, "speed": None, "variants": {}}
     with ExitStack() as stack:
         measured = stack.enter_context(job.measure(fresh=options.fresh))

@@ -160,6 +160,7 @@ def column_loop(
     pull: float = 0.0,
     pull_form: PullForm = "C",
     first: Tensor | None = None,
+    top: int | None = None,
     native_code: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Quantize column by column, pushing each column's error onto the columns still to come.
@@ -180,6 +181,7 @@ def column_loop(
         pull: FOEM's β; in form A in units of the gram.
         pull_form: which of FOEM's rules, see the module's header.
         first: [out] float32, what the code of the first column is chosen for; None is its weight.
+        top: the largest code, where that is not 2^bits − 1; zero-points, whole or not, go with it.
         native_code: use the C++ version where it can be built.
 
     Returns:
@@ -191,13 +193,13 @@ def column_loop(
     if library is None:
         return column_loop_reference(
             weight, upper, order, scale, bits=bits, width=width, zero=zero, original=original,
-            mismatch=mismatch, pull=pull, pull_form=pull_form, first=first,
+            mismatch=mismatch, pull=pull, pull_form=pull_form, first=first, top=top,
         )  # fmt: skip
     kept = weight if original is None else original
     needed = kept if (mismatch is not None or pull != 0.0) else None
     return _column_loop_native(
         library, weight, needed, upper, mismatch, scale, zero, first,
-        order=order, bits=bits, width=width, pull=pull,
+        order=order, bits=bits, width=width, pull=pull, top=top,
     )  # fmt: skip
 
 
@@ -209,6 +211,7 @@ def _column_loop_native(
     bits: int,
     width: int,
     pull: float,
+    top: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The C++ loop; `tensors` are original, upper, mismatch, scale, zero and first, as it wants."""
     rows, columns = weight.shape
@@ -224,7 +227,8 @@ def _column_loop_native(
         _pointer(order),
         *[_pointer(t) for t in held[2:]],
         ctypes.c_int64(width),
-        ctypes.c_int(bits),
+        ctypes.c_float((1 << bits) - 1 if top is None else top),
+        ctypes.c_float(1 << (bits - 1)),
         ctypes.c_float(pull),
         ctypes.c_int(torch.get_num_threads()),
         _pointer(codes),
@@ -247,6 +251,7 @@ def column_loop_reference(
     pull: float = 0.0,
     pull_form: PullForm = "C",
     first: Tensor | None = None,
+    top: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`column_loop` in plain torch, one column at a time: the definition, in the weight's dtype."""
     rows, columns = weight.shape
@@ -254,7 +259,7 @@ def column_loop_reference(
     fixed = latent.clone() if original is None else original[:, order].T.contiguous()
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     loss = torch.zeros(rows, dtype=torch.float64, device=weight.device)
-    top, centre = float((1 << bits) - 1), float(1 << (bits - 1))
+    top, centre = (1 << bits) - 1 if top is None else top, float(1 << (bits - 1))
     for j, column in enumerate(order.tolist()):
         if j > 0 and pull_form == "C":
             latent[j] -= pull * (latent[j] - fixed[j])

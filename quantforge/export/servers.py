@@ -55,6 +55,7 @@ class ServerRule:
         head: it loads a quantized head of its own.
         slices: it knows tensor parallelism.
         gguf: it reads GGUF files, which `convert` makes of this form; a type must hold every layer.
+        levels: it reads ternary and balanced grids, which are in our own format.
         refuses: classes of networks for whose layers it has no packed ones.
         renames: classes of networks whose layers it knows by other names than transformers does,
             which are those of our folders.
@@ -71,6 +72,7 @@ class ServerRule:
     head: bool = False
     slices: bool = True
     gguf: bool = False
+    levels: bool = False
     refuses: tuple[str, ...] = tuple(WITHOUT_LINEARS)
     renames: tuple[str, ...] = ()
 
@@ -96,6 +98,7 @@ _RULES = (
     ServerRule(
         name="quantforge.load",
         fuses=False,
+        levels=True,
         embedding_bits=SUPPORTED_BITS,
         tied=True,
         head=True,
@@ -136,7 +139,9 @@ def refusal(rule: ServerRule, layer: LayerInfo, spec: QuantSpec | None, parts: i
     outputs, inputs, why = _slice(layer, parts)
     if why or spec is None:
         return why
-    if spec.group_size != PER_CHANNEL and inputs % spec.group_size:
+    if spec.grid != "uniform" and not rule.levels:
+        return f"it reads no {spec.grid} grids, which are in quantforge's own format"
+    if spec.group_size > 0 and inputs % spec.group_size:
         return f"groups of {spec.group_size} do not divide a slice of {inputs} inputs"
     for side, count in (("inputs", inputs), ("outputs", outputs)):
         if count % rule.multiple:
@@ -271,6 +276,10 @@ def _judge(
     config: Mapping[str, Any],
 ) -> ServerSupport:
     specs = {spec for spec in assignment.values() if spec is not None}
+    others = sorted({spec.grid for spec in specs if spec.grid != "uniform"})
+    if others and not rule.levels:
+        why = f"reads no {' or '.join(others)} grids, which are in quantforge's own format"
+        return ServerSupport(name=rule.name, loads=False, why=why)
     refused = sorted({spec.bits for spec in specs} - set(rule.bits))
     if refused:
         why = f"loads {_listed(rule.bits)} bits, the plan has {_listed(refused)}"

@@ -113,6 +113,12 @@ class CheckpointWriter:
         both = sorted(self._ignore & set(self._specs))
         if both:
             raise ValueError(f"{both[0]} is both quantized and ignored")
+        levels = [name for name, spec in self._specs.items() if spec.grid != "uniform"]
+        if levels and self._stock_readable:
+            raise UsageError(
+                f"{levels[0]} is {self._specs[levels[0]]}, which only quantforge loads; use a "
+                "uniform grid, or allow a checkpoint of our own format"
+            )
         asymmetric = [name for name, spec in self._specs.items() if not spec.symmetric]
         if asymmetric and self._stock_readable:
             raise UsageError(

@@ -55,8 +55,8 @@ class Checkpoint:
                 "quantize` makes one of it"
             )
         specs = compressed.specs_from_config(self.config)
-        ending = f".{compressed.PACKED}"
-        packed = {name.removesuffix(ending) for name in self.entries if name.endswith(ending)}
+        endings = tuple(f".{suffix}" for suffix in (compressed.PACKED, compressed.LEVELS))
+        packed = {name.rpartition(".")[0] for name in self.entries if name.endswith(endings)}
         for name in sorted(packed ^ set(specs)):
             problem = "has no group in config.json" if name in packed else "has no packed weight"
             raise InputError(f"{self.folder}: {name} {problem}; the checkpoint is incomplete")
@@ -64,7 +64,10 @@ class Checkpoint:
 
     def layer_entries(self, name: str) -> dict[str, TensorEntry]:
         """The entries `<name>.weight_*` of one quantized layer, by suffix."""
-        suffixes = (compressed.PACKED, compressed.SCALE, compressed.SHAPE, compressed.ZERO_POINT)
+        suffixes = (
+            compressed.PACKED, compressed.LEVELS, compressed.SCALE, compressed.SHAPE,
+            compressed.ZERO_POINT,
+        )  # fmt: skip
         found = {suffix: self.entries.get(f"{name}.{suffix}") for suffix in suffixes}
         return {suffix: entry for suffix, entry in found.items() if entry is not None}
 
@@ -178,12 +181,13 @@ def read_shape(
         InputError: it is not stored, does not fit the spec, or the codes are of another shape.
     """
     entries = checkpoint.layer_entries(name)
-    for suffix in (compressed.SHAPE, compressed.PACKED):
+    codes = compressed.codes_suffix(spec)
+    for suffix in (compressed.SHAPE, codes):
         if suffix not in entries:
             raise InputError(f"{checkpoint.folder}: {name} has no {suffix}")
     shape = compressed.layer_shape(name, reader.load(entries[compressed.SHAPE]), spec)
-    stored = entries[compressed.PACKED].shape
-    wanted = compressed.stored_shapes(*shape, spec)[compressed.PACKED][1]
+    stored = entries[codes].shape
+    wanted = compressed.stored_shapes(*shape, spec)[codes][1]
     if stored != wanted:
         raise InputError(f"{checkpoint.folder}: {name} has codes of {stored}, expected {wanted}")
     return shape

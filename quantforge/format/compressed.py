@@ -6,6 +6,12 @@ For a linear `P` of [out, in] weights with codes of b bits: `P.weight_packed` in
 the spec is asymmetric, `P.weight_zero_point` int32 [ceil(out*b/32), groups] the zero-points packed
 along the columns. The signed code of the format is ours minus `2**(b-1)`, for zero-points too.
 
+Ternary and balanced weights (`levels`) are not of that format. `P.weight_levels` uint8 holds their
+codes in the place of `weight_packed`, `P.weight_scale` is [1, 1] where one scale serves the whole
+matrix, and all other layers are stored as above. Where there is one, config.json names a format and
+types of weights of our own. The method stays, for loaders that know it read the types and refuse
+these, while transformers passes over a method that it does not know and makes up the weights.
+
 config.json lists one group per distinct spec with the exact names of its layers; patterns and class
 names are refused when reading because different readers give them different precedence.
 """
@@ -20,14 +26,28 @@ from quantforge_kernels.layout import pack, packed_words, unpack
 from torch import Tensor
 
 from quantforge.errors import InputError
-from quantforge.types import PER_CHANNEL, SUPPORTED_BITS, QuantizedWeight, QuantSpec
+from quantforge.format.levels import pack_levels, unpack_levels
+from quantforge.types import (
+    LEVEL_GRIDS,
+    PER_CHANNEL,
+    PER_TENSOR,
+    SUPPORTED_BITS,
+    Grid,
+    QuantizedWeight,
+    QuantSpec,
+)
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
+# Of checkpoints with ternary or balanced weights; the version is of the layout of these.
+OWN_FORMAT = "quantforge-levels"
+OWN_VERSION = 1
+OWN_TYPES: Mapping[str, Grid] = {f"quantforge-{grid}": grid for grid in LEVEL_GRIDS}
 # The first release that packs 3, 5, 6 and 7 bits densely; older readers decode those wrongly.
 FORMAT_VERSION = "0.17.0"
 
 PACKED = "weight_packed"
+LEVELS = "weight_levels"
 SCALE = "weight_scale"
 SHAPE = "weight_shape"
 ZERO_POINT = "weight_zero_point"
@@ -38,15 +58,26 @@ _UNCHANGED_WIDTHS = (2, 4, 8)  # packed alike by every release
 
 def to_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors that store `weight`, by suffix, in the order they are written."""
-    out_features, in_features = weight.codes.shape
+    spec, scale = weight.spec, weight.scale
+    if spec.group_size == PER_TENSOR:
+        if not torch.equal(scale, scale[:1].expand_as(scale)):
+            raise ValueError(f"{spec} has one scale, the weight has several")
+        scale = scale[:1]
+    uniform = spec.grid == "uniform"
+    codes = pack(weight.codes, spec.bits) if uniform else pack_levels(weight.codes, spec)
     tensors = {
-        PACKED: pack(weight.codes, weight.spec.bits),
-        SCALE: weight.scale.contiguous(),
-        SHAPE: torch.tensor([out_features, in_features], dtype=torch.int64),
+        codes_suffix(spec): codes,
+        SCALE: scale.contiguous(),
+        SHAPE: torch.tensor(weight.codes.shape, dtype=torch.int64),
     }
     if weight.zero is not None:
         tensors[ZERO_POINT] = pack(weight.zero.t().contiguous(), weight.spec.bits).t().contiguous()
     return tensors
+
+
+def codes_suffix(spec: QuantSpec) -> str:
+    """The suffix under which a weight's codes are stored."""
+    return PACKED if spec.grid == "uniform" else LEVELS
 
 
 def stored_shapes(
@@ -54,9 +85,13 @@ def stored_shapes(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of what `to_tensors` gives for a weight of this shape, in its order."""
     groups = spec.groups(in_features)
+    codes = torch.int32, (out_features, packed_words(in_features, spec.bits))
+    if spec.grid != "uniform":
+        codes = torch.uint8, (out_features, spec.row_bytes(in_features))
+    rows = 1 if spec.group_size == PER_TENSOR else out_features
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        PACKED: (torch.int32, (out_features, packed_words(in_features, spec.bits))),
-        SCALE: (torch.bfloat16, (out_features, groups)),
+        codes_suffix(spec): codes,
+        SCALE: (torch.bfloat16, (rows, groups)),
         SHAPE: (torch.int64, (2,)),
     }
     if not spec.symmetric:
@@ -77,14 +112,23 @@ def from_tensors(name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> Q
             requires, or a padding bit is set.
     """
     out_features, in_features = check_tensors(name, tensors, spec)
-    codes = unpack(tensors[PACKED].contiguous(), spec.bits, in_features)
-    if not torch.equal(pack(codes, spec.bits), tensors[PACKED]):
+    stored = tensors[codes_suffix(spec)].contiguous()
+    if spec.grid == "uniform":
+        codes = unpack(stored, spec.bits, in_features)
+        again = pack(codes, spec.bits)
+    else:
+        codes = unpack_levels(stored, spec, in_features)
+        again = pack_levels(codes, spec)
+    if not torch.equal(again, stored):
         raise InputError(
-            f"{name}.{PACKED} has set bits beyond the end of a row; the file is damaged"
+            f"{name}.{codes_suffix(spec)} has set bits beyond the end of a row; the file is damaged"
         )
+    scale = tensors[SCALE]
+    if spec.group_size == PER_TENSOR:
+        scale = scale.expand(out_features, 1)
     return QuantizedWeight(
         codes=codes,
-        scale=tensors[SCALE].contiguous(),
+        scale=scale.contiguous(),
         zero=unpack_zero(tensors, spec, out_features),
         spec=spec,
     )
@@ -103,19 +147,16 @@ def check_tensors(name: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> 
     Raises:
         InputError: see `from_tensors`; padding bits are not looked at.
     """
-    wanted = {PACKED, SCALE, SHAPE} | (set() if spec.symmetric else {ZERO_POINT})
+    wanted = {codes_suffix(spec), SCALE, SHAPE} | (set() if spec.symmetric else {ZERO_POINT})
     if set(tensors) != wanted:
         raise InputError(
             f"{name} ({spec}) needs the tensors {', '.join(sorted(wanted))}, "
             f"the checkpoint has {', '.join(sorted(tensors)) or 'none'}"
         )
     out_features, in_features = layer_shape(name, tensors[SHAPE], spec)
-    groups, words = spec.groups(in_features), packed_words(in_features, spec.bits)
-    _expect(name, tensors, PACKED, (torch.int32,), (out_features, words))
-    _expect(name, tensors, SCALE, (torch.bfloat16, torch.float16), (out_features, groups))
-    if not spec.symmetric:
-        rows = packed_words(out_features, spec.bits)
-        _expect(name, tensors, ZERO_POINT, (torch.int32,), (rows, groups))
+    for suffix, (dtype, shape) in stored_shapes(out_features, in_features, spec).items():
+        dtypes = (torch.bfloat16, torch.float16) if suffix == SCALE else (dtype,)
+        _expect(name, tensors, suffix, dtypes, shape)
     return out_features, in_features
 
 
@@ -163,9 +204,11 @@ def quantization_config(
     groups = {
         f"group_{spec}": _group(spec, sorted(names)) for spec, names in sorted(members.items())
     }
+    own = any(spec.grid != "uniform" for spec in members)
     return {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": OWN_FORMAT if own else FORMAT,
+        **({"format_version": OWN_VERSION} if own else {}),
         "quantization_status": "compressed",
         "version": FORMAT_VERSION,
         "ignore": sorted(set(ignore)),
@@ -176,18 +219,19 @@ def quantization_config(
 
 
 def _group(spec: QuantSpec, targets: list[str]) -> dict[str, Any]:
-    per_channel = spec.group_size == PER_CHANNEL
+    strategy = {PER_CHANNEL: "channel", PER_TENSOR: "tensor"}.get(spec.group_size, "group")
+    uniform = spec.grid == "uniform"
     return {
         "targets": targets,
-        "format": FORMAT,
+        "format": FORMAT if uniform else OWN_FORMAT,
         "input_activations": None,
         "output_activations": None,
         "weights": {
             "num_bits": spec.bits,
-            "type": "int",
+            "type": "int" if uniform else f"quantforge-{spec.grid}",
             "symmetric": spec.symmetric,
-            "strategy": "channel" if per_channel else "group",
-            "group_size": None if per_channel else spec.group_size,
+            "strategy": strategy,
+            "group_size": spec.group_size if strategy == "group" else None,
             "dynamic": False,
             "actorder": None,
             "block_structure": None,
@@ -204,15 +248,21 @@ def specs_from_config(config: Mapping[str, Any]) -> dict[str, QuantSpec]:
     block = config.get("quantization_config")
     if not isinstance(block, dict) or block.get("quant_method") != METHOD:
         raise InputError(f"config.json has no quantization_config of method {METHOD!r}")
-    if block.get("format") != FORMAT:
+    own = block.get("format") == OWN_FORMAT
+    if not own and block.get("format") != FORMAT:
         raise InputError(f"config.json: format {block.get('format')!r} is not {FORMAT!r}")
+    if own and block.get("format_version") != OWN_VERSION:
+        raise InputError(
+            f"config.json: version {block.get('format_version')!r} of {OWN_FORMAT!r}, this reads "
+            f"{OWN_VERSION}; take the quantforge that wrote it"
+        )
     groups = block.get("config_groups")
     if not isinstance(groups, dict):
         raise InputError("config.json: quantization_config has no config_groups")
     dense = _version(block.get("version")) >= _DENSE_SINCE
     specs: dict[str, QuantSpec] = {}
     for label, group in groups.items():
-        spec = _read_group(label, group)
+        spec = _read_group(label, group, own=own)
         if not dense and spec.bits not in _UNCHANGED_WIDTHS:
             raise InputError(
                 f"config.json: {label} has {spec.bits} bits in the layout of compressed-tensors "
@@ -227,7 +277,7 @@ def specs_from_config(config: Mapping[str, Any]) -> dict[str, QuantSpec]:
     return specs
 
 
-def _read_group(label: str, group: Any) -> QuantSpec:
+def _read_group(label: str, group: Any, *, own: bool) -> QuantSpec:
     if not isinstance(group, dict) or not isinstance(group.get("targets"), list):
         raise InputError(f"config.json: {label} has no list of targets")
     weights = group.get("weights")
@@ -237,16 +287,24 @@ def _read_group(label: str, group: Any) -> QuantSpec:
         if group.get(part) is not None:
             raise InputError(f"config.json: {label} quantizes {part}, which is not supported")
     strategy, size = weights.get("strategy"), weights.get("group_size")
-    if strategy == "channel" and size in (None, PER_CHANNEL):
+    kind = weights.get("type")
+    grid = OWN_TYPES.get(kind) if own and isinstance(kind, str) else None
+    if strategy == "tensor" and grid is not None and size is None:
+        strategy, size = "group", PER_TENSOR
+    elif strategy == "channel" and size in (None, PER_CHANNEL):
         size = PER_CHANNEL
     elif strategy != "group" or type(size) is not int or size < 1:
         raise InputError(f"config.json: {label} has strategy {strategy!r}, group_size {size!r}")
     bits, symmetric = weights.get("num_bits"), weights.get("symmetric")
-    if weights.get("type") != "int" or type(bits) is not int or bits not in SUPPORTED_BITS:
-        raise InputError(f"config.json: {label} has {bits!r} bits of {weights.get('type')!r}")
+    if (grid is None and kind != "int") or type(bits) is not int or bits not in SUPPORTED_BITS:
+        raise InputError(f"config.json: {label} has {bits!r} bits of {kind!r}")
     if type(symmetric) is not bool or weights.get("dynamic") or weights.get("actorder"):
         raise InputError(f"config.json: {label} is dynamic, reordered or of unknown symmetry")
-    return QuantSpec(bits, size, symmetric)
+    if grid is None:
+        return QuantSpec(bits, size, symmetric)
+    if bits != 2 or not symmetric:
+        raise InputError(f"config.json: {label} is {grid} of {bits} bits, symmetric {symmetric}")
+    return QuantSpec(bits, size, symmetric, grid)
 
 
 def _version(text: object) -> tuple[int, int]:

@@ -99,13 +99,14 @@ class Footprint:
 
     def sizes(self, assignment: _Assignment) -> SizeReport:
         """What `format.sizes.size_report` counts in the folder once it is written."""
-        planned = code_bits = stored_bits = 0
+        planned = stored_bits = 0
+        code_bits = 0.0
         for layer in self.layers:
             if layer.name not in assignment or layer.name in self.fixed:
                 continue
             spec = assignment[layer.name]
             planned += layer.numel
-            code_bits += layer.numel * (KEPT_BITS if spec is None else spec.bits)
+            code_bits += layer.numel * (KEPT_BITS if spec is None else spec.code_bits)
             stored_bits += 8 * _layer_bytes(layer, spec)
         kept = sum(math.prod(shape) for _, _, shape in self.tensors) - planned
         size = self.checkpoint_bytes(assignment)

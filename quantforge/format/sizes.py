@@ -25,7 +25,8 @@ def size_report(folder: str | Path) -> SizeReport:
     """
     checkpoint = open_checkpoint(folder)
     reader = TensorReader()
-    planned = code_bits = stored_bits = kept = 0
+    planned = stored_bits = kept = 0
+    code_bits = 0.0
     owned: set[str] = set()
     fixed = checkpoint.manifest.plan.fixed if checkpoint.manifest else ()
     for name, spec in checkpoint.specs().items():
@@ -36,7 +37,7 @@ def size_report(folder: str | Path) -> SizeReport:
             kept += weights
         else:
             planned += weights
-            code_bits += weights * spec.bits
+            code_bits += weights * spec.code_bits
             stored_bits += 8 * sum(entry.size_bytes for entry in entries.values())
         owned |= {f"{name}.{compressed.SHAPE}", *(entry.name for entry in entries.values())}
     assignment = checkpoint.manifest.plan.assignment if checkpoint.manifest else {}

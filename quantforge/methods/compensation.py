@@ -300,6 +300,9 @@ def compensate(
         target = target + carried
         fixed = target if feedback.pull else fixed
         first = None if first is None else first + carried[:, factor.order[0]]
+    centre = None if zero is None else zero.float()
+    if spec.grid != "uniform":
+        centre = torch.full(stored.shape, spec.middle, device=weight.device)
     pull = feedback.pull
     if feedback.pull_form == "A":
         pull *= float(factor.diagonal[~factor.dead].mean())
@@ -310,7 +313,8 @@ def compensate(
         stored.float(),
         bits=spec.bits,
         width=width,
-        zero=None if zero is None else zero.float(),
+        zero=centre,
+        top=spec.top,
         original=fixed,
         mismatch=terms.mismatch,
         pull=pull,
@@ -323,7 +327,7 @@ def compensate(
 
 
 def _without_dead(made: QuantizedWeight, dead: Tensor) -> QuantizedWeight:
-    """The same with weights of dead inputs at zero.
+    """The same with weights of dead inputs at zero, or half a step from it where there is none.
 
     U has no entries between them and live inputs, so nothing else depends on what they were.
     """

@@ -22,11 +22,12 @@ from quantforge_kernels.grid import search_grid
 from torch import Tensor
 
 from quantforge.methods.compensation import compensate, require_usable
+from quantforge.methods.level_scales import level_scales, mean_scales
 from quantforge.methods.rtn import minmax_grid
 from quantforge.numerics import Factor
 from quantforge.types import QuantizedWeight, QuantSpec
 
-Grid = Literal["minmax", "mse", "positive", "diagonal", "conditional"]
+Grid = Literal["minmax", "mse", "positive", "diagonal", "conditional", "absmean"]
 
 
 def fit_grid(
@@ -44,12 +45,18 @@ def fit_grid(
         grid: what the grid minimises: "minmax" covers the range, "mse" the plain rounding error,
             "diagonal" the error weighted by the gram's diagonal, "positive" the same without the
             negative scales that symmetric grids otherwise may have, "conditional" the error
-            weighted by what error feedback cannot repair (`Factor.conditional_importance`).
+            weighted by what error feedback cannot repair (`Factor.conditional_importance`),
+            "absmean" nothing: the mean |w| of a ternary grid (BitNet b1.58).
 
     Raises:
         InputError: the weight holds NaN or Inf.
+        ValueError: "absmean" for a grid that is not ternary.
     """
     require_usable(weight)
+    if grid == "absmean":
+        if spec.grid != "ternary":
+            raise ValueError(f"absmean is of ternary grids, not of {spec}")
+        return mean_scales(weight, spec), None
     weight = torch.where(factor.dead, 0.0, weight.float())
     if grid == "minmax":
         return minmax_grid(weight, spec)
@@ -63,6 +70,8 @@ def fit_grid(
     floor = 1e-6 * importance.mean()
     importance = importance.clamp_min(float(floor)) if floor > 0 else torch.ones_like(importance)
     width = spec.width(weight.shape[1])
+    if spec.grid != "uniform":
+        return level_scales(weight, importance, spec), None
     if spec.symmetric:
         free_sign = grid != "positive"
         scale = search_scales(weight, importance, bits=spec.bits, width=width, free_sign=free_sign)

@@ -75,12 +75,12 @@ def soft_weight(
         ValueError: shapes do not fit the spec, or a zero is missing or not wanted.
     """
     centre = checked_centre(weight, scale, spec, zero)
-    grid = SoftGrid(top=(1 << spec.bits) - 1, temperature=temperature, pressure=pressure)
+    grid = SoftGrid(top=spec.top, temperature=temperature, pressure=pressure)
     return soft_grid(weight, scale, centre, grid, dtype)
 
 
 def checked_centre(weight: Tensor, scale: Tensor, spec: QuantSpec, zero: Tensor | None) -> Tensor:
-    """The codes that mean 0: the zero-points, or [] the middle code of a symmetric spec.
+    """The codes that mean 0: the zero-points, or [] the middle of a symmetric spec's.
 
     Args:
         weight: [out, in].
@@ -98,7 +98,7 @@ def checked_centre(weight: Tensor, scale: Tensor, spec: QuantSpec, zero: Tensor 
         raise ValueError(f"{spec} stores zero-points: give them")
     if zero is not None and spec.symmetric:
         raise ValueError(f"{spec} stores no zero-points: leave them out")
-    return scale.new_tensor(float(-spec.code_min)) if zero is None else zero
+    return scale.new_tensor(spec.middle) if zero is None else zero
 
 
 def in_groups(weight: Tensor, groups: int) -> Tensor:

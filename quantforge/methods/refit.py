@@ -61,7 +61,7 @@ def refit_scales(
     rows, columns = weight.shape
     groups = spec.groups(columns)
     gram, old = gram.float(), scale.bfloat16().float()
-    centre = torch.full_like(old, -spec.code_min) if zero is None else zero.float()
+    centre = torch.full_like(old, spec.middle) if zero is None else zero.float()
     chunk = max(1, CHUNK_NUMBERS // (4 * columns + 6 * groups * groups))
     parts = []
     for start in range(0, rows, chunk):

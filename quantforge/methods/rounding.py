@@ -59,7 +59,7 @@ class TrainableWeight:
     def start(cls, weight: Tensor, quantized: QuantizedWeight) -> TrainableWeight:
         """From the float weight [out, in] and the codes it starts from."""
         latent, centre = within_cells(weight, quantized), quantized.centre()
-        top = (1 << quantized.spec.bits) - 1
+        top = quantized.spec.top
         # a copy of the scales, which `quantized` keeps as they are
         scale = quantized.scale.to(torch.float32, copy=True)
         made = Latents.start(latent, scale, centre.squeeze(-1) if centre.ndim else centre, top)

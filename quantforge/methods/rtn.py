@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantforge.types import QuantizedWeight, QuantSpec
+from quantforge.types import PER_TENSOR, QuantizedWeight, QuantSpec
 
 
 def minmax_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
     """[out, groups] float32 symmetric scales that put ±max|w| half a step outside the grid.
 
     GPTQ's convention: 2 max|w| / (2^bits − 1), so that nothing in a group is clipped by more than
-    half a step. Rounded to bfloat16; 1 for a group of zeros.
+    half a step; over one more on grids that reach as far up as down. Rounded to bfloat16; 1 for a
+    group of zeros.
     """
     groups = weight.float().view(len(weight), spec.groups(weight.shape[1]), -1)
     largest = groups.abs().amax(-1)
-    scale = (2.0 * largest / ((1 << spec.bits) - 1)).bfloat16().float()
+    if spec.group_size == PER_TENSOR:
+        largest = largest.amax().expand_as(largest)
+    steps = (1 << spec.bits) - 1 if spec.grid == "uniform" else spec.top + 1
+    scale = (2.0 * largest / steps).bfloat16().float()
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
@@ -37,7 +41,9 @@ def minmax_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]
     return scale, (-low / scale).round().clamp(0.0, top)
 
 
-def nearest_codes(weight: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
+def nearest_codes(
+    weight: Tensor, scale: Tensor, zero: Tensor | float, bits: int, top: int | None = None
+) -> Tensor:
     """[out, in] uint8 nearest codes of the grid (code − zero) · scale.
 
     Args:
@@ -45,10 +51,12 @@ def nearest_codes(weight: Tensor, scale: Tensor, zero: Tensor | float, bits: int
         scale: [out, groups], non-zero.
         zero: [out, groups] zero-points, whole or not; or one for all.
         bits: width of the codes.
+        top: the largest of them, where that is not 2^bits − 1.
     """
+    largest = float((1 << bits) - 1 if top is None else top)
     groups = weight.float().view(*scale.shape, -1)
     shift = zero.unsqueeze(-1) if isinstance(zero, Tensor) else zero
-    codes = (groups / scale.unsqueeze(-1) + shift).round().clamp(0.0, float((1 << bits) - 1))
+    codes = (groups / scale.unsqueeze(-1) + shift).round().clamp(0.0, largest)
     return codes.to(torch.uint8).flatten(1)
 
 
@@ -63,7 +71,7 @@ def round_to_nearest(
         spec: width and grouping.
         zero: [out, groups] integer zero-points of an asymmetric spec.
     """
-    centre = float(-spec.code_min) if zero is None else zero
-    codes = nearest_codes(weight, scale, centre, spec.bits)
+    centre = spec.middle if zero is None else zero
+    codes = nearest_codes(weight, scale, centre, spec.bits, spec.top)
     stored = None if zero is None else zero.to(torch.uint8)
     return QuantizedWeight(codes=codes, scale=scale.bfloat16(), zero=stored, spec=spec)

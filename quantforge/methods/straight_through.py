@@ -38,7 +38,7 @@ from quantforge_kernels.soft_grid import SoftGrid, soft_grid
 from torch import Tensor
 
 from quantforge.methods.hestia import checked_centre, in_groups, mean_magnitude
-from quantforge.types import QuantSpec
+from quantforge.types import PER_TENSOR, QuantSpec
 
 STRETCH = 0.99  # of the range, where ParetoQ's clamp and gradient end
 MAX_STRETCHED = 64
@@ -53,7 +53,7 @@ def learned_step(
     whole_tensor: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """LSQ on the grid that `spec` stores.
+    """LSQ on the grid that `spec` stores; ParetoQ's variant on ternary and balanced ones.
 
     Args:
         weight: [out, in], any float dtype.
@@ -70,10 +70,13 @@ def learned_step(
         ValueError: shapes do not fit the spec, or a zero is missing or not wanted.
     """
     centre = checked_centre(weight, step, spec, zero)
-    largest = spec.code_max if zero is None else (1 << spec.bits) - 1
-    sharing = weight.numel() if whole_tensor else spec.width(weight.shape[1])
+    largest, reach = spec.code_max if zero is None else spec.top, 0.0
+    if spec.grid != "uniform":
+        largest, reach = stretched_ends(spec.top + 1)
+    whole = whole_tensor or spec.group_size == PER_TENSOR
+    sharing = weight.numel() if whole else spec.width(weight.shape[1])
     factor = gradient_factor(sharing, largest)
-    grid = SoftGrid(top=(1 << spec.bits) - 1, reach=0.0)
+    grid = SoftGrid(top=spec.top, reach=reach)
     return soft_grid(weight, scaled_gradient(step, factor), centre, grid, dtype)
 
 
@@ -117,13 +120,41 @@ def stretched_elastic(
     if not 3 <= levels <= MAX_STRETCHED:
         raise ValueError(f"a stretched grid has 3 to {MAX_STRETCHED} levels, got {levels}")
     half, top = levels / 2, levels - 1
+    largest, reach = stretched_ends(levels)
     if clip.ndim != 2 or len(in_groups(weight, clip.shape[1])) != len(clip):
         raise ValueError(f"weights {tuple(weight.shape)} have no half ranges {tuple(clip.shape)}")
     count = weight.numel() if whole_tensor else weight.shape[1] // clip.shape[1]
-    factor = gradient_factor(count, max(levels // 2 - 1, 1))
-    grid = SoftGrid(top=top, reach=STRETCH * half - top / 2)
+    factor = gradient_factor(count, largest)
+    grid = SoftGrid(top=top, reach=reach)
     step = scaled_gradient(clip, factor) / half
     return soft_grid(weight, step, clip.new_tensor(top / 2), grid, dtype)
+
+
+def stretched_ends(levels: int) -> tuple[int, float]:
+    """ParetoQ's largest level, for the step's gradient, and how far beyond it gradients pass.
+
+    Args:
+        levels: of the grid.
+    """
+    return max(levels // 2 - 1, 1), STRETCH * levels / 2 - (levels - 1) / 2
+
+
+def absmean_straight_through(
+    weight: Tensor, scale: Tensor, spec: QuantSpec, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """BitNet b1.58 at scales that are stored: w rounds to them, the gradient is w's whole.
+
+    `absmean_ternary` has the mean itself; here it comes rounded, as in the file.
+
+    Args:
+        weight: [out, in], any float dtype.
+        scale: [out, groups], of `level_scales.mean_scales`; gets no gradient.
+        spec: of a ternary grid.
+        dtype: of what is made; the weight's if None.
+    """
+    centre = checked_centre(weight, scale, spec, None)
+    grid = SoftGrid(top=spec.top, reach=math.inf)
+    return soft_grid(weight, scale.detach(), centre, grid, dtype)
 
 
 def first_step(weight: Tensor, spec: QuantSpec) -> Tensor:

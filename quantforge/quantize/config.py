@@ -105,7 +105,7 @@ class QuantizeConfig(Config):
             bits where neither rounding is learned nor scales are tuned; after both it is 5 %
             higher at 2 bits, 2 % lower at 3 and the same at 4 (docs/methods.md).
         output_damping: of the output grams, relative to the mean of their diagonals.
-        grid: what the scales minimise.
+        grid: what the scales minimise; "absmean" nothing: the mean magnitude of ternary weights.
         order: in which a row's columns are quantized: "activation" by decreasing mean square of
             their input, "groups" likewise but with the columns of a group together (as servers with
             one scale index a group want it of scales that follow the columns), "natural" as they
@@ -138,7 +138,7 @@ class QuantizeConfig(Config):
     row_aim: Literal["weight", "target"] = "weight"
     token_weighting: float = Field(default=0.0, ge=0, le=1)
     output_damping: float = Field(default=1.0, gt=0)
-    grid: Literal["minmax", "mse", "positive", "diagonal", "conditional"] = "diagonal"
+    grid: Literal["minmax", "mse", "positive", "diagonal", "conditional", "absmean"] = "diagonal"
     order: Literal["activation", "groups", "natural"] = "activation"
     awq: bool = False
     clip: bool = False

@@ -17,6 +17,7 @@ from quantforge.report.numbers import (
     size,
 )
 from quantforge.results import AnyQuality, PooledQuality
+from quantforge.types import QuantSpec
 
 
 def model_card(report: Report, *, obstacle: str | None = None) -> str:
@@ -80,6 +81,9 @@ def _mixed(report: Report) -> bool:
 def stock_obstacle(report: Report) -> str | None:
     """Why stock transformers cannot load what the plan makes, or None if it can."""
     specs = [layer for layer in report.layers if layer.spec != KEPT]
+    grids = {QuantSpec.parse(layer.spec).grid for layer in specs} - {"uniform"}
+    if grids:
+        return f"its weights are {' and '.join(sorted(grids))}, in quantforge's own format"
     if any(layer.spec.endswith("-asym") for layer in specs):
         return "it holds asymmetric weights"
     if any("embed" in place(layer.name).kind.rpartition(".")[2] for layer in specs):

@@ -26,6 +26,7 @@ from quantforge.format.checkpoint import (
     TensorReader,
     open_checkpoint,
 )
+from quantforge.format.levels import as_uniform, uniform_spec
 from quantforge.methods.rtn import minmax_scale, round_to_nearest
 from quantforge.models.linears import give_linears
 from quantforge.models.sizes import require_plausible
@@ -69,11 +70,12 @@ def load(
         raise UsageError(f"head_bits must be 8 or None, got {head_bits}")
     checkpoint = open_checkpoint(path)
     specs = checkpoint.specs()
+    runs = {name: uniform_spec(spec) for name, spec in specs.items()}
     target = checked_device(device)
     chosen = _config_dtype(checkpoint) if dtype is None else dtype
-    require_backend(backend, mode, specs.values(), chosen, target)
+    require_backend(backend, mode, runs.values(), chosen, target)
     model = _build(checkpoint, chosen)
-    _swap(model, specs, chosen, backend, checkpoint.folder)
+    _swap(model, runs, chosen, backend, checkpoint.folder)
     _fill(model, checkpoint, specs, target, chosen)
     if head_bits is not None:
         _round_head(model, head_bits, backend)
@@ -221,6 +223,9 @@ def _fill(
         if shape != (module.out_features, module.in_features):
             wanted = (module.out_features, module.in_features)
             raise InputError(f"{checkpoint.folder}: {name} is stored as {shape}, expected {wanted}")
+        if spec.grid != "uniform":  # the kernels run the same weight on a uniform grid
+            weight = as_uniform(compressed.from_tensors(name, tensors, spec))
+            tensors = compressed.to_tensors(weight)
         zero = compressed.unpack_zero(tensors, spec, shape[0])
         module.fill(
             tensors[compressed.PACKED].to(device),

@@ -56,11 +56,11 @@ def average_bits(
     layers: Sequence[LayerInfo], assignment: Mapping[str, QuantSpec | None]
 ) -> tuple[float, float]:
     """Average (stored, code) bits a weight of an assignment, fixed layers left out."""
-    weights, code = planned_weights(layers), 0
+    weights, code = planned_weights(layers), 0.0
     for layer in layers:
         spec = assignment[layer.name]
         if not layer.fixed:
-            code += layer.numel * (spec.bits if spec is not None else KEPT_BITS)
+            code += layer.numel * (spec.code_bits if spec is not None else KEPT_BITS)
     return spent_bits(layers, assignment) / weights, code / weights
 
 

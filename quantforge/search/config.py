@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from quantforge.config import Config
-from quantforge.types import PER_CHANNEL, SUPPORTED_BITS, QuantSpec
+from quantforge.types import PER_CHANNEL, PER_TENSOR, SUPPORTED_BITS, Grid, QuantSpec
 
 
 def _checked_group_size(size: int) -> int:
@@ -17,16 +17,22 @@ def _checked_group_size(size: int) -> int:
     return QuantSpec(SUPPORTED_BITS[0], size).group_size
 
 
+def _checked_group_size_or_tensor(size: int) -> int:
+    """The same where one scale for the whole matrix may be asked for."""
+    return size if size == PER_TENSOR else _checked_group_size(size)
+
+
 def _checked_inclusion(text: str) -> str:
     """What `EmbeddingsConfig.include` takes; its ValueError becomes the recipe's error line."""
     width = re.fullmatch(r"(\d+)bit", text)
-    if text not in ("keep", "plan"):
-        try:
-            QuantSpec.parse(f"{width[1]}b-pc" if width else text)
-        except ValueError:
-            raise ValueError(
-                f"{text!r} is none of keep, plan, 8bit or a spec like 8b-g64"
-            ) from None
+    if text in ("keep", "plan"):
+        return text
+    try:
+        usable = QuantSpec.parse(f"{width[1]}b-pc" if width else text).grid == "uniform"
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"{text!r} is none of keep, plan, 8bit or a spec like 8b-g64")
     return text
 
 
@@ -35,6 +41,7 @@ SolverName = Literal[
     "dynamic-program", "integer-program", "lagrangian", "pareto", "ordering", "uniform"
 ]
 GroupSize = Annotated[int, AfterValidator(_checked_group_size)]
+GroupSizeOrTensor = Annotated[int, AfterValidator(_checked_group_size_or_tensor)]
 
 
 class SearchConfig(Config):
@@ -44,6 +51,10 @@ class SearchConfig(Config):
         bits: widths of the candidates.
         group_sizes: group sizes of the candidates; -1 is per channel. Sizes that divide no layer
             drop out, sizes that divide some are used there.
+        grid: levels of all layers: "uniform", or, as networks that are trained on few bits have
+            them, "ternary" (-1, 0, 1; five codes a byte) or "balanced" (-3/2, -1/2, 1/2, 3/2; two
+            bits). Those need the solver uniform and one group size, 0 for one scale a matrix, and
+            are stored in a format of our own, which `quantforge.load` reads and no stock loader.
         asymmetric: add every candidate with zero-points, which cost `bits` more a group; "only"
             takes these alone. Stock transformers does not load checkpoints that hold such weights;
             `quantforge.load` does.
@@ -73,7 +84,8 @@ class SearchConfig(Config):
     """
 
     bits: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
-    group_sizes: tuple[GroupSize, ...] = (32, 64, 128, 192, PER_CHANNEL)
+    group_sizes: tuple[GroupSizeOrTensor, ...] = (32, 64, 128, 192, PER_CHANNEL)
+    grid: Grid = "uniform"
     asymmetric: bool | Literal["only"] = False
     solver: SolverName = "dynamic-program"
     interactions: Literal["none", "sparse", "full"] = "none"
@@ -102,6 +114,25 @@ class SearchConfig(Config):
             raise ValueError("refine exchanges the grids of layers, solver uniform has one for all")
         return self
 
+    @model_validator(mode="after")
+    def _grids_go_with_what_is_asked(self) -> SearchConfig:
+        if self.grid == "uniform":
+            if PER_TENSOR in self.group_sizes:
+                raise ValueError("one scale a matrix (group size 0) needs grid ternary or balanced")
+            return self
+        if self.bits not in (SearchConfig.model_fields["bits"].default, (2,)):
+            raise ValueError(f"bits does nothing with grid {self.grid}: leave it out")
+        if self.solver != "uniform" or len(self.group_sizes) != 1:
+            raise ValueError(
+                f"grid {self.grid} needs solver uniform and one of group_sizes (0: one scale a "
+                "matrix, -1: one a row)"
+            )
+        if self.asymmetric:
+            raise ValueError(f"a {self.grid} grid has no zero-points: leave asymmetric out")
+        if self.server != "any":
+            raise ValueError(f"{self.server} does not read {self.grid} grids: leave server out")
+        return self
+
     def candidates(self, row_lengths: set[int]) -> tuple[QuantSpec, ...]:
         """All grids whose groups divide at least one row length, sorted."""
         return tuple(sorted(s for s in self._specs() if any(s.divides(n) for n in row_lengths)))
@@ -113,6 +144,8 @@ class SearchConfig(Config):
         return specs.pop() if self.solver == "uniform" and len(specs) == 1 else None
 
     def _specs(self) -> set[QuantSpec]:
+        if self.grid != "uniform":
+            return {QuantSpec(2, size, grid=self.grid) for size in self.group_sizes}
         kinds = {False: (True,), True: (True, False), "only": (False,)}[self.asymmetric]
         return {QuantSpec(*one) for one in product(self.bits, self.group_sizes, kinds)}
 

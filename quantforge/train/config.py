@@ -58,6 +58,10 @@ class TrainingConfig(Config):
         cross_entropy: share of the text's own next tokens in the loss, beside the divergence from
             the float network.
         hidden_term: weight of the relative squared error of the states that enter the head.
+        teacher_top_k: so many of the float network's likeliest tokens a position, with their
+            probabilities and what is left as one outcome, are found once, and noted for a run that
+            goes on, 8 bytes each. 0 makes its whole distribution anew in every step, from the
+            states that enter its head: exact, and a product with the head more a token.
         precision: of matrix products.
         recompute: the activations of every so many-th block are computed again in the backward
             pass; 0 keeps all. Saves memory, changes nothing else.
@@ -70,7 +74,7 @@ class TrainingConfig(Config):
     minutes: float = Field(default=0.0, ge=0)
     batch: int = Field(default=8, ge=1)
     at_once: int = Field(default=1, ge=1)
-    quantizer: Literal["hestia", "straight-through", "lsq"] = "hestia"
+    quantizer: Literal["hestia", "straight-through", "lsq", "absmean"] = "hestia"
     start: Literal["compensated", "dequantized", "float"] = "compensated"
     pressure_ramp: float = Field(default=0.2, ge=0, le=1)
     temperature: float | None = Field(default=None, gt=0)
@@ -95,6 +99,7 @@ class TrainingConfig(Config):
     clip: float = Field(default=1.0, ge=0)
     cross_entropy: float = Field(default=0.0, ge=0, le=1)
     hidden_term: float = Field(default=0.0, ge=0)
+    teacher_top_k: int = Field(default=0, ge=0)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: int = Field(default=1, ge=0)
     evaluate_every: int = Field(default=65_536, ge=1)
@@ -117,7 +122,7 @@ class TrainingConfig(Config):
         if not self.on:
             whole = {
                 "alpha", "kappa", "cross_entropy", "hidden_term", "norm_rate", "recompute",
-                "evaluate_every",
+                "evaluate_every", "teacher_top_k",
             }  # fmt: skip
             names = whole if self.block_steps else set(type(self).model_fields)
             self._refuse(names, "without training.tokens or minutes")
@@ -125,11 +130,13 @@ class TrainingConfig(Config):
             raise ValueError(
                 "block_steps needs the optimizer adamw: blocks have no curvature for sophia"
             )
-        if self.quantizer != "hestia":
-            soft = {"pressure_ramp", "temperature", "cooling", "cooling_style", "coldest", "alpha"}
-            self._refuse({*soft, "kappa"}, f"with the quantizer {self.quantizer}")
+        self._check_quantizer()
         if self.alpha == 0:
             self._refuse({"kappa"}, "without an alpha")
+        if self.teacher_top_k and self.hidden_term:
+            raise ValueError(
+                "hidden_term needs the float network's states: leave teacher_top_k at 0"
+            )
         if self.optimizer != "sophia":
             names = {"curvature", "curvature_every", "rho"}
             self._refuse(names, f"with the optimizer {self.optimizer}")
@@ -146,6 +153,22 @@ class TrainingConfig(Config):
         if self.at_once > self.batch:
             raise ValueError(f"at_once={self.at_once} is more than batch={self.batch}")
         return self
+
+    def _check_quantizer(self) -> None:
+        """Options that a quantizer passes over, or cannot do with."""
+        if self.quantizer != "hestia":
+            soft = {"pressure_ramp", "temperature", "cooling", "cooling_style", "coldest", "alpha"}
+            self._refuse({*soft, "kappa"}, f"with the quantizer {self.quantizer}")
+        if self.quantizer != "absmean":
+            return
+        self._refuse({"scale_rate"}, "with the quantizer absmean, whose scales are mean |w|")
+        if self.start != "float":
+            raise ValueError(
+                "the quantizer absmean needs start=float: the mean |w| of other weights is not the "
+                "one that they were rounded with"
+            )
+        if self.weight_rate == 0:
+            raise ValueError("the quantizer absmean trains weights: weight_rate must not be 0")
 
     def _refuse(self, names: set[str], why: str) -> None:
         """No one of these may have another value than its default."""

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quantforge.methods.level_scales import mean_scales
 from quantforge.methods.rounding import within_cells
 from quantforge.methods.rtn import round_to_nearest
 from quantforge.methods.scaled_linear import stored_scale
 from quantforge.methods.temperature import optimal_temperature, relative_spread
 from quantforge.train.quantizers import HARD, Hardness, Quantizer
-from quantforge.types import QuantizedWeight
+from quantforge.types import PER_TENSOR, QuantizedWeight
 
 # Layers whose weights are as wide, to so many steps of the grid, start equally warm: finding a
 # temperature takes tens of milliseconds.
@@ -63,7 +64,8 @@ class TrainedLinear(nn.Module):
         quantized: what it started from; gives grid and zero-points, which are fixed.
         quantizer: how its weight is quantized.
         weight: [out, in] float32 parameter.
-        change: [out, groups] float32 parameter; the scale is base · (1 + change).
+        change: [out, groups] float32 parameter, [1, 1] of one scale in all; the scale is
+            base · (1 + change).
         bias: [out] or None, as in the layer it stands in for; not trained.
         base: [out, groups] float32, the scales at the start; a buffer.
     """
@@ -79,12 +81,18 @@ class TrainedLinear(nn.Module):
         self.quantized, self.quantizer = quantized, quantizer
         self.weight = nn.Parameter(weight)
         self.register_buffer("base", quantized.scale.detach().float(), persistent=False)
-        self.change = nn.Parameter(torch.zeros_like(self.base))
+        whole = quantized.spec.group_size == PER_TENSOR
+        self.change = nn.Parameter(torch.zeros_like(self.base[:1] if whole else self.base))
         self.bias = bias
         self._soft: Tensor | None = None
         self._used: Tensor | None = None
 
     base: Tensor
+
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """What is trained of it: the weight, and the scales where the quantizer learns them."""
+        return (self.weight, self.change) if self.quantizer.learns_scales else (self.weight,)
 
     @property
     def step_size(self) -> float:
@@ -94,9 +102,9 @@ class TrainedLinear(nn.Module):
     def first_temperature(self) -> float:
         """The temperature at which soft weights are nearest to the float ones, in squared steps."""
         spec, zero = self.quantized.spec, self.quantized.zero
-        centre = float(-spec.code_min) if zero is None else round(float(zero.float().mean()))
+        centre = spec.middle if zero is None else round(float(zero.float().mean()))
         spread = relative_spread(self.weight, self.base)
-        return _nearest_temperature((1 << spec.bits) - 1, centre, round(spread / SPREADS) * SPREADS)
+        return _nearest_temperature(spec.top, centre, round(spread / SPREADS) * SPREADS)
 
     def prepare(self, hardness: Hardness, dtype: torch.dtype) -> None:
         """Form the weight for the passes that follow, until `collect` or `release`."""
@@ -135,7 +143,9 @@ class TrainedLinear(nn.Module):
         )
 
     def _scale(self) -> Tensor:
-        """[out, groups] float32 scales, not rounded."""
+        """[out, groups] float32 scales; where they are trained, not rounded."""
+        if not self.quantizer.learns_scales:
+            return mean_scales(self.weight.detach(), self.quantized.spec)
         return self.base * (1.0 + self.change)
 
     def _quantized(self, hardness: Hardness, dtype: torch.dtype) -> Tensor:

@@ -52,7 +52,7 @@ class Objective:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Everything that asks for a gradient, in an order that does not change."""
-        own = [p for layer in self.layers.values() for p in (layer.weight, layer.change)]
+        own = [p for layer in self.layers.values() for p in layer.trained]
         return [p for p in (*own, *self.norms) if p.requires_grad]
 
     def toward_teacher(self, sequences: Sequence[int]) -> Target:

@@ -44,7 +44,7 @@ def parameter_groups(
         rate = config.weight_rate * (unit if config.relative_rate else 1.0)
         decay = config.weight_decay
         groups.append({"params": [layer.weight], "base": rate, "weight_decay": decay, "size": unit})
-    changes = [layer.change for layer in layers.values()]
+    changes = [layer.change for layer in layers.values() if layer.quantizer.learns_scales]
     groups.append({"params": changes, "base": config.scale_rate, "weight_decay": 0.0, "size": 1.0})
     groups.append(
         {"params": list(norms), "base": config.norm_rate, "weight_decay": 0.0, "size": 1.0}

@@ -3,10 +3,12 @@
     hestia            drawn to the levels by a softmax, which hardens in the course of training
     straight-through  rounded, with gradients to weight and scale as if it had not been, as far as
                       half a step outside the grid (Hestia at temperature 0; EfficientQAT)
-    lsq               rounded; no gradient outside the grid, the scale's divided by √(weights · Q)
+    lsq               rounded; no gradient outside the grid, the scale's divided by √(weights · Q);
+                      on ternary and balanced grids ParetoQ's "stretched elastic" ends
+    absmean           BitNet b1.58, ternary grids alone: rounded at the mean |w|, which is found
+                      anew in every step; the gradient passes to all weights, and to no scale
 
-All three round to the same integers in the end. Ternary and balanced grids (`straight_through`)
-are other grids than a plan's and have no place here.
+The first three round to the same integers in the end.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quantforge.methods.hestia import soft_weight
-from quantforge.methods.straight_through import learned_step
+from quantforge.methods.straight_through import absmean_straight_through, learned_step
 from quantforge.types import QuantSpec
 
 
@@ -49,10 +51,12 @@ class Quantizer:
     Attributes:
         quantize: makes the weight that is used.
         hardens: whether it looks at the hardness; otherwise it always rounds.
+        learns_scales: whether scales are trained; otherwise they are the mean |w|.
     """
 
     quantize: Quantize
-    hardens: bool
+    hardens: bool = False
+    learns_scales: bool = True
 
 
 def _hestia(
@@ -91,8 +95,20 @@ def _lsq(
     return learned_step(weight, scale, spec, zero=zero, dtype=dtype)
 
 
+def _absmean(
+    weight: Tensor,
+    scale: Tensor,
+    spec: QuantSpec,
+    _zero: Tensor | None,
+    _: Hardness,
+    dtype: torch.dtype,
+) -> Tensor:
+    return absmean_straight_through(weight, scale, spec, dtype=dtype)
+
+
 QUANTIZERS: Mapping[str, Quantizer] = {
     "hestia": Quantizer(quantize=_hestia, hardens=True),
-    "straight-through": Quantizer(quantize=_straight_through, hardens=False),
-    "lsq": Quantizer(quantize=_lsq, hardens=False),
+    "straight-through": Quantizer(quantize=_straight_through),
+    "lsq": Quantizer(quantize=_lsq),
+    "absmean": Quantizer(quantize=_absmean, learns_scales=False),
 }

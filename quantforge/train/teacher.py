@@ -2,14 +2,14 @@
 
 Where the states that enter the float network's head are at hand, and the head with them, every
 distribution is a product away, whole, for two bytes a feature (`HiddenTeacher`). Where they are
-not, as with logits that another program gave, the k likeliest tokens of every position and their
-probabilities are kept in a file; what is left of the probability is one more outcome
-(`StoredTeacher`).
+not, as with logits that another program gave, or where that product is to be saved, the k likeliest
+tokens of every position and their probabilities are kept; what is left of the probability is one
+more outcome (`StoredTeacher`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -85,6 +85,42 @@ class StoredTeacher:
         return
 
 
+def top_teacher(teacher: HiddenTeacher, k: int, path: Path | None, key: str) -> StoredTeacher:
+    """The likeliest tokens of a teacher that is known whole.
+
+    Args:
+        teacher: the float network.
+        k: tokens kept of a position.
+        path: file that keeps them, or has them already; None keeps them in memory alone.
+        key: fingerprint of network and tokens.
+
+    Raises:
+        InputError: the file is damaged or was made for something else.
+        ValueError: it is an encoder.
+    """
+    head = teacher.head
+    if head is None:
+        raise ValueError("an encoder has no distribution over tokens")
+
+    def logits() -> Iterator[Tensor]:
+        for index in range(len(teacher.hidden)):
+            yield head.logits(teacher.states([index], head.weight.device))
+
+    if path is None:
+        return _likeliest(k, logits())
+    return stored_teacher(path, f"{key} {k}", k, logits)
+
+
+def _likeliest(k: int, logits: Iterable[Tensor]) -> StoredTeacher:
+    """The k likeliest tokens of [length, vocabulary] logits, sequence by sequence."""
+    tokens, chances = [], []
+    for one in logits:
+        top = torch.softmax(one.float(), -1).topk(min(k, one.shape[-1]))
+        tokens.append(top.indices.to("cpu", torch.int32))
+        chances.append(top.values.cpu())
+    return StoredTeacher(tokens=torch.stack(tokens), chances=torch.stack(chances))
+
+
 def stored_teacher(
     path: Path, key: str, k: int, logits: Callable[[], Iterable[Tensor]]
 ) -> StoredTeacher:
@@ -100,13 +136,11 @@ def stored_teacher(
         InputError: the file is damaged or was made for something else.
     """
     if not path.is_file():
-        tops = [torch.softmax(one.float(), -1).topk(min(k, one.shape[-1])) for one in logits()]
-        tensors = {
-            "tokens": torch.stack([top.indices.to("cpu", torch.int32) for top in tops]),
-            "chances": torch.stack([top.values.cpu() for top in tops]),
-        }
+        made = _likeliest(k, logits())
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"key": key})
+            save_file(
+                {"tokens": made.tokens, "chances": made.chances}, temporary, metadata={"key": key}
+            )
     try:
         with safe_open(path, framework="pt") as file:
             found = (file.metadata() or {}).get("key")

@@ -182,6 +182,25 @@ def test_native_equals_reference(bits, columns, width, extras):
     assert torch.allclose(loss.sum(), expected_loss.sum(), rtol=1e-3)
 
 
+@pytest.mark.parametrize(("top", "middle"), [(2, 1.0), (3, 1.5)])
+def test_levels_of_other_grids_are_the_same_loop(top, middle):
+    weight, gram = problem(33, rows=37)
+    factor = factorize(gram)
+    scale = weight.view(37, 3, 11).abs().amax(-1) * 2 / (top + 1)
+    given = {"bits": 2, "width": 11, "top": top, "zero": torch.full_like(scale, middle)}
+    arguments = (weight, factor.upper, factor.order, scale)
+    codes, loss = column_loop(*arguments, **given)
+    expected, expected_loss = column_loop_reference(*arguments, **given)
+    assert (codes != expected).float().mean() < 2e-3
+    assert sorted(codes.unique().tolist()) == list(range(top + 1))
+    assert torch.allclose(loss.sum(), expected_loss.sum(), rtol=1e-3)
+    # the loss is the error in the damped gram, so the levels are what the codes mean
+    levels = (codes.double() - middle).view(37, 3, 11) * scale.double().unsqueeze(-1)
+    difference = levels.view(37, 33) - weight.double()
+    exact = ((difference @ damped(gram)) * difference).sum(1)
+    assert torch.allclose(loss, exact, rtol=1e-3)
+
+
 def test_pull_of_one_returns_each_column_to_its_float_weight():
     weight, gram = problem(12)
     factor = factorize(gram, act_order=False)

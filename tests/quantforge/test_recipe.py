@@ -168,7 +168,7 @@ def test_balanced_is_the_defaults_and_learned_rounding() -> None:
         ({"search.bits": [9]}, "search.bits[0]: input should be less than or equal to 8, got 9"),
         ({"search": 3}, "search: input should be an object, got 3"),
         (
-            {"search.group_sizes": [64, 0]},
+            {"search.group_sizes": [64, -2]},
             "search.group_sizes[1]: group_size must be positive or -1",
         ),
         ({"quantize.damping": float("nan")}, "quantize.damping[0]: input should be"),

@@ -133,15 +133,15 @@ void qf_search_scales(const float* weight, const float* importance, int64_t rows
 // The column loop. `order[j]` is the original index of the j-th column to be quantized; `upper` and
 // `mismatch` are in that order, everything else in the original one. `first_value` [rows] is what
 // the code of the first column is chosen for. `original` (needed by `mismatch` and `pull`),
-// `mismatch`, `zero`, `first_value` and `loss` may be null. See compensate.py for the recurrence.
+// `mismatch`, `zero`, `first_value` and `loss` may be null. `top` is the largest code, `middle` the
+// one that means 0 without zero-points. See compensate.py for the recurrence.
 void qf_column_loop(const float* weight, const float* original, int64_t rows, int64_t columns,
                     const int64_t* order, const float* upper, const float* mismatch,
                     const float* scale, const float* zero, const float* first_value, int64_t width,
-                    int bits, float pull, int threads, uint8_t* codes, double* loss) {
+                    float top, float middle, float pull, int threads, uint8_t* codes,
+                    double* loss) {
   const int64_t groups = columns / width;
   const int64_t chunks = (rows + LANES - 1) / LANES;
-  const float top = static_cast<float>((1 << bits) - 1);
-  const float centre = static_cast<float>(1 << (bits - 1));
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> latent_store(columns * LANES + 16), original_store;
@@ -177,7 +177,7 @@ void qf_column_loop(const float* weight, const float* original, int64_t rows, in
           for (int lane = 0; lane < LANES; ++lane) {
             const int64_t at = (first + std::min(lane, lanes - 1)) * groups + group;
             s[lane] = scale[at];
-            z[lane] = zero ? zero[at] : centre;
+            z[lane] = zero ? zero[at] : middle;
           }
           const float inverse_pivot = 1.0f / factor[j];
           const float* keep = fixed ? fixed + j * LANES : w;
