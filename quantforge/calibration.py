@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ from quantforge.machine import machine_traits
 from quantforge.measurements import measurement
 from quantforge.memory import StageTimer, release_freed
 from quantforge.models import Model
+from quantforge.parallel import Share
 from quantforge.planning import block_candidates, loadable, priced
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe
@@ -60,7 +61,7 @@ from quantforge.search.interactions import shrunk_interactions
 from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantSpec, Sensitivity
 
 # Raised with every change of what calibration computes: older measurements are then not used.
-MEASUREMENT_VERSION = 10
+MEASUREMENT_VERSION = 11
 CANDIDATES = "candidates"
 TRACES = "traces.safetensors"
 OUTPUT_GRAMS = "output_grams"
@@ -111,6 +112,13 @@ class Needs:
         return self.output_grams or self.token_squares or self.channel_weights
 
 
+class _Shared(TypedDict):
+    """Arguments of `measurement` that are the same for all."""
+
+    monitor: Monitor
+    share: Share
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrator:
     """Makes measurements of a float network, or takes them from the cache.
@@ -149,7 +157,8 @@ class Calibrator:
         )
         name = self._sensitivity_name()
         make = partial(self._estimate, specs, fingerprint(key, name), name)
-        with measurement(key, make, complete=name, fresh=fresh, monitor=self.monitor) as folder:
+        shared = self._shared()
+        with measurement(key, make, complete=name, fresh=fresh, **shared) as folder:
             yield replace(self._read_all(folder, name), key=fingerprint(key, name))
 
     @contextmanager
@@ -163,7 +172,8 @@ class Calibrator:
             yield replace(self._read_needed(needs, None), key=key)
             return
         make = partial(self._measure_needed, needs)
-        with measurement(key, make, complete=TRACES, fresh=fresh, monitor=self.monitor) as folder:
+        shared = self._shared()
+        with measurement(key, make, complete=TRACES, fresh=fresh, **shared) as folder:
             yield replace(self._read_needed(needs, folder), key=key)
 
     def key(self, *parts: Any) -> str:
@@ -188,7 +198,7 @@ class Calibrator:
         """Fill a folder for `searched`; what another estimator needed too is there already."""
         store = CandidateStore(folder / CANDIDATES, self.model.device)
         with StageTimer(self.timings, "calibrate"):
-            if not (folder / EVIDENCE).is_file():
+            if not self.model.share.agree((folder / EVIDENCE).is_file()):
                 self._measure_candidates(specs, store, folder)
             sensitivity = estimate(
                 self.recipe.calibrate.estimator,
@@ -196,8 +206,8 @@ class Calibrator:
                 self.network(specs, store, folder),
                 key,
             )
-        save_sensitivity(sensitivity, folder / name)  # last: says that all is there
-        Journal(folder / JOURNAL).clear()
+        self._keep(save_sensitivity, sensitivity, folder / name)  # last: says that all is there
+        self._journal(folder).clear()
 
     def _measure_candidates(
         self, specs: Sequence[QuantSpec], store: CandidateStore, folder: Path
@@ -206,14 +216,16 @@ class Calibrator:
         shape = Shape.of(self.model, self.calibration, self.recipe)
         integers = block_candidate_bytes(self.model.layers, specs)
         size = states_bytes(shape, self.recipe) + integers
-        require_room(size, folder, folder / CANDIDATES, folder / OUTPUT_GRAMS)
+        self._keep(require_room, size, folder, folder / CANDIDATES, folder / OUTPUT_GRAMS)
         evidence = self._evidence(specs, store, folder)
         release_freed()  # hidden states and gradients, before networks are put together
         table = estimate("fisher-factored", evidence, self.network(specs, store, folder))
-        journal = Journal(folder / JOURNAL)
-        save_curve(self._measure_uniform(table, store, journal), folder / UNIFORM)
-        save_evidence(evidence, folder / EVIDENCE)  # last of these
+        journal = self._journal(folder)
+        curve = self._measure_uniform(table, store, journal)
+        self._keep(save_curve, curve, folder / UNIFORM)
+        self._keep(save_evidence, evidence, folder / EVIDENCE)  # last of these
         journal.clear()
+        self.model.share.wait()  # until it can be read
 
     def _evidence(
         self, specs: Sequence[QuantSpec], store: CandidateStore, folder: Path
@@ -226,7 +238,7 @@ class Calibrator:
             self.recipe.calibrate,
             store=store,
             monitor=self.monitor,
-            journal=Journal(folder / JOURNAL),
+            journal=self._journal(folder),
         )
         release_freed()
         found = self.gradients(
@@ -237,7 +249,7 @@ class Calibrator:
         )
         if self.recipe.quantize.weighs_tokens:
             self._keep_token_squares(folder, found.tokens)
-        save_traces(found.channels, final, folder / TRACES)
+        self._keep(save_traces, found.channels, final, folder / TRACES)
         return Evidence.of(errors, found, specs, self.calibration.fitting.shape[1])
 
     def network(
@@ -251,7 +263,7 @@ class Calibrator:
             scratch: folder for hidden states on the way.
         """
         options = self.recipe.calibrate
-        journal = NO_JOURNAL if scratch is None else Journal(scratch / JOURNAL)
+        journal = NO_JOURNAL if scratch is None else self._journal(scratch)
 
         def measure(assignments: Sequence[Mapping[str, QuantSpec]]) -> list[AnyQuality]:
             layers = self.model.layers
@@ -277,7 +289,8 @@ class Calibrator:
         states = states_bytes(
             shape, self.recipe, gradients=needs.gradients, hidden=needs.final_hidden
         )
-        require_room(states, folder, folder / OUTPUT_GRAMS)
+        self._keep(require_room, states, folder, folder / OUTPUT_GRAMS)
+        self.model.share.wait()  # scratch of the others is not there yet
         with StageTimer(self.timings, "calibrate"):
             if needs.gradients:
                 found = self.gradients(folder, coupled=needs.output_grams)
@@ -290,8 +303,8 @@ class Calibrator:
                 final = final_hidden(
                     self.model, self.calibration.fitting, self.recipe.calibrate, self.monitor
                 )
-        save_traces(weights, final, folder / TRACES)  # last: says that all is there
-        Journal(folder / JOURNAL).clear()
+        self._keep(save_traces, weights, final, folder / TRACES)  # last: says that all is there
+        self._journal(folder).clear()
 
     def _read_all(self, folder: Path, name: str) -> Measurement:
         """What a filled folder holds, with predictions corrected by the uniform networks."""
@@ -389,13 +402,15 @@ class Calibrator:
             self.calibration.fitting[first : first + count],
             batch_size=options.gradient_batch,
             precision=options.precision,
-            head_gradient=sampled_labels(generator),
+            head_gradient=sampled_labels(generator, options.gradient_batch),
             monitor=monitor,
-            keep_gram=partial(save_output_gram, folder / OUTPUT_GRAMS) if coupled else None,
+            keep_gram=partial(self._keep, save_output_gram, folder / OUTPUT_GRAMS)
+            if coupled
+            else None,
             errors=errors,
             rows=rows,
             scratch=folder,
-            journal=Journal(folder / JOURNAL / str(first)),
+            journal=self._journal(folder, str(first)),
         )
 
     def _keep_token_squares(self, folder: Path, known: Mapping[str, Tensor]) -> None:
@@ -409,7 +424,20 @@ class Calibrator:
         others = range(count, len(self.calibration.fitting), count)
         parts = [known, *(self.gradients(folder, first=first).tokens for first in others)]
         squares = {name: torch.cat([part[name] for part in parts]) for name in known}
-        save_token_squares(squares, folder / TOKEN_SQUARES)
+        self._keep(save_token_squares, squares, folder / TOKEN_SQUARES)
+
+    def _journal(self, folder: Path, part: str = "") -> Journal:
+        """Where what is finished of a measurement is noted."""
+        return Journal(folder / JOURNAL / part, self.model.share)
+
+    def _shared(self) -> _Shared:
+        """What every measurement is opened with."""
+        return _Shared(monitor=self.monitor, share=self.model.share)
+
+    def _keep(self, write: Callable[..., None], *what: Any) -> None:
+        """Write what all processes know."""
+        if self.model.share.main:
+            write(*what)
 
     def _hidden_features(self) -> int:
         embedding: Any = self.model.module.get_submodule(self.model.architecture.embedding)

@@ -10,7 +10,7 @@ one block's weights and statistics are all that is ever needed at a time.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from quantforge.models import Architecture
 from quantforge.models.cache import NAMES as CACHE_NAMES
 from quantforge.models.experts import LEAST_TOKENS, reached, without_correlations
 from quantforge.numerics import GramAccumulator
+from quantforge.parallel import ALONE, Share, summed
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -130,7 +131,9 @@ class BlockWalk:
 
     Attributes:
         blocks: the decoder's blocks.
-        hidden: per batch [batch, length, hidden] float32.
+        hidden: per batch [batch, length, hidden] float32; empty for one of another process.
+        own: batches that this process carries.
+        sizes: sequences of every batch.
         precision: of the matrix products in `outputs`.
     """
 
@@ -142,19 +145,35 @@ class BlockWalk:
         *,
         batch_size: int | list[int] = 4,
         precision: Precision = "bfloat16",
+        own: Container[int] | None = None,
     ) -> None:
+        """Stand at the first block.
+
+        Args:
+            module: the network.
+            architecture: its shape.
+            tokens: [sequences, length] int64.
+            batch_size: sequences a batch, or of every batch.
+            precision: of the matrix products.
+            own: batches that this process carries; None carries all.
+        """
         self.blocks = architecture.block_list(module)
         self.precision = precision
         self.hidden: list[Tensor] = []
+        self.own: list[int] = []
+        self.sizes: list[int] = []
         self._arguments: list[list[dict[str, Any]]] = []
         device = next(module.parameters()).device
         shared: dict[int, list[dict[str, Any]]] = {}
         with torch.no_grad():
-            for batch in torch.split(tokens, batch_size):
+            for index, batch in enumerate(torch.split(tokens, batch_size)):
                 hidden, arguments = _block_calls(
                     module, list(self.blocks), batch.to(device), tuples=architecture.tuples
                 )
-                self.hidden.append(hidden.float())
+                mine = own is None or index in own
+                self.own += [index] if mine else []
+                self.sizes.append(len(batch))
+                self.hidden.append(hidden.float() if mine else hidden.new_empty(0))
                 # Equal shapes share one mask and one pair of rotary tables.
                 self._arguments.append(shared.setdefault(len(batch), arguments))
 
@@ -179,10 +198,15 @@ class BlockWalk:
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states.float()
 
-    def outputs(self, block: nn.Module) -> Iterator[Tensor]:
-        """`output` of every batch."""
-        for index in range(len(self.hidden)):
-            yield self.output(block, index)
+    @property
+    def device(self) -> torch.device:
+        """Where the states are."""
+        return self.hidden[0].device
+
+    def rows(self, batch: int) -> slice:
+        """The sequences of a batch, among all."""
+        before = sum(self.sizes[:batch])
+        return slice(before, before + self.sizes[batch])
 
     def inputs(
         self,
@@ -225,8 +249,8 @@ class BlockWalk:
 
     def advance(self, block: nn.Module) -> None:
         """Replace the inputs by the block's outputs."""
-        for index, output in enumerate(self.outputs(block)):
-            self.hidden[index] = output
+        for index in self.own:
+            self.hidden[index] = self.output(block, index)
 
 
 @contextmanager
@@ -282,6 +306,15 @@ class StageGram:
         if self._reached is not None:
             self._reached += reached(inputs)
 
+    def sums(self) -> list[Tensor]:
+        """Everything that adds up over batches."""
+        return [*self._gram.sums(), torch.tensor(self._reached or 0)]
+
+    def replace_sums(self, sums: Sequence[Tensor]) -> None:
+        """Take other sums."""
+        self._gram.replace_sums(sums[:2])
+        self._reached = None if self._reached is None else int(sums[2])
+
     @property
     def starved(self) -> int | None:
         """Tokens that reached the expert, where they are too few; None otherwise."""
@@ -313,7 +346,12 @@ def stage_accumulators(
 
 
 def stage_grams(
-    walk: BlockWalk, block: nn.Module, architecture: Architecture, *, advance: bool = False
+    walk: BlockWalk,
+    block: nn.Module,
+    architecture: Architecture,
+    *,
+    advance: bool = False,
+    share: Share = ALONE,
 ) -> list[StageGram]:
     """The gram of every stage's input over the batches; a stage's layers read the same input.
 
@@ -322,15 +360,19 @@ def stage_grams(
         block: the block to run.
         architecture: names the stages.
         advance: also move the walk to the block's exit.
+        share: of the batches, which are those that the walk carries.
     """
     readers = stage_readers(block, architecture)
-    device, product = walk.hidden[0].device, product_dtype(walk.precision)
-    grams = stage_accumulators(readers, architecture, device)
-    with input_hooks(block, list(readers), lambda name, inputs: grams[name].add(inputs, product)):
-        for index, output in enumerate(walk.outputs(block)):
-            if advance:
-                walk.hidden[index] = output
-    return list(grams.values())
+    product = product_dtype(walk.precision)
+
+    def visit(grams: Mapping[str, StageGram], index: int) -> None:
+        with input_hooks(block, list(readers), lambda n, inputs: grams[n].add(inputs, product)):
+            output = walk.output(block, index)
+        if advance:
+            walk.hidden[index] = output
+
+    fresh = partial(stage_accumulators, readers, architecture, walk.device)
+    return list(summed(share, len(walk.hidden), fresh, visit).values())
 
 
 @contextmanager

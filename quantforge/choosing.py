@@ -20,7 +20,7 @@ from quantforge.decision import Chosen, Decided, Measurement, choose
 from quantforge.errors import InputError
 from quantforge.files import fingerprint
 from quantforge.format.footprint import Footprint
-from quantforge.format.manifest import plan_to_dict
+from quantforge.format.manifest import plan_from_dict, plan_to_dict
 from quantforge.format.store import CandidateStore
 from quantforge.models import Model
 from quantforge.planning import excess, find_plan, priced, require_loadable, require_within
@@ -107,6 +107,9 @@ class PlanChooser:
             UsageError: the plan is not one that the configured server loads.
         """
         plan = self._find(sensitivity, budget)
+        if self.model.share.count > 1:  # a solver that ran out of time found whatever it found
+            told = self.model.share.exchange(facts={"plan": plan_to_dict(plan)})[0].facts["plan"]
+            plan = plan_from_dict(told)
         require_loadable(self.layers, plan.assignment, self.recipe.search)
         return plan
 
@@ -327,7 +330,8 @@ class PlanChooser:
             found = refine(inside, blocks, evidence.products, recipe.search, surroundings)
             return replace(found, plan=plan if found.plan is inside else whole(found.plan))
 
-        return remembered(store.folder.parent / REFINED / f"{key[:32]}.json", look)
+        path = store.folder.parent / REFINED / f"{key[:32]}.json"
+        return remembered(path, look, self.model.share)
 
     def fitting_uniform(
         self,

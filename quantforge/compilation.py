@@ -49,7 +49,7 @@ from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantSpec
 from quantforge.vocabulary import VocabularyCalibrator
 
 # Raised with every change of what the quantize stage computes: older journals are then not used.
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 
 
 @dataclass(kw_only=True)
@@ -161,7 +161,7 @@ class Job:
             self.recipe.evaluate.model_dump(mode="json"),
             self.seed,
         )
-        return open_journal(key, fresh=fresh, monitor=self.monitor)
+        return open_journal(key, fresh=fresh, monitor=self.monitor, share=self.model.share)
 
     def quantize(
         self, plan: BitPlan, measured: Measurement, journal: Journal = NO_JOURNAL
@@ -279,6 +279,7 @@ class Job:
             self.reference,
             text=text,
             precision=self.recipe.evaluate.precision,
+            share=self.model.share,
         )
 
     @cached_property
@@ -300,6 +301,7 @@ class Job:
             precision=self.recipe.evaluate.precision,
             keep_head_copy=bool(self.vocabulary),
             monitor=self.monitor,
+            share=self.model.share,
         )
 
     def keep_float_head(self) -> None:

@@ -48,7 +48,7 @@ from quantforge.types import CalibrationSet, LayerInfo
 _TRAINED = 16  # bytes a weight: float weight, its gradient and two running means
 _MEASURED_WINDOWS = 3  # the plan, and before and after tuning, on `curve_windows` each
 _LEARNED = 12  # bytes a weight: latents, mean gradients, the weight and its gradient in 16 bits
-_SQUARES = 4  # of one stage: gram, cross moment, factor and work
+_SQUARES = 6  # of one stage: gram and cross moment twice (a lane, and those before), factor, work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

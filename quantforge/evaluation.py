@@ -30,6 +30,7 @@ from quantforge.loading import load_source
 from quantforge.models import Architecture, shape_of
 from quantforge.models.sizes import context_length
 from quantforge.outcomes import EvaluationReport, InspectReport, TasksReport
+from quantforge.parallel import Share
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.recipe import compose, resolve_target
 from quantforge.results import AnyQuality, SizeReport, TaskScore
@@ -103,20 +104,23 @@ def evaluate(
         InputError: a folder, model or text is missing, broken or too short.
     """
     monitor = Monitor(progress=progress, cancel=cancel)
-    name = str(reference) if reference is not None else _source_of(Path(checkpoint))
-    tokens, description, outputs = _reference(
-        name, text, (windows, window_length), precision, device, trust_remote_code, monitor
-    )
-
-    def measured(path: str | Path) -> AnyQuality:
-        module, architecture = _network(path, device, trust_remote_code, monitor)
-        return measure(
-            module, architecture, tokens, outputs,
-            text=description, precision=precision, monitor=monitor,
+    share = Share.of_this_process(torch.device(device))
+    with share.together():
+        name = str(reference) if reference is not None else _source_of(Path(checkpoint))
+        tokens, description, outputs = _reference(
+            name, text, (windows, window_length), precision, device, trust_remote_code, monitor,
+            share,
         )  # fmt: skip
 
-    quality = measured(checkpoint)
-    other = None if against is None else measured(against)
+        def measured(path: str | Path) -> AnyQuality:
+            module, architecture = _network(path, device, trust_remote_code, monitor)
+            return measure(
+                module, architecture, tokens, outputs,
+                text=description, precision=precision, monitor=monitor, share=share,
+            )  # fmt: skip
+
+        quality = measured(checkpoint)
+        other = None if against is None else measured(against)
     return EvaluationReport(
         model=str(checkpoint),
         reference=name,
@@ -281,10 +285,12 @@ def _reference(
     device: str,
     trust_remote_code: bool,
     monitor: Monitor,
+    share: Share,
 ) -> tuple[Tensor, str, AnyReference]:
     """Windows of a text, their description, and what the float model says; it is freed again."""
     recipe = compose(resolve_target(name))
-    model = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
+    with share.main_first():  # it fills the cache
+        model = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
     where = DEFAULT_EVALUATION if text is None else str(text)
     windows, length = shape
     _check_context(model.module, length)
@@ -300,6 +306,7 @@ def _reference(
         precision=precision,
         keep_head_copy=True,
         monitor=monitor,
+        share=share,
     )
     return tokens, describe_windows(where, model.tokenizer, tokens, framed=framed), outputs
 

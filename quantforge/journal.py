@@ -35,6 +35,7 @@ from quantforge.claims import (
     written,
 )
 from quantforge.files import atomic_path, cache_root
+from quantforge.parallel import ALONE, Share
 from quantforge.progress import Monitor
 
 KEPT_JOURNALS = 4
@@ -60,9 +61,11 @@ class Journal:
 
     Attributes:
         folder: one `<name>.safetensors` an entry; made with the first.
+        share: of several processes the first one writes and reads, and tells the others.
     """
 
     folder: Path | None
+    share: Share = ALONE
 
     def write(
         self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
@@ -72,7 +75,7 @@ class Journal:
         Raises:
             ResourceError: the cache cannot be written.
         """
-        if self.folder is None:
+        if self.folder is None or not self.share.main:
             return
         kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         text = json.dumps(dict(facts or {}))
@@ -82,7 +85,18 @@ class Journal:
 
     def read(self, name: str) -> Entry | None:
         """What was noted; None where nothing was, or where the file is damaged, which is said."""
-        if self.folder is None or not (path := self._path(name)).is_file():
+        if self.folder is None:
+            return None
+        if self.share.count == 1:
+            return self._read(self._path(name))
+        mine = self._read(self._path(name)) if self.share.main else None
+        facts = {} if mine is None else {"facts": dict(mine.facts)}
+        told = self.share.exchange({} if mine is None else mine.tensors, facts)[0]
+        return Entry(tensors=told.tensors, facts=told.facts["facts"]) if told.facts else None
+
+    def _read(self, path: Path) -> Entry | None:
+        """What a file holds."""
+        if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
@@ -99,14 +113,15 @@ class Journal:
 
     def first_missing(self, stem: str, count: int) -> int:
         """Of the entries `numbered(stem, 0)`, .. the first that is not there whole; or `count`."""
-        for index in range(count):
-            if self.read(numbered(stem, index)) is None:
-                return index
-        return count
+        first = count
+        if self.folder is not None and self.share.main:
+            paths = (self._path(numbered(stem, index)) for index in range(count))
+            first = next((i for i, path in enumerate(paths) if self._read(path) is None), count)
+        return 0 if self.folder is None else round(self.share.agree(first))
 
     def clear(self) -> None:
         """Forget everything."""
-        if self.folder is not None and self.folder.is_dir():
+        if self.folder is not None and self.share.main and self.folder.is_dir():
             shutil.rmtree(set_aside(self.folder), ignore_errors=True)
 
     def _path(self, name: str) -> Path:
@@ -122,7 +137,9 @@ def numbered(stem: str, index: int) -> str:
 
 
 @contextmanager
-def open_journal(key: str, *, fresh: bool, monitor: Monitor) -> Iterator[Journal]:
+def open_journal(
+    key: str, *, fresh: bool, monitor: Monitor, share: Share = ALONE
+) -> Iterator[Journal]:
     """Yield the journal of a run, with what an interrupted run of the same command noted.
 
     It is removed when the body succeeds, and stays if it does not. Where a living run has it, the
@@ -133,15 +150,20 @@ def open_journal(key: str, *, fresh: bool, monitor: Monitor) -> Iterator[Journal
         key: fingerprint of everything that decides what the run makes.
         fresh: forget what is there.
         monitor: its cancel event ends waiting for the registry.
+        share: of the run; the first process opens it for all.
 
     Raises:
         ResourceError: the cache cannot be written.
     """
     root = cache_root() / "journals"
     folder, claim = root / key[:32], None
+    if not share.main:
+        yield Journal(folder, share) if share.agree(0.0) else NO_JOURNAL
+        return
     with written(everything=True), registry(monitor) as locks:
         if folder.name not in claimed_names(locks):
             claim = new_claim(folder, locks, empty=fresh)
+    share.agree(float(claim is not None))
     if claim is None:
         logger.warning("another run of this command has its journal: this one cannot be resumed")
         yield NO_JOURNAL
@@ -149,7 +171,7 @@ def open_journal(key: str, *, fresh: bool, monitor: Monitor) -> Iterator[Journal
     try:
         with written(everything=True):
             remove_oldest(root, KEPT_JOURNALS, monitor)
-        yield Journal(folder)
+        yield Journal(folder, share)
         Journal(folder).clear()
     finally:
         release(claim)

@@ -26,15 +26,24 @@ from quantforge.claims import (
     remove_oldest,
     written,
 )
-from quantforge.files import cache_root
+from quantforge.errors import ResourceError
+from quantforge.files import CACHE_VARIABLE, cache_root
+from quantforge.parallel import ALONE, Share
 from quantforge.progress import Monitor
 
 KEPT_MEASUREMENTS = 6
+MEANT = "model, text, configuration, threads or instruction set"
 
 
 @contextmanager
 def measurement(
-    key: str, make: Callable[[Path], None], *, complete: str, fresh: bool, monitor: Monitor
+    key: str,
+    make: Callable[[Path], None],
+    *,
+    complete: str,
+    fresh: bool,
+    monitor: Monitor,
+    share: Share = ALONE,
 ) -> Iterator[Path]:
     """Yield the folder of one calibration, filled; it stays while the body runs.
 
@@ -47,6 +56,7 @@ def measurement(
         complete: file in the folder that `make` writes last.
         fresh: forget what is there; waits for those who still read it.
         monitor: told once if another run has to be waited for; its cancel event ends that.
+        share: of the run; the first process claims the folder for all, which fill it together.
 
     Raises:
         CancelledError: the monitor was cancelled while waiting.
@@ -54,17 +64,43 @@ def measurement(
     """
     root = cache_root() / "measurements"
     folder = root / key[:32]
+    if not share.main:
+        share.require_equal(key, MEANT)
+        if share.agree(0.0):
+            require_shared(folder)
+            with written(everything=False):
+                make(folder)
+            share.wait()
+        yield folder
+        return
+    share.require_equal(key, MEANT)
     with written(everything=True):
         claim = _claimed(folder, complete, fresh, monitor)
     try:
         with written(everything=True):
             remove_oldest(root, KEPT_MEASUREMENTS, monitor)
-        if not (folder / complete).is_file():
+        missing = not (folder / complete).is_file()
+        share.agree(float(missing))
+        if missing:
             with written(everything=False):
                 make(folder)
+            share.wait()  # for what is written last
         yield folder
     finally:
         release(claim)
+
+
+def require_shared(folder: Path) -> None:
+    """Refuse a process that does not see the folder that another one has made.
+
+    Raises:
+        ResourceError: it does not.
+    """
+    if not folder.is_dir():
+        raise ResourceError(
+            f"the cache {cache_root()} is not the same folder for all processes: set "
+            f"{CACHE_VARIABLE} to one on a disk that they share"
+        )
 
 
 def _claimed(folder: Path, complete: str, fresh: bool, monitor: Monitor) -> FileLock:

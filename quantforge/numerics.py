@@ -51,6 +51,14 @@ class GramAccumulator:
         add_gram(self.total, rows)
         self.tokens += rows.shape[0]
 
+    def sums(self) -> list[Tensor]:
+        """Everything that adds up over batches."""
+        return [self.total, torch.tensor(self.tokens)]
+
+    def replace_sums(self, sums: Sequence[Tensor]) -> None:
+        """Take other sums."""
+        self.total, self.tokens = sums[0], int(sums[1])
+
     def mean(self) -> Tensor:
         """[in, in] float32 symmetric mean of x xᵀ.
 
@@ -96,6 +104,14 @@ class CrossAccumulator:
         rows = _weighted(quantized, weights).reshape(-1, quantized.shape[-1])
         add_cross(self.total, difference.reshape(rows.shape).to(dtype), rows.to(dtype))
         self.tokens += rows.shape[0]
+
+    def sums(self) -> list[Tensor]:
+        """Everything that adds up over batches."""
+        return [self.total, torch.tensor(self.tokens)]
+
+    def replace_sums(self, sums: Sequence[Tensor]) -> None:
+        """Take other sums."""
+        self.total, self.tokens = sums[0], int(sums[1])
 
     def mean(self) -> Tensor:
         """[in, in] float32 mean, not symmetric: rows belong to the difference."""

@@ -20,10 +20,12 @@ from quantforge.latency import latency_model
 from quantforge.load.huggingface import described, from_module
 from quantforge.load.text import calibration_set, from_batches
 from quantforge.loading import load_source
+from quantforge.parallel import ALONE, Share
 from quantforge.plan_file import GivenPlan, read_assignment, read_fixed, require_grids
 from quantforge.planning import loadable_vocabulary, require_reachable, require_split
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe, Target, compose, resolve_target
+from quantforge.runtime.load import checked_device
 from quantforge.search.budget import Budget
 from quantforge.search.settled import needed_budget
 from quantforge.search.solvers import solver_for
@@ -35,6 +37,14 @@ Source = str | Path | nn.Module
 def target_of(model: Source) -> Target:
     """What a call's first argument means."""
     return Target(name="in-memory") if isinstance(model, nn.Module) else resolve_target(model)
+
+
+def share_of(model: Source, device: str) -> Share:
+    """This process's share of a call's work; joins the other processes of the run."""
+    own = checked_device(device)
+    if isinstance(model, nn.Module):
+        own = next((parameter.device for parameter in model.parameters()), own)
+    return Share.of_this_process(own)
 
 
 def configure(
@@ -104,6 +114,7 @@ def open_job(
     trust_remote_code: bool = False,
     tokenizer: Any = None,
     monitor: Monitor | None = None,
+    share: Share = ALONE,
 ) -> Job:
     """Load the model and read the calibration text.
 
@@ -121,6 +132,7 @@ def open_job(
         trust_remote_code: let a hub model bring its own code.
         tokenizer: of a network in memory.
         monitor: progress and cancellation.
+        share: of the work, where several processes do it together.
 
     Raises:
         BudgetError: not even the smallest plan is within the limits.
@@ -133,7 +145,11 @@ def open_job(
     if isinstance(model, nn.Module):
         loaded = from_module(model, tokenizer=tokenizer)
     else:
-        loaded = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
+        with share.main_first():  # it fills the cache
+            loaded = load_source(
+                recipe, device, trust_remote_code=trust_remote_code, monitor=monitor
+            )
+    loaded.share = share
     require_answerable(loaded, recipe, limit)
     folder = loaded.source.path if loaded.source.kind == "folder" else None
     require_split(described(loaded.module), recipe.search, folder)

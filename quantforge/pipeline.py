@@ -26,7 +26,7 @@ from quantforge.evaluation import evaluate, evaluate_tasks, generate, inspect, l
 from quantforge.frontier import frontier_report, write_frontier
 from quantforge.landscape import curvature
 from quantforge.models.linears import with_linears
-from quantforge.opening import Source, configure, limit_of, open_job, target_of
+from quantforge.opening import Source, configure, limit_of, open_job, share_of, target_of
 from quantforge.outcomes import ParetoReport, PlanReport, Report
 from quantforge.plan_file import GivenPlan
 from quantforge.profiling import profile
@@ -119,9 +119,10 @@ def quantize(
     folder = None if output is None else Path(output)
     if folder is None and not isinstance(model, nn.Module):
         folder = target_of(model).output(None if limit is None else limit.text)
-    stage = staging(folder, force=force) if folder else nullcontext()
+    share = share_of(model, device)
+    stage = staging(folder, force=force) if folder and share.main else nullcontext()
     # The journal goes when the output has its name, and not before.
-    with ExitStack() as at_the_end, stage as staged, _borrowed(model):
+    with share.together(), ExitStack() as at_the_end, stage as staged, _borrowed(model):
         job = open_job(
             model,
             recipe,
@@ -135,6 +136,7 @@ def quantize(
             trust_remote_code=trust_remote_code,
             tokenizer=tokenizer,
             monitor=Monitor(progress=progress, cancel=cancel),
+            share=share,
         )
         with job.measure(fresh=fresh) as measured:
             chosen = job.search(measured, limit)
@@ -174,12 +176,11 @@ def plan(
         model, budget=budget, calibration=calibration, effort=effort, settings=settings
     )
     limit = limit_of(recipe, budget, plan)
-    folder = None if output is None else Path(output)
-    if folder:
-        check_output(folder, force=force)
-        if (folder / "quantforge.json").is_file():
+    share = share_of(model, device)
+    folder = Path(output) if output is not None and share.main else None
+    with share.together(), _destination(folder, force=force), _borrowed(model):
+        if folder and (folder / "quantforge.json").is_file():
             raise UsageError(f"{folder} holds a checkpoint; give plan another --output")
-    with reserved(folder) if folder else nullcontext(), _borrowed(model):
         job = open_job(
             model,
             recipe,
@@ -193,6 +194,7 @@ def plan(
             trust_remote_code=trust_remote_code,
             tokenizer=tokenizer,
             monitor=Monitor(progress=progress, cancel=cancel),
+            share=share,
         )
         if job.settled:
             return dry_run(job, None, limit, folder)
@@ -233,10 +235,10 @@ def pareto(
     recipe = configure(model, calibration=calibration, effort=effort, settings=settings)
     if recipe.search.settled is not None:
         raise UsageError("search has one candidate: there is one plan and no frontier")
-    folder = None if output is None else Path(output)
-    if folder:
-        check_output(folder, force=force, mark="pareto.json")
-    with reserved(folder) if folder else nullcontext(), _borrowed(model):
+    share = share_of(model, device)
+    folder = Path(output) if output is not None and share.main else None
+    reserve = _destination(folder, force=force, mark="pareto.json")
+    with share.together(), reserve, _borrowed(model):
         job = open_job(
             model,
             recipe,
@@ -248,12 +250,24 @@ def pareto(
             trust_remote_code=trust_remote_code,
             tokenizer=tokenizer,
             monitor=Monitor(progress=progress, cancel=cancel),
+            share=share,
         )
         with job.measure(fresh=fresh) as measured:
             report = frontier_report(job, measured, points, measure)
         if folder:
             write_frontier(report, folder)
     return report
+
+
+@contextmanager
+def _destination(folder: Path | None, *, force: bool, mark: str = "plan.json") -> Iterator[None]:
+    """A folder that the body may write at its end, and nobody else meanwhile; maybe none."""
+    if folder is None:
+        yield
+        return
+    check_output(folder, force=force, mark=mark)
+    with reserved(folder):
+        yield
 
 
 @contextmanager

@@ -28,7 +28,6 @@ from quantforge.results import METRICS, TrainingOutcome
 from quantforge.train.blockwise import BlockwiseTask, train_blocks
 from quantforge.train.config import TrainingConfig
 from quantforge.train.loop import Task, Trained, train
-from quantforge.train.parallel import Share
 from quantforge.train.teacher import HiddenTeacher, Teacher, top_teacher
 from quantforge.types import QuantizedWeight
 
@@ -160,7 +159,7 @@ class Recovery:
                     config,
                     seed=self.seed,
                     monitor=self.monitor,
-                    share=Share.of_this_process(self.model.device),
+                    share=self.model.share,
                     journal=self.journal,
                 )
             )

@@ -36,6 +36,7 @@ from torch import Tensor
 from quantforge.errors import InputError
 from quantforge.files import write_json
 from quantforge.format.manifest import plan_from_dict, plan_to_dict
+from quantforge.parallel import ALONE, Share
 from quantforge.results import AnyQuality, RefinementRound
 from quantforge.search.allocate import cost_tables, make_plan, tied_rows
 from quantforge.search.choice import Picks
@@ -111,18 +112,25 @@ def refine(
     return Refined(plan=plan, rounds=tuple(rounds))
 
 
-def remembered(path: Path, look: Callable[[], Refined]) -> Refined:
+def remembered(path: Path, look: Callable[[], Refined], share: Share = ALONE) -> Refined:
     """What `look` finds, kept in a file: another command with the same plan does not look again.
 
-    A file that cannot be read is made again; where none can be written, there is none.
+    A file that cannot be read is made again; where none can be written, there is none. Of several
+    processes the first reads and writes it.
     """
-    with suppress(OSError, ValueError, KeyError, TypeError, InputError):
-        kept = json.loads(path.read_text(encoding="utf-8"))
+    text = ""
+    with suppress(OSError, ValueError):
+        text = path.read_text(encoding="utf-8") if share.main else ""
+    text = share.exchange(facts={"text": text})[0].facts["text"]
+    with suppress(ValueError, KeyError, TypeError, InputError):
+        kept = json.loads(text)
         return Refined(
             plan=plan_from_dict(kept["plan"]),
             rounds=tuple(RefinementRound(**one) for one in kept["rounds"]),
         )
     found = look()
+    if not share.main:
+        return found
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         rounds = [asdict(one) for one in found.rounds]

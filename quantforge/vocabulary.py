@@ -64,8 +64,9 @@ class VocabularyCalibrator:
                 self._fill(folder, measured, key)
 
         with measurement(
-            key, make, complete=SENSITIVITY, fresh=fresh, monitor=base.monitor
-        ) as folder:
+            key, make, complete=SENSITIVITY, fresh=fresh, monitor=base.monitor,
+            share=base.model.share,
+        ) as folder:  # fmt: skip
             found = load_sensitivity(folder / SENSITIVITY)
             found = replace(found, layers=tuple(self.candidates))
             both = _with(measured, found, folder / CANDIDATES)
@@ -99,7 +100,7 @@ class VocabularyCalibrator:
                 error[row, column] = relative_error(layer, weights - weight, weight, gram, counts)
                 done += 1
                 self.calibrator.monitor.step("embeddings", done, total)
-            if kept:
+            if kept and model.share.main:
                 store.put(layer.name, kept)
         table = Sensitivity(
             layers=tuple(self.candidates),
@@ -110,7 +111,8 @@ class VocabularyCalibrator:
             fingerprint=key,
             stderr=stderr,
         )
-        save_sensitivity(table, folder / SENSITIVITY)  # last: says that all is there
+        if model.share.main:
+            save_sensitivity(table, folder / SENSITIVITY)  # last: says that all is there
 
     def _best_way(self, layer: LayerInfo, quantizer: MatrixQuantizer, spec: QuantSpec) -> str:
         """The way of least held-out loss."""

@@ -43,13 +43,13 @@ from quantforge.evaluate.quality import ReferenceOutputs, paired
 from quantforge.journal import Journal
 from quantforge.memory import peak_bytes, release_freed, reset_peak, resident_bytes
 from quantforge.methods.rtn import minmax_grid, round_to_nearest
+from quantforge.parallel import Share
 from quantforge.results import Quality
 from quantforge.search.budget import Budget
 from quantforge.train.config import TrainingConfig
 from quantforge.train.loop import Task, objective_of
 from quantforge.train.objective import Objective
 from quantforge.train.optimizers import OPTIMIZERS, set_rates
-from quantforge.train.parallel import Share
 from quantforge.train.quantizers import Hardness
 from quantforge.train.teacher import HiddenTeacher
 from quantforge.types import BitPlan, QuantSpec

@@ -40,6 +40,7 @@ class BlockGradients:
 
     Attributes:
         block: index of the block.
+        batch: index of the batch.
         rows: the batch, as positions among all sequences.
         inputs: per stage, [sequences, length, in] in the products' precision.
         gradients: layer name → [sequences, length, out] at the layer's output, likewise.
@@ -47,6 +48,7 @@ class BlockGradients:
     """
 
     block: int
+    batch: int
     rows: slice
     inputs: tuple[Tensor, ...]
     gradients: Mapping[str, Tensor]
@@ -64,7 +66,7 @@ def backward_blocks(
     start: tuple[int, list[Tensor]] | None = None,
     on_block: Callable[[int, list[Tensor]], None] | None = None,
 ) -> Iterator[BlockGradients]:
-    """Every batch of every block, from the last block to the first.
+    """Every batch of every block, from the last block to the first; of batches, one's share.
 
     Args:
         model: the network; its parameters must not ask for gradients.
@@ -76,17 +78,19 @@ def backward_blocks(
         start: where an earlier pass was left: the last block it finished, and what `on_block` got
             with it. The loss is not asked again.
         on_block: called when the last batch of a block was consumed, with the block's index and,
-            per batch, [sequences, length, hidden] float32 the gradient at its input.
+            per batch, [sequences, length, hidden] float32 the gradient at its input, empty for a
+            batch of another process.
     """
     product = product_dtype(precision)
     walk = BlockWalk(
-        model.module, model.architecture, tokens, batch_size=batch_size, precision=precision
-    )
+        model.module, model.architecture, tokens, batch_size=batch_size, precision=precision,
+        own=model.share.batches(-(-len(tokens) // batch_size)),
+    )  # fmt: skip
     with nullcontext() if scratch is None else TemporaryDirectory(dir=scratch) as folder:
         entrances = _KeptStates(None if folder is None else Path(folder))
         blocks = walk.blocks if start is None else walk.blocks[: start[0]]
         for block in blocks:
-            entrances.push([hidden.to(product) for hidden in walk.hidden])
+            entrances.push([walk.hidden[batch].to(product) for batch in walk.own])
             walk.advance(block)
         if start is None:
             states = _at_last_outputs(model, walk, precision, head_gradient)
@@ -94,16 +98,16 @@ def backward_blocks(
             states = list(start[1])
         walk.hidden.clear()  # from here on everything starts from what was kept
         for index in range(len(blocks) - 1, -1, -1):
-            first, arguments = 0, walk.arguments(walk.blocks[index])
-            for batch, entrance in enumerate(entrances.pop()):
-                at_output, rows = states[batch], slice(first, first + len(entrance))
+            arguments = walk.arguments(walk.blocks[index])
+            for batch, entrance in zip(walk.own, entrances.pop(), strict=True):
+                at_output = states[batch]
                 inputs, gradients, states[batch] = _block_backward(
                     model, index, entrance, at_output, arguments[batch], precision
                 )
-                first = rows.stop
                 yield BlockGradients(
-                    block=index, rows=rows, inputs=inputs, gradients=gradients, output=at_output
-                )
+                    block=index, batch=batch, rows=walk.rows(batch), inputs=inputs,
+                    gradients=gradients, output=at_output,
+                )  # fmt: skip
             if on_block is not None:
                 on_block(index, states)
 
@@ -122,7 +126,8 @@ class _KeptStates:
             return
         path = self._folder / f"{len(self._kept)}.safetensors"
         save_file({f"{index:06d}": batch for index, batch in enumerate(batches)}, path)
-        self._kept.append((path, batches[0].device))
+        device = batches[0].device if batches else torch.device("cpu")
+        self._kept.append((path, device))
 
     def pop(self) -> list[Tensor]:
         """What was pushed last."""
@@ -181,12 +186,12 @@ def _at_last_outputs(
     model: Model, walk: BlockWalk, precision: Precision, head_gradient: HeadGradient
 ) -> list[Tensor]:
     """`_at_last_output` of every batch of a walk at its end, in order."""
-    states, first = [], 0
-    for hidden in walk.hidden:
-        rows = slice(first, first + len(hidden))
-        states.append(_at_last_output(model, hidden, rows, precision, head_gradient))
-        first = rows.stop
-    return states
+    return [
+        _at_last_output(model, hidden, walk.rows(batch), precision, head_gradient)
+        if batch in walk.own
+        else hidden
+        for batch, hidden in enumerate(walk.hidden)
+    ]
 
 
 def _at_last_output(

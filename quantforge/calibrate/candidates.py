@@ -8,23 +8,23 @@ that `fast` effort has its final weights already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantforge.calibrate.config import CalibrateConfig
-from quantforge.capture import BlockWalk, stage_grams
+from quantforge.capture import BlockWalk, StageGram, stage_grams
 from quantforge.errors import InputError
-from quantforge.format.store import CandidateStore, Circumstances
+from quantforge.format.store import CandidateStore, Circumstances, weight_tensors
 from quantforge.journal import NO_JOURNAL, Journal, numbered
 from quantforge.methods.gptq import gptq
 from quantforge.models import Model
 from quantforge.numerics import Factor, factorize, output_error, relative
 from quantforge.progress import Monitor, resumed
-from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec
+from quantforge.types import LayerInfo, QuantSpec
 
 BLOCK = "candidates"
 _TABLES = ("rows", "relative", "squared")
@@ -47,6 +47,10 @@ class CandidateErrors:
     squared: Tensor
 
 
+# Errors, integers and circumstances of one layer.
+_Measured = tuple[CandidateErrors, dict[str, Tensor], Circumstances]
+
+
 def measure_layer(
     layer: LayerInfo,
     weight: Tensor,
@@ -54,28 +58,39 @@ def measure_layer(
     factor: Factor,
     specs: Sequence[QuantSpec],
     config: CalibrateConfig,
-) -> tuple[CandidateErrors, dict[QuantSpec, QuantizedWeight]]:
-    """Output errors and integers of every candidate of one layer.
+    columns: Sequence[int] | None = None,
+) -> tuple[CandidateErrors, dict[str, Tensor]]:
+    """Output errors and integers of candidates of one layer, as `CandidateStore` takes them.
 
-    A candidate that does not divide the row gets +inf and no integers.
+    A candidate that does not divide the row gets +inf and no integers, as one that is left out.
+
+    Args:
+        layer: the layer.
+        weight: [out, in] float32.
+        gram: [in, in] of its input.
+        factor: of the gram.
+        specs: the candidates.
+        config: grid of the scales.
+        columns: candidates to measure; None measures all that divide the row.
     """
     rows = torch.full((len(specs), len(weight)), torch.inf)
-    squared = torch.full((len(specs),), torch.inf, dtype=torch.float64)
-    shares, quantized = [], {}
+    shares, squared = torch.full((2, len(specs)), torch.inf, dtype=torch.float64)
     reference = output_error(weight, gram)
-    for index, spec in enumerate(specs):
-        if not spec.divides(weight.shape[1]):
-            shares.append(torch.inf)
-            continue
-        quantized[spec] = gptq(weight, factor, spec, grid=config.grid)
-        difference = quantized[spec].dequantize() - weight
+    made: dict[str, Tensor] = {}
+    for column in _fitting(layer, specs) if columns is None else columns:
+        quantized = gptq(weight, factor, specs[column], grid=config.grid)
+        difference = quantized.dequantize() - weight
         error = output_error(difference, gram)
-        squared[index] = difference.square().sum(dtype=torch.float64)
-        rows[index] = error.cpu()
-        shares.append(relative(error, reference))
-    table = torch.tensor(shares, dtype=torch.float64)
-    found = CandidateErrors(layer=layer, rows=rows, relative=table, squared=squared)
-    return found, quantized
+        squared[column] = difference.square().sum(dtype=torch.float64)
+        rows[column] = error.cpu()
+        shares[column] = relative(error, reference)
+        made |= weight_tensors(quantized, str(specs[column]))
+    return CandidateErrors(layer=layer, rows=rows, relative=shares, squared=squared), made
+
+
+def _fitting(layer: LayerInfo, specs: Sequence[QuantSpec]) -> list[int]:
+    """Places of the candidates that divide a layer's row."""
+    return [column for column, spec in enumerate(specs) if spec.divides(layer.in_features)]
 
 
 def quantize_candidates(
@@ -115,46 +130,87 @@ def quantize_candidates(
         walk.advance(walk.blocks[index])
         monitor.step("candidates", index + 1, count)
     for index in range(finished, count):
-        block = walk.blocks[index]
-        stages = stage_grams(walk, block, model.architecture, advance=True)
-        grams = [stage.mean() for stage in stages]
+        block, share = walk.blocks[index], model.share
+        stages = stage_grams(walk, block, model.architecture, advance=True, share=share)
         layers = [one for one in model.layers if one.block == index]
-        factors = _factors(layers, grams, config.damping)
-        for layer in layers:
-            errors, quantized = measure_layer(
-                layer,
-                float_weight(model, layer),
-                grams[layer.stage],
-                factors[layer.stage],
-                specs,
-                config,
-            )
-            if quantized:  # a layer that no group size divides can only be kept
-                factor = factors[layer.stage]
-                made = Circumstances(
-                    asked=config.damping,
-                    damping=factor.damping,
-                    dead=int(factor.dead.sum()),
-                    fallback=factor.fallback,
-                    starved=stages[layer.stage].starved,
-                )
-                store.put(layer.name, quantized, made)
-            found.append(errors)
-        _write_errors(journal, index, [one for one in found if one.layer.block == index])
+        made = _measure_block(model, layers, stages, specs, config, store)
+        _write_errors(journal, index, made)
+        found += made
         monitor.step("candidates", index + 1, count)
     return found, _head_inputs(model, walk)
 
 
-def _factors(layers: Sequence[LayerInfo], grams: Sequence[Tensor], damping: float) -> list[Factor]:
-    """A factor for each stage of a block; an error names the first layer that reads its gram."""
-    factors = []
-    for stage, gram in enumerate(grams):
-        try:
-            factors.append(factorize(gram, damping=damping))
-        except InputError as error:
-            name = next(layer.name for layer in layers if layer.stage == stage)
-            raise InputError(f"{name}: {error}") from error
-    return factors
+def _measure_block(
+    model: Model,
+    layers: Sequence[LayerInfo],
+    stages: Sequence[StageGram],
+    specs: Sequence[QuantSpec],
+    config: CalibrateConfig,
+    store: CandidateStore,
+) -> list[CandidateErrors]:
+    """Errors of every candidate of a block's layers; their integers are put into the store.
+
+    Processes measure candidates in runs of about the same work, so that few of them need the
+    factor of one gram.
+    """
+    share = model.share
+    pairs = [(layer, column) for layer in layers for column in _fitting(layer, specs)]
+    first, last = share.span([layer.numel * layer.in_features for layer, _ in pairs])
+    own: dict[str, list[int]] = {}
+    for layer, column in pairs[first:last]:
+        own.setdefault(layer.name, []).append(column)
+    measured: Iterable[_Measured] = _measured(model, layers, stages, specs, config, own)
+    if share.count > 1:  # what is exchanged layer by layer is made without waiting
+        measured = list(measured)
+    found = []
+    for layer, (mine, tensors, under) in zip(layers, measured, strict=True):
+        tables = {field: getattr(mine, field) for field in _TABLES}
+        given = share.exchange({**tables, **tensors}, asdict(under) if tensors else None)
+        whole = {name: one for message in given for name, one in message.tensors.items()}
+        for field in _TABLES:  # of what others measured +inf
+            whole.pop(field)
+            tables[field] = torch.stack([one.tensors[field] for one in given]).amin(0)
+        if whole and share.main:  # a layer that no group size divides can only be kept
+            told = next(message.facts for message in given if message.facts)
+            store.put_tensors(layer.name, whole, layer.in_features, Circumstances(**told))
+        found.append(CandidateErrors(layer=layer, **tables))
+    return found
+
+
+def _measured(
+    model: Model,
+    layers: Sequence[LayerInfo],
+    stages: Sequence[StageGram],
+    specs: Sequence[QuantSpec],
+    config: CalibrateConfig,
+    own: Mapping[str, Sequence[int]],
+) -> Iterator[_Measured]:
+    """Layer by layer what this process measures; a gram is factored where that needs it."""
+    grams = [stage.mean() for stage in stages]
+    factors: dict[int, Factor] = {}
+    for layer in layers:
+        columns, stage = own.get(layer.name, ()), layer.stage
+        if columns and stage not in factors:
+            try:
+                factors[stage] = factorize(grams[stage], damping=config.damping)
+            except InputError as error:
+                raise InputError(f"{layer.name}: {error}") from error
+        if not columns:
+            rows = torch.full((len(specs), layer.out_features), torch.inf)
+            ratios, squared = torch.full((2, len(specs)), torch.inf, dtype=torch.float64)
+            nothing = CandidateErrors(layer=layer, rows=rows, relative=ratios, squared=squared)
+            yield nothing, {}, Circumstances()
+            continue
+        factor, weight = factors[stage], float_weight(model, layer)
+        found, made = measure_layer(layer, weight, grams[stage], factor, specs, config, columns)
+        under = Circumstances(
+            asked=config.damping,
+            damping=factor.damping,
+            dead=int(factor.dead.sum()),
+            fallback=factor.fallback,
+            starved=stages[stage].starved,
+        )
+        yield found, made, under
 
 
 def _write_errors(journal: Journal, index: int, errors: Sequence[CandidateErrors]) -> None:
@@ -225,13 +281,14 @@ def final_hidden(model: Model, tokens: Tensor, config: CalibrateConfig, monitor:
 
 
 def _walk(model: Model, tokens: Tensor, config: CalibrateConfig) -> BlockWalk:
-    """The float network at its first block."""
+    """The float network at its first block, with this process's share of the batches."""
     return BlockWalk(
         model.module,
         model.architecture,
         tokens,
         batch_size=config.batch_size,
         precision=config.precision,
+        own=model.share.batches(-(-len(tokens) // config.batch_size)),
     )
 
 
@@ -239,4 +296,6 @@ def _walk(model: Model, tokens: Tensor, config: CalibrateConfig) -> BlockWalk:
 def _head_inputs(model: Model, walk: BlockWalk) -> Tensor:
     """[sequences, length, hidden] bfloat16: what enters the head, from a walk at its end."""
     states = model.architecture.final_states
-    return torch.cat([states(model.module, hidden).bfloat16() for hidden in walk.hidden])
+    mine = {str(b): states(model.module, walk.hidden[b]).bfloat16() for b in walk.own}
+    whole = model.share.joined(mine)
+    return torch.cat([whole[str(batch)].to(walk.device) for batch in range(len(walk.hidden))])

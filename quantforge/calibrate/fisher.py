@@ -38,12 +38,15 @@ from quantforge.capture import Precision, frozen, product_dtype
 from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.models import Model
 from quantforge.numerics import GramAccumulator
+from quantforge.parallel import Tally
 from quantforge.progress import Monitor, resumed
 from quantforge.types import LayerInfo
 
 # Rows beyond this do not answer for each other: an output gram has that many squared entries.
 LARGEST_OUTPUT_BLOCK = 4096
 ENTRY = "gradients"
+_TABLES = ("products", "energies", "traces")
+_CHANNEL = ""  # among the names of a block's layers: the block's own output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,14 @@ class _Squares:
         self.total.add_(gradient.float().flatten(0, -2).square().sum(0))
         self.tokens += gradient[..., 0].numel()
 
+    def sums(self) -> list[Tensor]:
+        """Everything that adds up over batches."""
+        return [self.total, torch.tensor(self.tokens)]
+
+    def replace_sums(self, sums: Sequence[Tensor]) -> None:
+        """Take other sums."""
+        self.total, self.tokens = sums[0], int(sums[1])
+
     def squares(self) -> Tensor:
         """[out] E[g²] a token."""
         return self.total / self.tokens
@@ -109,6 +120,15 @@ class OutputGram:
         sizes = [len(block.total) for block in self.blocks]
         for block, part in zip(self.blocks, torch.split(gradient, sizes, -1), strict=True):
             block.add(part, dtype)
+
+    def sums(self) -> list[Tensor]:
+        """Everything that adds up over batches."""
+        return [one for block in self.blocks for one in block.sums()]
+
+    def replace_sums(self, sums: Sequence[Tensor]) -> None:
+        """Take other sums."""
+        for index, block in enumerate(self.blocks):
+            block.replace_sums(sums[2 * index : 2 * index + 2])
 
     def squares(self) -> Tensor:
         """[out] E[g²] a token."""
@@ -151,7 +171,10 @@ def gradient_statistics(
         journal: gets what is found so far, and the gradients, after every block; where it has that,
             the pass goes on from there.
     """
-    collector = _Collector(model, keep_gram, errors, rows, len(tokens), product_dtype(precision))
+    batches = -(-len(tokens) // batch_size)
+    collector = _Collector(
+        model, keep_gram, errors, rows, len(tokens), batches, product_dtype(precision)
+    )
     blocks = len(model.architecture.block_list(model.module))
     start = collector.restore(journal)
     total, done = len(tokens) * blocks, 0
@@ -166,7 +189,7 @@ def gradient_statistics(
             on_block=partial(collector.note, journal),
         ):  # fmt: skip
             collector.add(found)
-            done += found.rows.stop - found.rows.start
+            done = max(done, (blocks - 1 - found.block) * len(tokens) + found.rows.stop)
             monitor.step("gradients", done, total)
     return collector.result()
 
@@ -174,8 +197,9 @@ def gradient_statistics(
 class _Collector:
     """Sums over what the backward pass of every block leaves.
 
-    Batches of a block come one after the other. After the last of them the sums are made means, so
-    that accumulators and errors of one block alone are resident.
+    Batches of a block come one after the other, in this process's lanes. After the last of them
+    what all processes have is put together and the sums are made means, so that accumulators and
+    errors of one block alone are resident.
     """
 
     def __init__(
@@ -185,70 +209,89 @@ class _Collector:
         errors: Callable[[LayerInfo], Tensor] | None,
         rows: Mapping[str, Tensor] | None,
         sequences: int,
+        batches: int,
         product: torch.dtype,
     ) -> None:
         self._product, self._layers, self._sequences = product, model.layers, sequences
-        self._device = model.device
+        self._device, self._share, self._batches = model.device, model.share, batches
+        self._lanes = {
+            batch: lane for lane, run in model.share.lanes(batches) for batch in run
+        }  # fmt: skip
         self._keep_gram, self._errors, self._rows = keep_gram, errors, rows
         self._index = {layer.name: index for index, layer in enumerate(model.layers)}
         self._tokens: dict[str, Tensor] = {}
-        self._block = -1
+        self._block, self._lane = -1, -1
+        self._tally = Tally(model.share)
         self._sums: dict[str, _Squares | OutputGram] = {}
-        self._channel = _Squares(0, torch.device("cpu"))
+        self._pieces: dict[str, Tensor] = {}
         self._known: dict[int, Tensor] = {}
         self._moments: dict[str, Tensor] = {}
         self._channels: list[Tensor] = []
-        self._products: Tensor | None = None
-        self._energies: Tensor | None = None
-        self._traces: Tensor | None = None
+        self._tables: dict[str, Tensor] = {}
 
     def add(self, found: BlockGradients) -> None:
         """Add one batch of one block."""
         if found.block != self._block:
-            self._begin(found)
-        self._channel.add(found.output, self._product)
+            self._begin(found.block)
+        if self._lanes[found.batch] != self._lane:
+            self._close_lane()
+            self._lane = self._lanes[found.batch]
+            self._sums = self._fresh(found.block, found.output.shape[-1])
+        self._sums[_CHANNEL].add(found.output, self._product)
+        first = found.rows.start
         for name, gradient in found.gradients.items():
             self._sums[name].add(gradient, self._product)
             squares = gradient.float().square()
-            self._add_tokens(name, found.rows, squares.sum(2))
+            self._pieces[f"{first} tokens {name}"] = squares.sum(2).cpu()
             if self._rows is not None:
                 index, each = self._index[name], squares.sum(1)
                 weights = self._rows[name].to(each.device)
                 spent = each @ torch.where(weights.isfinite(), weights, 0.0).T
-                self._energies = self._table(self._energies, spent)
-                self._energies[found.rows, index] = spent.double().cpu()
+                self._pieces[f"{first} energies {index}"] = spent.double().cpu()
         for index, errors in self._known.items():
             gradients = weight_gradients(found, self._layers[index]).flatten(1)
             inner = gradients @ errors.flatten(1).T
-            self._products = self._table(self._products, inner)
-            self._products[found.rows, index] = inner.double().cpu()
-            if self._traces is None:
-                self._traces = torch.zeros(self._products.shape[:2], dtype=torch.float64)
+            self._pieces[f"{first} products {index}"] = inner.double().cpu()
             lengths = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float32)
-            self._traces[found.rows, index] = lengths.double().square().cpu()
+            self._pieces[f"{first} traces {index}"] = lengths.double().square().cpu()
 
-    def _add_tokens(self, name: str, rows: slice, squares: Tensor) -> None:
-        """Put [batch, length] of one layer where its sequences are."""
-        if name not in self._tokens:
-            self._tokens[name] = torch.zeros(self._sequences, squares.shape[1])
-        self._tokens[name][rows] = squares.cpu()
-
-    def _table(self, known: Tensor | None, part: Tensor) -> Tensor:
-        """[sequences, layers, candidates], made with the first `part` [.., candidates] of it."""
-        if known is not None:
-            return known
-        return torch.zeros(self._sequences, len(self._layers), part.shape[1], dtype=torch.float64)
-
-    def _begin(self, found: BlockGradients) -> None:
-        """Get ready for the block that `found` is the first batch of."""
-        self._block, device = found.block, found.output.device
-        self._channel = _Squares(found.output.shape[-1], device)
-        for index, layer in enumerate(self._layers):
-            if layer.block == found.block:
-                kind = _Squares if self._keep_gram is None else OutputGram
-                self._sums[layer.name] = kind(layer.out_features, device)
-                if self._errors is not None:
+    def _begin(self, block: int) -> None:
+        """Get ready for a block."""
+        self._block, self._lane = block, -1
+        if self._errors is not None:
+            for index, layer in enumerate(self._layers):
+                if layer.block == block:
                     self._known[index] = self._errors(layer).to(self._product)
+
+    def _fresh(self, block: int, hidden: int) -> dict[str, _Squares | OutputGram]:
+        """Empty sums of a block's layers, and of its output."""
+        kind = _Squares if self._keep_gram is None else OutputGram
+        sums: dict[str, _Squares | OutputGram] = {
+            layer.name: kind(layer.out_features, self._device)
+            for layer in self._layers
+            if layer.block == block
+        }
+        return {**sums, _CHANNEL: _Squares(hidden, self._device)}
+
+    def _close_lane(self) -> None:
+        """Hand on the sums of a lane, if there is one."""
+        if self._lane >= 0:
+            self._tally.put(self._lane, [t for one in self._sums.values() for t in one.sums()])
+        self._lane = -1
+
+    def _place(self, name: str, piece: Tensor) -> None:
+        """Put what one batch gave where its sequences are: tokens of a layer, or a table's."""
+        first, kind, what = name.split(" ", 2)
+        rows = slice(int(first), int(first) + len(piece))
+        if kind == "tokens":
+            if what not in self._tokens:
+                self._tokens[what] = torch.zeros(self._sequences, piece.shape[1])
+            self._tokens[what][rows] = piece
+            return
+        if kind not in self._tables:
+            shape = (self._sequences, len(self._layers), *piece.shape[1:])
+            self._tables[kind] = torch.zeros(shape, dtype=torch.float64)
+        self._tables[kind][rows, int(what)] = piece
 
     def note(self, journal: Journal, block: int, states: Sequence[Tensor]) -> None:
         """Turn the sums of a block into means when its last batch is in, and write all down.
@@ -256,25 +299,33 @@ class _Collector:
         Args:
             journal: gets everything found so far.
             block: index of the finished block.
-            states: per batch, the gradient at its input.
+            states: per batch, the gradient at its input; of this process's batches.
         """
-        for name, total in self._sums.items():
+        self._close_lane()
+        left = self._tally.total()
+        for name, total in self._fresh(block, 0).items():
+            size = len(total.sums())
+            total.replace_sums(left[:size])
+            del left[:size]
+            if name == _CHANNEL:
+                self._channels.append(total.squares())
+                continue
             self._moments[name] = total.squares()
             if isinstance(total, OutputGram) and self._keep_gram is not None:
                 self._keep_gram(name, total.mean())
-        self._channels.append(self._channel.squares())
-        self._sums.clear()
-        self._known.clear()
+        for name, piece in self._share.joined(self._pieces).items():
+            self._place(name, piece)
+        self._tally = Tally(self._share)
+        for gathered in (self._sums, self._pieces, self._known):
+            gathered.clear()
         tensors: dict[str, Tensor] = {}
-        if block > 0:  # else nobody goes on from there
-            tensors |= {f"state.{index:06d}": state for index, state in enumerate(states)}
+        if block > 0 and journal.folder is not None:  # else nobody goes on from there
+            mine = {f"state.{batch:06d}": states[batch] for batch in self._lanes}
+            tensors |= self._share.joined(mine)
         tensors |= {f"channel.{index:05d}": one for index, one in enumerate(self._channels)}
         tensors |= {f"moment.{name}": one for name, one in self._moments.items()}
         tensors |= {f"token.{name}": one for name, one in self._tokens.items()}
-        tables = {
-            "products": self._products, "energies": self._energies, "traces": self._traces
-        }  # fmt: skip
-        tensors |= {name: table for name, table in tables.items() if table is not None}
+        tensors |= self._tables
         journal.write(ENTRY, tensors, {"block": block})
 
     def restore(self, journal: Journal) -> tuple[int, list[Tensor]] | None:
@@ -295,9 +346,7 @@ class _Collector:
         self._channels = listed("channel")
         self._moments = {name: one.to(device) for name, one in named("moment").items()}
         self._tokens = named("token")
-        self._products = entry.tensors.get("products")
-        self._energies = entry.tensors.get("energies")
-        self._traces = entry.tensors.get("traces")
+        self._tables = {name: entry.tensors[name] for name in _TABLES if name in entry.tensors}
         return int(entry.facts["block"]), listed("state")
 
     def result(self) -> GradientStatistics:
@@ -306,9 +355,9 @@ class _Collector:
             moments={layer.name: self._moments[layer.name] for layer in self._layers},
             channels=tuple(reversed(self._channels)),
             tokens={layer.name: self._tokens[layer.name] for layer in self._layers},
-            products=self._products,
-            energies=self._energies,
-            traces=self._traces,
+            products=self._tables.get("products"),
+            energies=self._tables.get("energies"),
+            traces=self._tables.get("traces"),
         )
 
 
@@ -342,8 +391,9 @@ def diagonal_products(
         errors: gives a layer's D of every candidate, [candidates, out, in].
         scratch: folder for hidden states on the way; None keeps them in memory.
     """
-    product, block, found = product_dtype(precision), -1, None
-    total, done = len(tokens) * len(model.architecture.block_list(model.module)), 0
+    product, block = product_dtype(precision), -1
+    blocks = len(model.architecture.block_list(model.module))
+    pieces: dict[str, Tensor] = {}
     squared: dict[int, Tensor] = {}
     with frozen(model.module):
         for one in backward_blocks(
@@ -360,12 +410,15 @@ def diagonal_products(
             for index, table in squared.items():
                 squares = weight_gradients(one, model.layers[index]).square()
                 part = (squares.flatten(1) @ table.T).double().cpu()
-                if found is None:
-                    shape = (len(tokens), len(model.layers), part.shape[1])
-                    found = torch.zeros(shape, dtype=torch.float64)
-                found[one.rows, index] = part
-            done += one.rows.stop - one.rows.start
-            monitor.step("empirical gradients", done, total)
-    if found is None:
+                pieces[f"{one.rows.start} {index}"] = part
+            done = (blocks - 1 - one.block) * len(tokens) + one.rows.stop
+            monitor.step("empirical gradients", done, blocks * len(tokens))
+    whole = model.share.joined(pieces)
+    if not whole:
         raise ValueError("there is no layer in any block")
+    columns = next(iter(whole.values())).shape[1]
+    found = torch.zeros(len(tokens), len(model.layers), columns, dtype=torch.float64)
+    for name, part in whole.items():
+        first, index = map(int, name.split())
+        found[first : first + len(part), index] = part
     return found

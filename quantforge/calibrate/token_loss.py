@@ -33,10 +33,30 @@ encoder's output by [sequences, length, hidden]."""
 _Residual = Callable[[slice, Tensor], Tensor]
 
 
-def sampled_labels(generator: torch.Generator) -> HeadGradient:
-    """Labels drawn from the network, batch by batch; the generator is of the network's device."""
+def sampled_labels(generator: torch.Generator, batch: int | None = None) -> HeadGradient:
+    """Labels drawn from the network, batch by batch; the generator is of the network's device.
 
-    def gradient(_: slice, hidden: Tensor, output: Output) -> Tensor:
+    What batches that are passed over would draw, because another process runs them, is drawn too:
+    labels are the same whoever draws them.
+
+    Args:
+        generator: draws them.
+        batch: sequences of every batch but the last; None where no batch is passed over.
+    """
+    following = 0
+
+    def gradient(rows: slice, hidden: Tensor, output: Output) -> Tensor:
+        nonlocal following
+        size = batch or max(1, rows.start)
+        for _ in range(following, rows.start, size):
+            if isinstance(output, PooledOutput):
+                output.draw(size, hidden, generator)
+            else:
+                tokens = size * (len(hidden) // (rows.stop - rows.start))
+                for start in range(0, tokens, HEAD_CHUNK):
+                    count = min(HEAD_CHUNK, tokens - start)
+                    torch.rand(count, 1, generator=generator, device=generator.device)
+        following = rows.stop
         if isinstance(output, PooledOutput):
             return output.sampled_gradient(hidden, generator)
         return sampled_label_gradient(hidden, output, generator)

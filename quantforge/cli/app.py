@@ -9,6 +9,8 @@ import typer
 
 from quantforge.cli import commands, converting, examining
 from quantforge.cli.output import write
+from quantforge.errors import UsageError
+from quantforge.launcher import is_alone
 
 _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
     (
@@ -111,6 +113,10 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
 )
 
 
+# Commands whose work several processes of `accelerate launch` or torchrun do together.
+_SHARED = ("plan", "pareto", "quantize", "eval")
+
+
 def application() -> typer.Typer:
     """The command line, built anew: it holds no state."""
     app = typer.Typer(
@@ -144,6 +150,7 @@ def _print_version(wanted: bool) -> None:
 
 
 def _global_options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print it, exit."),
@@ -156,3 +163,10 @@ def _global_options(
     anywhere. Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a bug,
     2 wrong command, 3 bad input, 4 budget not reachable, 5 out of memory or disk, 130 interrupted.
     """
+    command = context.invoked_subcommand
+    if command and command not in _SHARED and not is_alone():
+        shared = ", ".join(_SHARED[:-1])
+        raise UsageError(
+            f"quantforge {command} runs in one process: start it without a launcher; "
+            f"{shared} and {_SHARED[-1]} share their work"
+        )

@@ -40,6 +40,7 @@ from quantforge.cli.outcome import interruptible
 from quantforge.cli.output import print_result, visible, write
 from quantforge.cli.progress import progress
 from quantforge.cli.text import one_line
+from quantforge.launcher import is_main
 
 if TYPE_CHECKING:
     import threading
@@ -59,7 +60,7 @@ class _Monitoring(TypedDict):
 @contextmanager
 def watched(*, visible: bool = True) -> Iterator[_Monitoring]:
     """Progress on stderr and a cancel event; whatever a library prints goes to stderr as well."""
-    bars = progress() if visible else nullcontext()
+    bars = progress() if visible and is_main() else nullcontext()
     with interruptible() as cancel, bars as report, redirect_stdout(sys.stderr):
         yield _Monitoring(progress=report, cancel=cancel)
 

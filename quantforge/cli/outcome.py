@@ -14,12 +14,12 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,15 +32,17 @@ import typer
 from quantforge.cli.text import one_line
 from quantforge.errors import (
     CancelledError,
-    InputError,
+    ElsewhereError,
     QuantforgeError,
-    ResourceError,
     UsageError,
+    explained,
 )
+from quantforge.launcher import is_alone, is_main
 
-EXIT_BUG = 1
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG}
+# The launcher ends all processes when one ended: the first one's words come before that.
+_LAST_WORDS_S = 1.0
+# It also passes on the signal that it got, which the terminal sent to all: so long that is one.
+_PASSED_ON_S = 5.0
 
 
 class OutputClosedError(QuantforgeError):
@@ -74,24 +76,11 @@ def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and message of an exception that ended a command."""
     if isinstance(error, BrokenPipeError):
         error = OutputClosedError()
-    if isinstance(error, QuantforgeError):
-        code, text = error.exit_code, str(error)
-    elif isinstance(error, typer.TyperException):  # what the option parser raises
+    if isinstance(error, typer.TyperException):  # what the option parser raises
         code, text = UsageError.exit_code, error.format_message().replace("Value error, ", "")
-    elif isinstance(error, KeyboardInterrupt | typer.Abort):
-        code, text = CancelledError.exit_code, "interrupted"
-    elif _is_out_of_memory(error):
-        detail = f": {error}" if str(error) else ""
-        code, text = ResourceError.exit_code, f"out of memory{detail}"
-    elif isinstance(error, OSError) and error.errno in _FULL:
-        place = f"{error.filename}: " if error.filename else ""
-        code, text = ResourceError.exit_code, f"{place}{error.strerror}"
-    elif isinstance(error, OSError) and error.filename is not None:
-        code, text = InputError.exit_code, f"{error.filename}: {error.strerror or error}"
     else:
-        kind = type(error).__name__
-        code = EXIT_BUG
-        text = f"this is a bug in quantforge: {kind}: {error} (--debug shows where)"
+        interrupted = isinstance(error, typer.Abort)
+        code, text = explained(KeyboardInterrupt() if interrupted else error)
     return code, one_line(text)
 
 
@@ -106,10 +95,18 @@ def interruptible() -> Iterator[threading.Event]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
 
+    heard: list[float] = []
+
     def stop(number: int, frame: FrameType | None) -> None:
+        cancel.set()
+        heard.append(time.monotonic())
+        # Beside others the next step stops it: an exchange must not break off.
+        if not is_alone() and heard[-1] - heard[0] < _PASSED_ON_S:
+            return
         for other in previous:
             signal.signal(other, signal.SIG_DFL)
-        cancel.set()
+        if not is_alone():
+            signal.raise_signal(number)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
@@ -141,18 +138,22 @@ def quiet_libraries(*, debug: bool) -> None:
         return
     logging.basicConfig(level=logging.ERROR, format="warning: %(message)s", stream=sys.stderr)
     for name in ("quantforge", "quantforge_kernels"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.WARNING if is_main() else logging.CRITICAL)
     # These libraries read their own settings when they are imported, which is later than this.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", module=r"quantforge")
+    if is_main():
+        warnings.filterwarnings("default", module=r"quantforge")
     warnings.showwarning = _show_warning
 
 
 def _report(error: BaseException, debug: bool) -> int:
     code, text = explain(error)
+    if not is_main() and not (isinstance(error, ElsewhereError) and error.gone):
+        time.sleep(_LAST_WORDS_S)
+        return code
     try:
         if debug:
             traceback.print_exception(error, file=sys.stderr)
@@ -163,16 +164,6 @@ def _report(error: BaseException, debug: bool) -> int:
         _silence(sys.stderr)
         _silence(sys.stdout)
     return code
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")  # not imported: it cannot have raised then
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    # On CPUs torch raises a plain RuntimeError from its allocator.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _split_at_separator(words: list[str]) -> tuple[list[str], list[str]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
 from quantforge.cli.outcome import OutputClosedError
+from quantforge.launcher import is_main
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,6 +17,8 @@ def print_result(
     command: str, result: Any, json: bool, show: Callable[[Console], None] | None = None
 ) -> None:
     """Write the whole result to stdout at once: a JSON document, or what `show` draws."""
+    if not is_main():
+        return
     from quantforge.cli import drawing, render
 
     if json or show is None:

@@ -12,7 +12,7 @@ are over windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from quantforge.errors import InputError
 from quantforge.evaluate.windows import checked_windows, require_same, standard_error
 from quantforge.models import Architecture, PooledOutput
 from quantforge.models.pooled import direction, mean_over_tokens
+from quantforge.parallel import ALONE, Share
 from quantforge.progress import Monitor
 from quantforge.results import PooledDifference, PooledQuality
 
@@ -52,6 +53,7 @@ class PooledReference:
         batch: int = 4,
         precision: Precision = "float32",
         monitor: Monitor | None = None,
+        share: Share = ALONE,
     ) -> PooledReference:
         """Run the float encoder once over all windows.
 
@@ -62,18 +64,19 @@ class PooledReference:
             batch: windows that run at one time.
             precision: "float32" is exact; "bfloat16" rounds the operands of matrix products.
             monitor: receives one step a batch.
+            share: of the batches.
 
         Raises:
             InputError: the windows are not [windows, length ≥ 2] tokens of the vocabulary, or the
                 outputs are not finite or zero.
         """
         tokens = checked_windows(module, architecture, windows)
-        parts = []
-        for start, pooled in _pooled(module, architecture, tokens, batch, precision):
-            parts.append(pooled.cpu())
+        parts, own = {}, share.part(range(0, len(tokens), batch))
+        for start, pooled in _pooled(module, architecture, tokens, batch, precision, own):
+            parts[f"{start:09d}"] = pooled.cpu()
             if monitor is not None:
                 monitor.step("reference", min(start + batch, len(tokens)), len(tokens))
-        made = torch.cat(parts)
+        made = torch.cat([part for _, part in sorted(share.joined(parts).items())])
         if not bool(torch.isfinite(made).all()) or not bool(made.any(-1).all()):
             raise InputError(
                 f"the outputs of {type(module).__name__} are not finite, or zero, on this text: "
@@ -106,6 +109,7 @@ def measure_pooled(
     text: str,
     monitor: Monitor | None = None,
     precision: Precision = "float32",
+    share: Share = ALONE,
 ) -> PooledQuality:
     """Compare an encoder with its float reference on the reference's windows.
 
@@ -117,14 +121,17 @@ def measure_pooled(
         text: which text this is, for the report.
         monitor: receives one step a batch.
         precision: of this network; the reference keeps its own.
+        share: of the batches.
 
     Raises:
         InputError: the windows are not the reference's, or the outputs are not finite.
     """
     tokens = checked_windows(module, architecture, windows)
     require_same(tokens, reference.windows)
-    distance, mse = torch.empty(2, len(tokens), dtype=torch.float64)
-    for start, pooled in _pooled(module, architecture, tokens, reference.batch, precision):
+    table = torch.empty(2, len(tokens), dtype=torch.float64)
+    distance, mse = table
+    own, batch = share.part(range(0, len(tokens), reference.batch)), reference.batch
+    for start, pooled in _pooled(module, architecture, tokens, batch, precision, own):
         rows = slice(start, start + len(pooled))
         found, expected = pooled.cpu().double(), reference.pooled[rows].double()
         apart = direction(found) - direction(expected)
@@ -132,6 +139,9 @@ def measure_pooled(
         mse[rows] = (found - expected).square().sum(-1) / expected.square().sum(-1)
         if monitor is not None:
             monitor.step("evaluate", rows.stop, len(tokens))
+    mine = {str(start): table[:, start : start + batch] for start in own}
+    for first, part in share.joined(mine).items():
+        table[:, int(first) : int(first) + batch] = part
     if not bool(torch.isfinite(distance).all() and torch.isfinite(mse).all()):
         raise InputError("the network gives outputs that are not finite on the evaluation text")
     return PooledQuality(
@@ -181,12 +191,13 @@ def _pooled(
     tokens: Tensor,
     batch: int,
     precision: Precision,
+    starts: Sequence[int],
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first window, [windows, hidden] float32) batch by batch."""
+    """Yield (first window, [windows, hidden] float32) of some batches."""
     body = architecture.body(module)
     embedding = module.get_submodule(architecture.embedding)
     device = next(embedding.parameters(), next(module.parameters())).device
-    for start in range(0, len(tokens), batch):
+    for start in starts:
         part = tokens[start : start + batch].to(device)
         with compute_in(precision, body, device):
             states = body(input_ids=part, use_cache=False).last_hidden_state

@@ -17,7 +17,7 @@ bfloat16, as its output would be, logits are off by more than small KLs can bear
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +39,7 @@ from quantforge.evaluate.scoring import (
 from quantforge.evaluate.windows import checked_windows, require_same, standard_error
 from quantforge.models import Architecture, Head
 from quantforge.numerics import OVERFLOW, require_finite
+from quantforge.parallel import ALONE, Share
 from quantforge.progress import Monitor
 from quantforge.results import PairedDifference, Quality
 
@@ -52,8 +53,9 @@ class ReferenceOutputs:
     Attributes:
         windows: [windows, length] int64 tokens.
         hidden: [windows, length - 1, hidden] output of the final norm at the scored positions, in
-            the storage dtype.
-        scores: of the scored positions, flattened to [windows * (length - 1), ...].
+            the storage dtype; of windows that other processes score it is not known.
+        scores: of the scored positions, flattened to [windows * (length - 1), ...]; likewise, but
+            for the cross-entropy.
         head: the reference's; its weight is the model's own tensor unless there is a copy
             (`with_own_head`), its bias is a copy.
         head_version: in-place changes the head's weight had seen, by torch's count.
@@ -81,6 +83,7 @@ class ReferenceOutputs:
         storage: torch.dtype = torch.float32,
         keep_head_copy: bool = False,
         monitor: Monitor | None = None,
+        share: Share = ALONE,
     ) -> ReferenceOutputs:
         """Run the float model once over all windows.
 
@@ -95,6 +98,7 @@ class ReferenceOutputs:
             keep_head_copy: copy the head's weight, because the module's will be changed in place;
                 without it such a change is an error in `measure`.
             monitor: receives one step a batch.
+            share: of the batches; `measure` takes the same.
 
         Raises:
             InputError: the windows are not [windows, length ≥ 2] tokens of the vocabulary, the head
@@ -105,12 +109,13 @@ class ReferenceOutputs:
         head = _checked_head(module, architecture, tokens)
         count, length = tokens.shape
         hidden = torch.empty(count, length - 1, head.weight.shape[1], dtype=storage)
-        linear, parts = LinearHead(head), []
-        for start, state in _final_states(module, architecture, tokens, batch, precision):
+        linear, parts = LinearHead(head), {}
+        own = share.part(range(0, count, batch))
+        for start, state in _final_states(module, architecture, tokens, batch, precision, own):
             rows = slice(start, start + len(state))
             following = tokens[rows, 1:].flatten().to(state.device)
             scores = reference_scores(state.flatten(0, 1).float(), linear, following, storage)
-            parts.append(scores.part(slice(None), torch.device("cpu")))
+            parts[start] = scores.part(slice(None), torch.device("cpu"))
             hidden[rows] = state
             if monitor is not None:
                 monitor.step("reference", min(start + batch, count), count)
@@ -118,7 +123,7 @@ class ReferenceOutputs:
         made = cls(
             windows=tokens,
             hidden=hidden,
-            scores=ReferenceScores.joined(parts),
+            scores=ReferenceScores.joined(_with_others(parts, share)),
             head=replace(head, bias=bias),
             head_version=head.weight._version,
             batch=batch,
@@ -158,6 +163,7 @@ def measure(
     text: str,
     monitor: Monitor | None = None,
     precision: Precision = "float32",
+    share: Share = ALONE,
 ) -> Quality:
     """Compare a network with its float reference on the reference's windows.
 
@@ -171,6 +177,7 @@ def measure(
         monitor: receives one step a batch.
         precision: "float32" is exact; "bfloat16" rounds the operands of the decoder's matrix
             products. The reference keeps its own precision.
+        share: of the batches, as the reference was collected.
 
     Returns:
         The measurement; sums over tokens are in float64. With a single window the standard error
@@ -184,19 +191,33 @@ def measure(
     count, length = tokens.shape
     require_same(tokens, reference.windows)
     score = _scorer(module.get_submodule(architecture.head), reference)
-    kl, nll, agreement = torch.empty(3, count, length - 1, dtype=torch.float64)
-    for start, state in _final_states(module, architecture, tokens, reference.batch, precision):
+    table = torch.empty(3, count, length - 1, dtype=torch.float64)
+    own, batch = share.part(range(0, count, reference.batch)), reference.batch
+    for start, state in _final_states(module, architecture, tokens, batch, precision, own):
         rows = slice(start, start + len(state))
         found = score(state.flatten(0, 1).float(), tokens[rows, 1:].flatten(), rows)
-        kl[rows], nll[rows], agreement[rows] = (
-            values.view(len(state), -1) for values in (found.kl, found.nll, found.agreement)
-        )
+        for index, values in enumerate((found.kl, found.nll, found.agreement)):
+            table[index, rows] = values.view(len(state), -1)
         if monitor is not None:
             monitor.step("evaluate", rows.stop, count)
+    mine = {str(start): table[:, start : start + batch] for start in own}
+    for first, part in share.joined(mine).items():
+        table[:, int(first) : int(first) + batch] = part
+    kl, nll, agreement = table
     if not bool(torch.isfinite(kl).all() and torch.isfinite(nll).all()):
         raise InputError("the network gives logits that are not finite on the evaluation text")
     reference_nll = reference.scores.nll.view(-1, length - 1)[:count]
     return _quality(kl, nll, agreement, reference_nll, text)
+
+
+def _with_others(parts: Mapping[int, ReferenceScores], share: Share) -> list[ReferenceScores]:
+    """The scores of all batches in order: of those of other processes only the cross-entropy."""
+    every = share.joined({f"{start:09d}": one.nll for start, one in parts.items()})
+    columns = max((one.expectation.shape[1] for one in parts.values()), default=0)
+    return [
+        parts[int(start)] if int(start) in parts else ReferenceScores.unknown(nll, columns)
+        for start, nll in sorted(every.items())
+    ]
 
 
 def _quality(
@@ -300,8 +321,9 @@ def _final_states(
     tokens: Tensor,
     batch: int,
     precision: Precision,
+    starts: Sequence[int],
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first window, final norm's output [windows, length - 1, hidden]) batch by batch."""
+    """Yield (first window, final norm's output [windows, length - 1, hidden]) of some batches."""
     decoder = architecture.body(module)
     final_norm = module.get_submodule(architecture.final_norm)
     embedding = module.get_submodule(architecture.embedding)
@@ -313,7 +335,7 @@ def _final_states(
 
     handle = final_norm.register_forward_hook(keep)
     try:
-        for start in range(0, len(tokens), batch):
+        for start in starts:
             part = tokens[start : start + batch].to(device)
             with compute_in(precision, decoder, device):
                 decoder(input_ids=part, use_cache=False)
@@ -332,7 +354,7 @@ def _checked_head(module: nn.Module, architecture: Architecture, tokens: Tensor)
     """The head, which must give the network's logits when applied to the final norm's output."""
     head = architecture.output_head(module)
     few = tokens[:1, : min(8, tokens.shape[1])]
-    _, state = next(_final_states(module, architecture, few, 1, "float32"))
+    _, state = next(_final_states(module, architecture, few, 1, "float32", [0]))
     expected = module(input_ids=few.to(state.device), use_cache=False).logits[:, :-1].float()
     require_finite(expected, f"the logits of {type(module).__name__}", OVERFLOW)
     difference = float((head.logits(state) - expected).abs().max())

@@ -10,6 +10,7 @@ from quantforge.evaluate import quality
 from quantforge.evaluate.pooled import PooledReference, measure_pooled, paired_pooled
 from quantforge.evaluate.quality import ReferenceOutputs
 from quantforge.models import Architecture
+from quantforge.parallel import ALONE, Share
 from quantforge.progress import Monitor
 from quantforge.results import (
     AnyDifference,
@@ -29,6 +30,7 @@ def collect(
     precision: Precision = "float32",
     keep_head_copy: bool = False,
     monitor: Monitor | None = None,
+    share: Share = ALONE,
 ) -> AnyReference:
     """What the float network makes of all windows; see `ReferenceOutputs` and `PooledReference`.
 
@@ -39,10 +41,11 @@ def collect(
         precision: of matrix products.
         keep_head_copy: a head's weight will be changed in place.
         monitor: receives one step a batch.
+        share: of the batches; `measure` takes the same.
     """
     if architecture.encodes:
         return PooledReference.collect(
-            module, architecture, windows, precision=precision, monitor=monitor
+            module, architecture, windows, precision=precision, monitor=monitor, share=share
         )
     return ReferenceOutputs.collect(
         module,
@@ -51,6 +54,7 @@ def collect(
         precision=precision,
         keep_head_copy=keep_head_copy,
         monitor=monitor,
+        share=share,
     )
 
 
@@ -63,6 +67,7 @@ def measure(
     text: str,
     monitor: Monitor | None = None,
     precision: Precision = "float32",
+    share: Share = ALONE,
 ) -> AnyQuality:
     """A network against its float reference; see `quality.measure` and `measure_pooled`.
 
@@ -77,11 +82,12 @@ def measure(
     if isinstance(reference, PooledReference):
         return measure_pooled(
             module, architecture, windows, reference,
-            text=text, monitor=monitor, precision=precision,
+            text=text, monitor=monitor, precision=precision, share=share,
         )  # fmt: skip
     return quality.measure(
-        module, architecture, windows, reference, text=text, monitor=monitor, precision=precision
-    )
+        module, architecture, windows, reference,
+        text=text, monitor=monitor, precision=precision, share=share,
+    )  # fmt: skip
 
 
 def paired(first: AnyQuality, second: AnyQuality) -> AnyDifference:

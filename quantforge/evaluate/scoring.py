@@ -64,6 +64,16 @@ class ReferenceScores:
     first: Tensor
 
     @classmethod
+    def unknown(cls, nll: Tensor, columns: int) -> ReferenceScores:
+        """Of tokens whose cross-entropy alone is known, with expectations of so many columns."""
+        return cls(
+            expectation=torch.zeros(len(nll), columns),
+            bracket=torch.zeros_like(nll),
+            nll=nll,
+            first=torch.zeros(len(nll), dtype=torch.int64),
+        )
+
+    @classmethod
     def joined(cls, parts: list[ReferenceScores]) -> ReferenceScores:
         """The scores of several ranges of tokens, one after another."""
         return cls(

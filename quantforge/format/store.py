@@ -65,9 +65,26 @@ class CandidateStore:
         for spec, weight in weights.items():
             tensors |= weight_tensors(weight, str(spec))
         columns = next(iter(weights.values())).codes.shape[1]
+        self.put_tensors(layer, tensors, columns, circumstances)
+
+    def put_tensors(
+        self,
+        layer: str,
+        tensors: Mapping[str, Tensor],
+        columns: int,
+        circumstances: Circumstances = Circumstances(),
+    ) -> None:
+        """Write all candidates of one layer as `weight_tensors` by their specs; atomically.
+
+        Args:
+            layer: its name.
+            tensors: of all candidates.
+            columns: input features of the layer.
+            circumstances: under which they were made.
+        """
         with atomic_path(self._path(layer)) as temporary:
             made = {key: str(value) for key, value in asdict(circumstances).items()}
-            save_file(tensors, temporary, metadata={"columns": str(columns), **made})
+            save_file(dict(tensors), temporary, metadata={"columns": str(columns), **made})
 
     def circumstances(self, layer: str) -> Circumstances:
         """What was put beside the candidates of a layer.

@@ -69,16 +69,21 @@ def from_batches(
 
 def make_set(fitting: Tensor, held_out: Tensor, description: str) -> CalibrationSet:
     """A `CalibrationSet` with its fingerprint, from two [sequences, length] int64 tensors."""
-    digest = hashlib.sha256()
-    for rows in (fitting, held_out):
-        digest.update(repr(tuple(rows.shape)).encode())
-        digest.update(rows.contiguous().numpy().tobytes())
     return CalibrationSet(
         fitting=fitting,
         held_out=held_out,
         description=description,
-        fingerprint=digest.hexdigest(),
+        fingerprint=token_digest(fitting, held_out),
     )
+
+
+def token_digest(*parts: Tensor) -> str:
+    """SHA-256 of shapes and values of int64 tensors."""
+    digest = hashlib.sha256()
+    for rows in parts:
+        digest.update(repr(tuple(rows.shape)).encode())
+        digest.update(rows.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def cut(

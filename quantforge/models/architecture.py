@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quantforge.errors import InputError
 from quantforge.models.head import NO_ENTRIES, Head, LogitEntries, LogitForm
 from quantforge.models.pooled import PooledOutput
+from quantforge.parallel import ALONE, Share
 from quantforge.registry import Registry
 from quantforge.types import LayerInfo
 
@@ -288,6 +289,7 @@ class Model:
         layers: every layer the plan covers, in forward order.
         source: where it came from.
         tokenizer: its tokenizer, or None in memory.
+        share: of the work on it, where several processes do that together.
     """
 
     module: nn.Module
@@ -295,6 +297,7 @@ class Model:
     layers: tuple[LayerInfo, ...]
     source: ModelSource
     tokenizer: Any = field(default=None)
+    share: Share = ALONE
 
     @property
     def device(self) -> torch.device:

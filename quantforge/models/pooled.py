@@ -54,8 +54,13 @@ class PooledOutput:
             generator: draws them; of the device of `hidden`.
         """
         mean, length = mean_over_tokens(hidden), hidden.shape[1]
-        drawn = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        drawn = self.draw(len(hidden), hidden, generator)
         return _at_tokens(mean, drawn * math.sqrt(length), hidden)
+
+    def draw(self, sequences: int, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """[sequences, hidden] standard normal, for states like `hidden` [.., hidden]."""
+        shape, kind = (sequences, hidden.shape[-1]), wide(hidden[:1]).dtype
+        return torch.randn(shape, generator=generator, device=hidden.device, dtype=kind)
 
     def toward(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Σ_t (1 − cosine) of every sequence, and its gradient with respect to `hidden`.

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from quantforge.capture import Precision, compute_in, frozen, product_dtype
 from quantforge.methods.rounding import TrainableWeight
+from quantforge.parallel import ALONE, Share
 from quantforge.quantize.config import RoundingConfig
 from quantforge.types import QuantizedWeight
 
@@ -55,6 +56,9 @@ class BlockTask:
         channel_weight: [hidden] importance of an output channel, mean 1.
         held_out: number of batches at the end that are not trained on.
         precision: of matrix products.
+        share: of the batches.
+        own: batches whose states this process has; None has all.
+        sizes: sequences of every batch; None where this process has all.
     """
 
     def __init__(
@@ -67,21 +71,50 @@ class BlockTask:
         channel_weight: Tensor,
         held_out: int,
         precision: Precision,
+        share: Share = ALONE,
+        own: Sequence[int] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> None:
         self.block, self.precision, self.held_out = block, precision, held_out
+        self.share, self.own = share, list(range(len(inputs))) if own is None else list(own)
+        self.sizes = [len(one) for one in inputs] if sizes is None else list(sizes)
         self.inputs, self.targets, self.kwargs = inputs, targets, kwargs
         self.channel_weight = channel_weight / channel_weight.mean()
 
     def error(self, weights: Mapping[str, Tensor], piece: Piece) -> Tensor:
-        """Weighted mean squared error of the block's output on some sequences, a scalar."""
+        """Weighted mean squared error of the block's output on some sequences, a scalar.
+
+        Of sequences that this process has.
+        """
         hidden = self.inputs[piece.batch][piece.rows]
-        kwargs = _rows(self.kwargs[piece.batch], piece.rows, len(self.inputs[piece.batch]))
+        return self._error(weights, piece, hidden, self.targets[piece.batch][piece.rows])
+
+    def common_error(self, weights: Mapping[str, Tensor], piece: Piece) -> Tensor:
+        """The same for all processes at once, on sequences that one of them has."""
+        if self.share.count == 1:
+            return self.error(weights, piece)
+        given: dict[str, Tensor] = {}
+        if piece.batch in self.own:
+            given = {
+                "hidden": self.inputs[piece.batch][piece.rows],
+                "target": self.targets[piece.batch][piece.rows],
+            }
+        device = self.channel_weight.device
+        states = {name: one.to(device) for name, one in self.share.joined(given).items()}
+        return self._error(weights, piece, states["hidden"], states["target"])
+
+    def _error(
+        self, weights: Mapping[str, Tensor], piece: Piece, hidden: Tensor, target: Tensor
+    ) -> Tensor:
+        """The error on some sequences, whose states are given."""
+        count = self.sizes[piece.batch]
+        kwargs = _rows(self.kwargs[piece.batch], piece.rows, count)
         with compute_in(self.precision, self.block, hidden.device):
             output = torch.func.functional_call(
                 self.block, dict(weights), args=(hidden,), kwargs=kwargs
             )
         states: Tensor = output[0] if isinstance(output, tuple) else output
-        difference = states.float() - self.targets[piece.batch][piece.rows]
+        difference = states.float() - target
         return (difference.square() * self.channel_weight).mean()
 
     def pieces(self, sequences: int) -> list[Piece]:
@@ -90,15 +123,20 @@ class BlockTask:
         return [
             Piece(batch=batch, rows=slice(start, start + sequences))
             for batch in batches
-            for start in range(0, len(self.inputs[batch]), sequences)
+            for start in range(0, self.sizes[batch], sequences)
         ]
 
     @torch.no_grad()
     def held_out_error(self, weights: Mapping[str, Tensor]) -> float:
         """Mean error over the batches that are not trained on."""
         batches = range(len(self.inputs) - self.held_out, len(self.inputs))
-        pieces = [Piece(batch=batch, rows=slice(None)) for batch in batches]
-        return sum(float(self.error(weights, piece)) for piece in pieces) / self.held_out
+        mine = {
+            str(batch): float(self.error(weights, Piece(batch=batch, rows=slice(None))))
+            for batch in batches
+            if batch in self.own
+        }
+        found = {b: e for given in self.share.exchange(facts=mine) for b, e in given.facts.items()}
+        return float(sum(found[str(batch)] for batch in batches)) / self.held_out
 
 
 def _rows(value: Any, rows: slice, count: int) -> Any:
@@ -145,7 +183,7 @@ def refine_block(
             order = torch.randperm(len(pieces), generator=generator).tolist()
         with frozen(task.block), torch.enable_grad():
             weights = {names[name]: one.weight(product) for name, one in trained.items()}
-            loss = task.error(weights, pieces[order.pop()])
+            loss = task.common_error(weights, pieces[order.pop()])
         torch.autograd.backward(loss)
         remaining = 1.0 - step / config.steps
         for one in trained.values():

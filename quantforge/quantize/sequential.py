@@ -9,7 +9,7 @@ rounding if asked, and run it again for the next block's inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from math import ceil
 from typing import Any
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from quantforge.errors import InputError, UsageError
-from quantforge.format.store import CandidateStore
+from quantforge.format.store import CandidateStore, weight_from, weight_tensors
 from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.memory import release_freed
 from quantforge.methods.awq import ChosenScale
 from quantforge.models import Model
 from quantforge.numerics import output_error, relative, token_weights
+from quantforge.parallel import Share
 from quantforge.progress import Monitor, resumed
 from quantforge.quantize.config import QuantizeConfig, RoundingConfig
 from quantforge.quantize.layer import Compensated, Outputs, Stage, quantize_layer
@@ -32,7 +33,7 @@ from quantforge.quantize.resume import BLOCK, FinishedBlock, read_block, write_b
 from quantforge.quantize.scale import refold, rescale_outputs, scale_block
 from quantforge.quantize.streams import StageMoments, Streams
 from quantforge.results import LayerReport
-from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantizedWeight
+from quantforge.types import BitPlan, CalibrationSet, LayerInfo, QuantizedWeight, QuantSpec
 
 # By whether the layer is outside the blocks.
 _ONE_PASS = {
@@ -87,17 +88,20 @@ def kept_report(layer: LayerInfo) -> LayerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pending:
-    """A compensated layer whose block is not finished yet."""
+    """A compensated layer whose block is not finished; `made` is None if by another process."""
 
     layer: LayerInfo
     weight: Tensor
-    made: Compensated
+    quantized: QuantizedWeight
+    made: Compensated | None
     fitting: StageMoments
 
     def report(
         self, quantized: QuantizedWeight, predicted: float | None, config: QuantizeConfig
-    ) -> LayerReport:
-        """What happened to the layer, whose weight became `quantized`."""
+    ) -> LayerReport | None:
+        """What happened to the layer, whose weight became `quantized`; None as `made`."""
+        if self.made is None:
+            return None
         difference = quantized.dequantize() - self.weight
         rounding = self.made.rounded.dequantize() - self.weight
         gram = self.fitting.gram
@@ -163,11 +167,9 @@ def _compensate_block(
         weights = [_stage_weights(model, index, stage, config, token_squares) for stage in step]
         fitting, held_out = streams.moments(block, step, floats, weights)
         stages = {s: Stage(*pair) for s, *pair in zip_longest(step, fitting, held_out)}
-        for layer, spec in layers:
-            parameter: Any = model.module.get_submodule(layer.name).weight
-            weight = parameter.detach().float().clone()
-            if keep_float is not None:
-                keep_float(layer.name, weight)
+        mine: dict[str, Compensated] = {}
+        for layer, spec in _shared_out(layers, model.share):
+            weight = _float_copy(model, layer.name)
             path = layer.name.removeprefix(prefix)
             try:
                 outputs = Outputs()
@@ -179,12 +181,81 @@ def _compensate_block(
                 made = quantize_layer(weight, stages[layer.stage], spec, config, outputs)
             except InputError as error:
                 raise InputError(f"{layer.name}: {error}") from error
-            fitting_moments = stages[layer.stage].fitting
-            done.append(_Pending(layer=layer, weight=weight, made=made, fitting=fitting_moments))
-            floats[f"{path}.weight"] = weight
-            put_weight(model, layer.name, made.quantized.dequantize())
+            mine[layer.name] = made
+        every = _of_all(mine, layers, model)
+        for layer, _ in layers:
+            weight = _float_copy(model, layer.name)
+            if keep_float is not None:
+                keep_float(layer.name, weight)
+            pending = _Pending(
+                layer=layer,
+                weight=weight,
+                quantized=every[layer.name],
+                made=mine.get(layer.name),
+                fitting=stages[layer.stage].fitting,
+            )
+            done.append(pending)
+            floats[f"{layer.name.removeprefix(prefix)}.weight"] = weight
+            put_weight(model, layer.name, pending.quantized.dequantize())
     streams.advance_native(block, floats)
     return done
+
+
+def _float_copy(model: Model, name: str) -> Tensor:
+    """[out, in] float32 weight of a layer, to be kept."""
+    parameter: Any = model.module.get_submodule(name).weight
+    copy: Tensor = parameter.detach().float().clone()
+    return copy
+
+
+def _shared_out(
+    layers: Sequence[tuple[LayerInfo, QuantSpec]], share: Share
+) -> list[tuple[LayerInfo, QuantSpec]]:
+    """This process's layers: costly ones first, each to the process that has least to do."""
+    costs = {x.name: x.numel * (x.in_features + x.out_features) for x, _ in layers}
+    loads, owner = [0] * share.count, {}
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        owner[name] = loads.index(min(loads))
+        loads[owner[name]] += costs[name]
+    return [pair for pair in layers if owner[pair[0].name] == share.rank]
+
+
+def _of_all(
+    mine: Mapping[str, Compensated], layers: Sequence[tuple[LayerInfo, QuantSpec]], model: Model
+) -> dict[str, QuantizedWeight]:
+    """Layer name → integers and scales, of all processes' layers."""
+    found = {name: made.quantized for name, made in mine.items()}
+    if model.share.count == 1:
+        return found
+    tensors: dict[str, Tensor] = {}
+    for name, weight in found.items():
+        tensors |= weight_tensors(weight, name)
+    whole = model.share.joined(tensors)
+    for layer, spec in layers:
+        if layer.name not in found:
+            found[layer.name] = weight_from(
+                whole.__getitem__, layer.name, spec, layer.in_features, model.device
+            )
+    return found
+
+
+def _reports(
+    pending: Sequence[_Pending],
+    final: Mapping[str, QuantizedWeight],
+    predicted: Mapping[str, float | None],
+    config: QuantizeConfig,
+    share: Share,
+) -> dict[str, LayerReport]:
+    """Layer name → what happened to it, by who compensated it; in the order of `pending`."""
+    mine = {
+        one.layer.name: asdict(report)
+        for one in pending
+        if (report := one.report(final[one.layer.name], predicted[one.layer.name], config))
+    }
+    every = {
+        name: facts for given in share.exchange(facts=mine) for name, facts in given.facts.items()
+    }
+    return {one.layer.name: LayerReport(**every[one.layer.name]) for one in pending}
 
 
 def _stage_weights(
@@ -258,7 +329,7 @@ def quantize_sequentially(
             model, index, plan, streams, config, output_grams, token_squares, scaled,
             keep_float=keep_float,
         )  # fmt: skip
-        final = {one.layer.name: one.made.quantized for one in pending}
+        final = {one.layer.name: one.quantized for one in pending}
         if index in learned and pending:
             prefix = f"{model.architecture.blocks}.{index}."
             importance = channel_weights[index]
@@ -277,10 +348,7 @@ def quantize_sequentially(
             release_freed()  # latents and activations of the block, before the next one's
         done = FinishedBlock(
             weights=final,
-            reports={
-                one.layer.name: one.report(final[one.layer.name], predicted[one.layer.name], config)
-                for one in pending
-            },
+            reports=_reports(pending, final, predicted, config, model.share),
             scales={path: one.scale for path, one in scaled.items() if one.exponent > 0.0},
             generator=generator.get_state(),
         )
@@ -326,8 +394,7 @@ def _put_back(
         streams.advance_native(block, {})  # while its weights are float
     for name, weight in done.weights.items():
         if keep_float is not None:
-            parameter: Any = model.module.get_submodule(name).weight
-            keep_float(name, parameter.detach().float().clone())
+            keep_float(name, _float_copy(model, name))
         put_weight(model, name, weight.dequantize())
     if streams is not None:
         streams.advance(block)
@@ -373,8 +440,7 @@ def quantize_from_store(
         if spec is None:
             yield QuantizedLayer(layer=layer, weight=None, report=kept_report(layer))
             continue
-        parameter: Any = model.module.get_submodule(layer.name).weight
-        weight = parameter.detach().float().clone()
+        weight = _float_copy(model, layer.name)
         quantized = store.get(layer.name, spec)
         difference = quantized.dequantize() - weight
         if keep_float is not None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,9 @@ from quantforge.capture import (
     stage_accumulators,
     stage_readers,
 )
-from quantforge.models import Model
+from quantforge.models import Architecture, Model
 from quantforge.numerics import CrossAccumulator, GramAccumulator
+from quantforge.parallel import summed
 from quantforge.quantize.config import CROSS_METHODS, QuantizeConfig
 from quantforge.quantize.refine import BlockTask
 from quantforge.types import CalibrationSet
@@ -52,12 +54,56 @@ class StageMoments:
     starved: int | None = None
 
 
-def _stage_moments(gram: StageGram, cross: CrossAccumulator | None) -> StageMoments:
-    """What was gathered of one stage."""
-    moment = None if cross is None else cross.mean()
-    if moment is not None and gram.starved is not None:
-        moment = torch.zeros_like(moment)
-    return StageMoments(gram=gram.mean(), cross=moment, starved=gram.starved)
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    """Sums over batches of what one stage reads, and of how that misses the float network's."""
+
+    gram: StageGram
+    cross: CrossAccumulator | None
+
+    def sums(self) -> list[Tensor]:
+        """Everything that adds up over batches."""
+        return [*self.gram.sums(), *(self.cross.sums() if self.cross else [])]
+
+    def replace_sums(self, sums: Sequence[Tensor]) -> None:
+        """Take other sums."""
+        count = len(self.gram.sums())
+        self.gram.replace_sums(sums[:count])
+        if self.cross:
+            self.cross.replace_sums(sums[count:])
+
+    def means(self) -> StageMoments:
+        """What was gathered of the stage."""
+        moment = None if self.cross is None else self.cross.mean()
+        if moment is not None and self.gram.starved is not None:
+            moment = torch.zeros_like(moment)
+        return StageMoments(gram=self.gram.mean(), cross=moment, starved=self.gram.starved)
+
+
+class _Magnitudes:
+    """Sums over batches of a stage's gram and of its inputs' magnitudes."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.gram = GramAccumulator(features, device)
+        self.total = torch.zeros(features, device=device)
+
+    def add(self, inputs: Tensor, product: torch.dtype) -> None:
+        """Add inputs [..., in]."""
+        self.gram.add(inputs, product)
+        self.total += inputs.flatten(0, -2).float().abs().sum(0)
+
+    def sums(self) -> list[Tensor]:
+        """Everything that adds up over batches."""
+        return [*self.gram.sums(), self.total]
+
+    def replace_sums(self, sums: Sequence[Tensor]) -> None:
+        """Take other sums."""
+        self.gram.replace_sums(sums[:-1])
+        self.total = sums[-1]
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """[in, in] mean x xᵀ and [in] mean |x|."""
+        return self.gram.mean(), self.total / self.gram.tokens
 
 
 class Streams:
@@ -94,6 +140,11 @@ class Streams:
         batches = [part for piece in pieces for part in torch.split(piece, config.batch_size)]
         lengths = [len(batch) for batch in batches]
         self.fitting_batches = -(-len(calibration.fitting) // config.batch_size)
+        split, self._share = self.fitting_batches, model.share
+        own = {
+            *self._share.batches(split),
+            *(split + index for index in self._share.batches(len(batches) - split)),
+        }
         self._architecture = model.architecture
         self._compares, self._chooses = config.method in CROSS_METHODS, config.chooses
 
@@ -104,6 +155,7 @@ class Streams:
                 torch.cat(pieces),
                 batch_size=lengths,
                 precision=config.precision,
+                own=own,
             )
 
         self.native = walk() if config.needs_float_stream else None
@@ -136,12 +188,12 @@ class Streams:
         readers = dict(sizes[index] for index in stages)
         split, count = self.fitting_batches, len(self.quantized.hidden)
         counted = dict(zip(readers, weights, strict=True))
-        grams = stage_accumulators(readers, self._architecture, self.quantized.hidden[0].device)
-        fitting = self._part(block, grams, range(split), floats, counted)
+        fresh = partial(self._fresh, readers, self._architecture)
+        fitting = self._part(block, fresh, range(split), floats, counted)
         if not self._chooses:
             return fitting, []
-        grams = stage_accumulators(readers, None, self.quantized.hidden[0].device)
-        return fitting, self._part(block, grams, range(split, count), floats, {})
+        fresh = partial(self._fresh, readers, None)
+        return fitting, self._part(block, fresh, range(split, count), floats, {})
 
     def statistics(self, block: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Of every stage's input x̃ over the fitting batches: [in, in] mean x̃ x̃ᵀ, [in] mean |x̃|.
@@ -150,57 +202,77 @@ class Streams:
             block: stands at the entrance of the quantized stream.
         """
         sizes = stage_readers(block, self._architecture)
-        device, product = self.quantized.hidden[0].device, product_dtype(self.quantized.precision)
-        grams = {name: GramAccumulator(size, device) for name, size in sizes.items()}
-        totals = {name: torch.zeros(size, device=device) for name, size in sizes.items()}
-        for index in range(self.fitting_batches):
+        product = product_dtype(self.quantized.precision)
+
+        def visit(made: Mapping[str, _Magnitudes], index: int) -> None:
             for name, inputs in self.quantized.inputs(block, index, list(sizes)).items():
-                grams[name].add(inputs, product)
-                totals[name] += inputs.flatten(0, -2).float().abs().sum(0)
-        return [(gram.mean(), totals[name] / gram.tokens) for name, gram in grams.items()]
+                made[name].add(inputs, product)
+
+        def fresh() -> dict[str, _Magnitudes]:
+            return {n: _Magnitudes(size, self.quantized.device) for n, size in sizes.items()}
+
+        found = summed(self._share, self.fitting_batches, fresh, visit)
+        return [one.means() for one in found.values()]
+
+    def _fresh(
+        self, readers: Mapping[str, int], architecture: Architecture | None
+    ) -> dict[str, _Moments]:
+        """Empty moments of some stages."""
+        device = self.quantized.device
+        return {
+            name: _Moments(
+                gram, CrossAccumulator(gram.features, device) if self._compares else None
+            )
+            for name, gram in stage_accumulators(readers, architecture, device).items()
+        }
 
     def _part(
         self,
         block: nn.Module,
-        grams: Mapping[str, StageGram],
+        fresh: Callable[[], Mapping[str, _Moments]],
         batches: range,
         floats: Mapping[str, Tensor],
         weights: Mapping[str, Tensor | None],
     ) -> list[StageMoments]:
-        """Moments of what some layers read in some batches, with their grams, which are empty yet.
+        """Moments of what some layers read in some batches; `fresh` makes them, empty.
 
         Where these are all stages, the float stream moves on in the same pass.
         """
-        device = self.quantized.hidden[0].device
-        product = product_dtype(self.quantized.precision)
-        crosses: dict[str, CrossAccumulator] = {}
-        if self._compares:
-            crosses = {name: CrossAccumulator(one.features, device) for name, one in grams.items()}
-        names = list(grams)
-        for index in batches:
-            read = self.quantized.inputs(block, index, names)
-            rows = self._rows(index)
-            counts = {n: None if (one := weights.get(n)) is None else one[rows] for n in names}
-            for name, inputs in read.items():
-                grams[name].add(inputs, product, counts[name])
-            if self.native is not None and self._compares:
-                if len(names) == len(self._architecture.stages):  # nothing else looks at this block
-                    meant, output = self.native.inputs_and_output(block, index, names, floats)
-                    self.native.hidden[index] = output
-                    self._moved.add(index)
-                else:
-                    meant = self.native.inputs(block, index, names, floats)
-                for name, inputs in read.items():
-                    native = meant[name]
-                    if self._architecture.of_expert(name):  # tokens that went elsewhere there
-                        native = torch.where(native.any(-1, keepdim=True), native, inputs)
-                    crosses[name].add(native, inputs, product, counts[name])
-        return [_stage_moments(grams[name], crosses.get(name)) for name in names]
 
-    def _rows(self, batch: int) -> slice:
-        """The sequences of a batch, among all."""
-        before = sum(len(hidden) for hidden in self.quantized.hidden[:batch])
-        return slice(before, before + len(self.quantized.hidden[batch]))
+        def visit(made: Mapping[str, _Moments], place: int) -> None:
+            self._add(block, made, batches[place], floats, weights)
+
+        return [one.means() for one in summed(self._share, len(batches), fresh, visit).values()]
+
+    def _add(
+        self,
+        block: nn.Module,
+        made: Mapping[str, _Moments],
+        index: int,
+        floats: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor | None],
+    ) -> None:
+        """Add what the layers read in one batch to their moments."""
+        product, names = product_dtype(self.quantized.precision), list(made)
+        read = self.quantized.inputs(block, index, names)
+        rows = self.quantized.rows(index)
+        counts = {n: None if (one := weights.get(n)) is None else one[rows] for n in names}
+        for name, inputs in read.items():
+            made[name].gram.add(inputs, product, counts[name])
+        if self.native is None or not self._compares:
+            return
+        if len(names) == len(self._architecture.stages):  # nothing else looks at this block
+            meant, output = self.native.inputs_and_output(block, index, names, floats)
+            self.native.hidden[index] = output
+            self._moved.add(index)
+        else:
+            meant = self.native.inputs(block, index, names, floats)
+        for name, inputs in read.items():
+            native, cross = meant[name], made[name].cross
+            if self._architecture.of_expert(name):  # tokens that went elsewhere there
+                native = torch.where(native.any(-1, keepdim=True), native, inputs)
+            if cross is not None:
+                cross.add(native, inputs, product, counts[name])
 
     def advance_native(self, block: nn.Module, floats: Mapping[str, Tensor]) -> None:
         """Move the float stream, if there is one, to the exit of `block`.
@@ -210,7 +282,7 @@ class Streams:
             floats: parameter path inside the block → float weight of what is quantized.
         """
         if self.native is not None:
-            for index in set(range(len(self.native.hidden))) - self._moved:
+            for index in set(self.native.own) - self._moved:
                 self.native.hidden[index] = self.native.output(block, index, floats)
             self._moved.clear()
 
@@ -229,6 +301,9 @@ class Streams:
             channel_weight=channel_weight,
             held_out=len(self.quantized.hidden) - self.fitting_batches,
             precision=self.quantized.precision,
+            share=self._share,
+            own=self.quantized.own,
+            sizes=self.quantized.sizes,
         )
 
     def advance(self, block: nn.Module) -> None:

@@ -15,7 +15,7 @@ so no [tokens, vocabulary] graph exists. An encoder is tuned on 1 - cosine of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from quantforge.memory import release_freed
 from quantforge.methods.head_loss import distillation_gradient
 from quantforge.methods.scaled_linear import ScaledLinear
 from quantforge.models import Model, Output, PooledOutput
+from quantforge.parallel import Share, Tally
 from quantforge.progress import Monitor, resumed
 from quantforge.quantize.config import TuningConfig
 from quantforge.quantize.resume import read_tuning, write_tuning
@@ -88,17 +89,22 @@ def tune_scales(
         if start:
             text = resumed("step", start, config.steps)
             monitor.step("tune scales", start, config.steps, text)
+
+        def add_gradient(index: int) -> None:
+            with torch.enable_grad(), compute_in("bfloat16", body, model.device):
+                output = body(input_ids=tokens[index : index + 1], use_cache=False)
+            hidden = output.last_hidden_state
+            gradient = _gradient(hidden.detach(), teacher[index : index + 1], own, taught)
+            share = gradient / (config.batch * gradient.shape[1])
+            torch.autograd.backward(hidden, share.to(hidden.dtype))
+
         for step in range(start, config.steps):
+            chosen = []
             for _ in range(config.batch):
                 if not order:
                     order = torch.randperm(len(tokens), generator=generator).tolist()
-                index = order.pop()
-                with torch.enable_grad(), compute_in("bfloat16", body, model.device):
-                    output = body(input_ids=tokens[index : index + 1], use_cache=False)
-                hidden = output.last_hidden_state
-                gradient = _gradient(hidden.detach(), teacher[index : index + 1], own, taught)
-                share = gradient / (config.batch * gradient.shape[1])
-                torch.autograd.backward(hidden, share.to(hidden.dtype))
+                chosen.append(order.pop())
+            _add_gradients(trained, chosen, add_gradient, model.share)
             factor = min(1.0, (step + 1) / config.warm_up) * (1.0 - step / config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * factor
@@ -121,6 +127,24 @@ def _gradient(hidden: Tensor, teacher: Tensor, own: Output, taught: Output) -> T
     if isinstance(own, PooledOutput) or isinstance(taught, PooledOutput):
         return PooledOutput().toward(hidden, teacher)[1]
     return distillation_gradient(hidden[0], teacher[0], own, taught).unsqueeze(0)
+
+
+def _add_gradients(
+    parameters: Sequence[Tensor], chosen: Sequence[int], add: Callable[[int], None], share: Share
+) -> None:
+    """Give parameters the gradient over some sequences; `add` adds that of one."""
+    tally = Tally(share)
+    for lane, run in share.lanes(len(chosen)):
+        for place in run:
+            add(chosen[place])
+        tally.put(
+            lane,
+            [torch.zeros_like(p) if p.grad is None else p.grad.contiguous() for p in parameters],
+        )
+        for parameter in parameters:
+            parameter.grad = None
+    for parameter, gradient in zip(parameters, tally.total(), strict=True):
+        parameter.grad = gradient
 
 
 def kept_if_better(

@@ -26,6 +26,7 @@ from quantforge.claims import require_room
 from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.methods.sophia import Sophia
 from quantforge.models import Model
+from quantforge.parallel import Share
 from quantforge.progress import Monitor, resumed
 from quantforge.results import TrainingOutcome, TrainingPoint
 from quantforge.stand_ins import stand_ins, trainable_norms
@@ -39,7 +40,6 @@ from quantforge.train.optimizers import (
     set_rates,
     update_curvature,
 )
-from quantforge.train.parallel import Share
 from quantforge.train.quantizers import HARD, QUANTIZERS
 from quantforge.train.resume import LENGTH, BestState, Progress, read_state, write_state
 from quantforge.train.schedule import Schedules

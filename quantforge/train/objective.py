@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from quantforge.capture import compute_in, product_dtype
 from quantforge.methods.head_loss import Mixed, Target, following_tokens, head_gradient
 from quantforge.models import Model, Output, PooledOutput
+from quantforge.parallel import Share
 from quantforge.train.config import TrainingConfig
 from quantforge.train.layer import TrainedLinear
-from quantforge.train.parallel import Share
 from quantforge.train.quantizers import Hardness
 from quantforge.train.teacher import Teacher
 

@@ -72,7 +72,7 @@ def test_exit_codes_of_the_readme_are_those_of_the_code() -> None:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, errors.QuantforgeError)
     }
-    assert documented == raised | {0, outcome.EXIT_BUG}
+    assert documented == raised | {0, errors.EXIT_BUG}
 
 
 @pytest.mark.parametrize("name", sorted(recipe.known_recipes()))

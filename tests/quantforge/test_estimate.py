@@ -94,15 +94,15 @@ def test_memory_in_closed_form(model, calibration):
     assert added_bytes(shape, recipe(sequential=False)) == WEIGHTS
     streams = 4 * FITTING * 64
     plain = recipe(method="gptq", output_feedback=False)
-    assert added_bytes(shape, plain) == WEIGHTS + streams + 16 * 128**2
-    assert added_bytes(shape, recipe()) == WEIGHTS + 2 * streams + 16 * 2 * 128**2
+    assert added_bytes(shape, plain) == WEIGHTS + streams + 24 * 128**2
+    assert added_bytes(shape, recipe()) == WEIGHTS + 2 * streams + 24 * 2 * 128**2
     learned = recipe(rounding={"steps": 1})
     walking = 2 * 4 * (FITTING + HELD_OUT) * 64
-    assert added_bytes(shape, learned) == 13 * WEIGHTS + walking + 16 * 2 * 128**2
+    assert added_bytes(shape, learned) == 13 * WEIGHTS + walking + 24 * 2 * 128**2
     taught = 2 * FITTING * 64
     kept = 4 * LENGTH * (64 + 3 * 64 + 64 + 2 * 64 + 128 + 128 + 64 + 256 + 64)
     tuning = 2 * HEAD + 12 * 128 * 96 + kept
-    blocks = 2 * streams + 16 * 2 * 128**2
+    blocks = 2 * streams + 24 * 2 * 128**2
     assert added_bytes(shape, recipe(steps=5)) == WEIGHTS + taught + max(blocks, tuning)
     # training: 16 bytes a weight, and twice 2 of what it is used as, less the 4 of the layer's own
     trained = recipe(sequential=False, training={"tokens": 1, "start": "dequantized"})

@@ -7,11 +7,11 @@ import torch
 
 from quantforge.journal import Journal
 from quantforge.methods.sophia import Sophia
+from quantforge.parallel import Share
 from quantforge.progress import Monitor
 from quantforge.train.config import TrainingConfig
 from quantforge.train.loop import objective_of, train
 from quantforge.train.optimizers import parameter_groups, update_curvature
-from quantforge.train.parallel import Share
 from quantforge.train.quantizers import HARD, Hardness
 from quantforge.train.schedule import Schedules
 

@@ -16,7 +16,7 @@ import tests.quantforge.train.conftest as parts
 from quantforge.progress import Monitor
 from quantforge.train.config import TrainingConfig
 from quantforge.train.loop import train
-from quantforge.train.parallel import Share
+from quantforge.parallel import Share
 from quantforge.testing import tiny_llama
 
 torch.set_num_threads(1)
