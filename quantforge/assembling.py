@@ -44,7 +44,7 @@ class Loan:
         for name, weight in weights.items():
             if name not in self.own:
                 module: Any = self.model.module.get_submodule(name)
-                self.own[name] = module.weight.detach().clone()
+                self.own[name] = self.model.scratch.copy(module.weight)
             put_weight(self.model, name, self.own[name] if weight is None else weight)
 
 

@@ -40,7 +40,9 @@ def product_dtype(precision: Precision) -> torch.dtype:
 def compute_in(precision: Precision, module: nn.Module, device: torch.device) -> Iterator[None]:
     """Context in which matrix products run in `precision`; weights and residuals stay float32.
 
-    In bfloat16 causal attention is the fused kernel's, see `fused_attention`.
+    In bfloat16 causal attention is the fused kernel's, see `fused_attention`. Rounded weights are
+    not kept for the rest of the body: no pass reads one twice, and together they are half the
+    network again.
 
     Args:
         precision: of the products.
@@ -50,7 +52,8 @@ def compute_in(precision: Precision, module: nn.Module, device: torch.device) ->
     if precision == "float32":
         yield
         return
-    with torch.autocast(device.type, dtype=torch.bfloat16), fused_attention(module):
+    rounded = torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+    with rounded, fused_attention(module):
         yield
 
 

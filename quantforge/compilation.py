@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -172,8 +172,16 @@ class Job:
         tunes, trains = self.recipe.quantize.tuning.steps > 0, training.on
         originals: dict[str, Tensor] = {}
         with self._timed("quantize"):
-            keep = originals.__setitem__ if training.needs_originals else None
-            layers = self._compensate(plan, measured, journal, keep)
+            scratch = self.model.scratch
+
+            def keep(name: str, weight: Tensor) -> None:
+                originals[name] = scratch.keep(weight)
+
+            layers = self._kept(
+                self._compensate(
+                    plan, measured, journal, keep if training.needs_originals else None
+                )
+            )
             after = tunes or trains or training.block_steps > 0
             if not after or not any(plan.assignment.values()):
                 yield from layers
@@ -193,6 +201,12 @@ class Job:
                 finished = recovery.train(finished, originals)
             self.training = recovery.outcome
         yield from finished
+
+    def _kept(self, layers: Iterable[QuantizedLayer]) -> Iterator[QuantizedLayer]:
+        """The same layers, whose integers take no memory where the network takes none."""
+        for one in layers:
+            kept = None if one.weight is None else self.model.scratch.keep_weight(one.weight)
+            yield replace(one, weight=kept)
 
     def _compensate(
         self,

@@ -12,6 +12,7 @@ EXIT_BUG = 1
 LONGEST_MESSAGE = 1000
 _LONGEST_END = 300
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG}
+_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "can't start new thread")
 
 
 class QuantforgeError(Exception):
@@ -101,5 +102,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")  # not imported: it cannot have raised then
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    # On CPUs torch raises a plain RuntimeError from its allocator.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # On CPUs torch raises a plain RuntimeError from its allocator, and Python one without threads.
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(sign in said for sign in _OUT_OF_MEMORY)

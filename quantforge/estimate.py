@@ -24,7 +24,10 @@ blocks (10 M planned weights, 8,000 fitting tokens, two cores, no learned roundi
 Memory is what the process holds now and what the largest stage adds: hidden states of the streams
 and of the float network, integers of all layers, and the larger of one block's grams, factors and
 latents or of tuning's copy of the head, logits of a chunk and kept activations; training adds float
-weights, gradients and the optimizer's means to these.
+weights, gradients and the optimizer's means to these. Where the network is in scratch files, what
+is in these is no memory: float weights and integers drop out, and with them all that grows with
+depth but what training holds, and what tuning keeps: the scales' own training (20 bytes a scale)
+and what enters every block.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ import torch
 
 from quantforge.calibrate.fisher import LARGEST_OUTPUT_BLOCK
 from quantforge.capture import compute_in
-from quantforge.memory import peak_bytes, resident_bytes
+from quantforge.errors import ResourceError
+from quantforge.memory import anonymous_bytes, available_bytes, peak_bytes, resident_bytes
 from quantforge.methods.head_loss import HEAD_CHUNK
 from quantforge.models import Head, Model
 from quantforge.outcomes import WorkEstimate
@@ -63,6 +67,7 @@ class Shape:
         held_out: held-out tokens.
         curve: held-out tokens of `evaluate.curve_windows`.
         length: tokens a sequence.
+        in_files: float weights and integers are in scratch files.
     """
 
     layers: tuple[LayerInfo, ...]
@@ -72,6 +77,7 @@ class Shape:
     held_out: int
     curve: int
     length: int
+    in_files: bool = False
 
     @classmethod
     def of(cls, model: Model, calibration: CalibrationSet, recipe: Recipe) -> Shape:
@@ -87,6 +93,7 @@ class Shape:
             held_out=held_out.numel(),
             curve=held_out[: recipe.evaluate.curve_windows].numel(),
             length=calibration.fitting.shape[1],
+            in_files=model.scratch.on_disk,
         )
 
     @property
@@ -182,6 +189,7 @@ def gradient_adds(shape: Shape, recipe: Recipe) -> int:
 def added_bytes(shape: Shape, recipe: Recipe) -> int:
     """Memory that the largest stage of `quantize` takes beside the float network."""
     options = recipe.quantize
+    held = 0 if shape.in_files else shape.weights  # of which a byte or four each are kept
     streams = block = 0
     if options.sequential:
         walking = shape.fitting + (shape.held_out if options.needs_held_out else 0)
@@ -203,15 +211,15 @@ def added_bytes(shape: Shape, recipe: Recipe) -> int:
         vocabulary = shape.head // shape.hidden
         tuning = 2 * shape.head + 3 * 4 * HEAD_CHUNK * vocabulary + kept
     if training.needs_originals:
-        streams += 4 * shape.weights
+        streams += 4 * held
     if training.on:  # beside what is in the place of the network's own weights
         size = 2 if training.precision == "bfloat16" else 4
-        tuning += (_TRAINED + 2 * size - 4) * shape.weights
+        tuning += (_TRAINED + 2 * size) * shape.weights - 4 * held
     if training.block_steps:
         entering = 2 * 4 * (shape.fitting + shape.held_out) * shape.hidden
         own = (_TRAINED + 4) * sum(x.numel for x in shape.layers if x.block == 0)
-        tuning = max(tuning, entering + own + 4 * shape.weights)
-    return shape.weights + taught + max(streams + block, tuning)
+        tuning = max(tuning, entering + own + 4 * held)
+    return held + taught + max(streams + block, tuning)
 
 
 @torch.no_grad()
@@ -249,10 +257,38 @@ def estimate(
     if gradients:
         work += gradient_adds(shape, recipe)
     rate = forward_rate(model, calibration, recipe)
-    now = (resident_bytes() or 0) + added_bytes(shape, recipe)
+    if shape.in_files:
+        memory = (anonymous_bytes() or 0) + added_bytes(shape, recipe)
+    else:
+        memory = max((resident_bytes() or 0) + added_bytes(shape, recipe), peak_bytes() or 0)
     return WorkEstimate(
         multiply_adds=work,
         rate=rate,
         seconds=work / rate + 60.0 * recipe.training.minutes,
-        memory_bytes=max(now, peak_bytes() or 0),
+        memory_bytes=memory,
+    )
+
+
+def require_memory(model: Model, calibration: CalibrationSet, recipe: Recipe) -> None:
+    """Refuse to quantize where memory cannot hold the largest stage, before hours are spent on it.
+
+    Args:
+        model: the network, loaded.
+        calibration: its text.
+        recipe: effective configuration.
+
+    Raises:
+        ResourceError: there is too little memory left.
+    """
+    wanted, left = added_bytes(Shape.of(model, calibration, recipe), recipe), available_bytes()
+    if left is None or wanted <= left:
+        return
+    remedies = ["set calibration.sequences lower"]
+    if recipe.training.on or recipe.training.block_steps:
+        remedies.append("leave training out")
+    elif recipe.quantize.rounding.steps:
+        remedies.append("set quantize.rounding.steps=0")
+    raise ResourceError(
+        f"quantizing takes at least {wanted / 1e9:.2f} GB of memory beside the network, of which "
+        f"{left / 1e9:.2f} GB are left: {' or '.join(remedies)}"
     )

@@ -31,6 +31,9 @@ MALFORMED = (
     SafetensorError,
 )
 
+# What torch and Python say, as plain errors, where the system has no more memory to give.
+OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "can't start new thread")
+
 
 @contextmanager
 def malformed(complaint: str) -> Iterator[None]:
@@ -48,7 +51,7 @@ def malformed(complaint: str) -> Iterator[None]:
     except MemoryError as error:
         raise ResourceError(f"{complaint}: out of memory ({one_line(error)})") from None
     except MALFORMED as error:
-        kind = ResourceError if "can't allocate memory" in str(error) else InputError
+        kind = ResourceError if any(sign in str(error) for sign in OUT_OF_MEMORY) else InputError
         raise kind(f"{complaint}: {one_line(error)}") from None
     except Exception as error:
         if type(error) is not Exception:  # the tokenizers library raises the base class itself

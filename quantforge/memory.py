@@ -18,15 +18,43 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_SYSTEM = Path("/proc/meminfo")
+_GROUP = Path("/sys/fs/cgroup")
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 def release_freed() -> None:
     """Hand freed memory back to the system where the C library can (glibc); costs milliseconds."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """`release_freed` without what only the collector frees: cheap enough for every block."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(ctypes.c_size_t(0))
+
+
+def without_gaps() -> None:
+    """Let the C library (glibc) give freed blocks of a MiB and more back at once, from here on.
+
+    It costs a little time. Where RLIMIT_DATA is set, gaps count whether or not they are in memory.
+    """
+    if sys.platform == "linux":
+        choose = getattr(ctypes.CDLL(None), "mallopt", None)
+        if choose is not None:
+            choose(_MMAP_THRESHOLD, 1 << 20)
+
+
+def limited_data() -> bool:
+    """Whether RLIMIT_DATA limits this process."""
+    if sys.platform == "win32":
+        return False
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
 
 
 def reset_peak() -> bool:
@@ -42,10 +70,8 @@ def peak_bytes() -> int | None:
     """Largest resident size of this process so far; None where the system does not tell."""
     if sys.platform == "win32":
         return None
-    with suppress(OSError):
-        for line in _STATUS.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
+    if (found := _status("VmHWM")) is not None:
+        return found
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -54,11 +80,49 @@ def peak_bytes() -> int | None:
 
 def resident_bytes() -> int | None:
     """What this process holds now; None where the system does not tell."""
+    found = _status("VmRSS")
+    return peak_bytes() if found is None else found
+
+
+def anonymous_bytes() -> int | None:
+    """What of that is in no file, so that it cannot leave memory; None where nothing tells."""
+    return _status("RssAnon")
+
+
+def available_bytes() -> int | None:
+    """Anonymous memory that this process may still take; None where the system does not tell.
+
+    The least of what the machine has, what its control group allows and what RLIMIT_DATA leaves.
+    """
+    if sys.platform != "linux":
+        return None
+    import resource
+
+    left = [_field(_SYSTEM, "MemAvailable")]
+    if limited_data():
+        limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+        left.append(limit - (_status("VmData") or 0))
+    with suppress(OSError, ValueError):  # version 2, as a container sees its own
+        most = int((_GROUP / "memory.max").read_text(encoding="ascii"))
+        held = _field(_GROUP / "memory.stat", "anon", unit=1)
+        left.append(None if held is None else most - held)
+    known = [one for one in left if one is not None]
+    return max(min(known), 0) if known else None
+
+
+def _status(name: str) -> int | None:
+    """Bytes that the system says of this process under a name; None where it does not."""
+    return _field(_STATUS, name)
+
+
+def _field(path: Path, name: str, unit: int = 1024) -> int | None:
+    """Bytes that a file of the system says under a name; None where it does not."""
     with suppress(OSError):
-        for line in _STATUS.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmRSS:"):
-                return 1024 * int(line.split()[1])
-    return peak_bytes()
+        for line in path.read_text(encoding="utf-8").splitlines():
+            words = line.split()
+            if words and words[0].rstrip(":") == name:
+                return unit * int(words[1])
+    return None
 
 
 @dataclass(slots=True)

@@ -134,7 +134,8 @@ class WorkEstimate:
         multiply_adds: of all forward and backward passes, grams and compensation.
         rate: multiply-adds a second of this network's forward pass, measured here.
         seconds: their quotient: the products alone, so a lower bound.
-        memory_bytes: largest resident size, the process as it is now included.
+        memory_bytes: largest resident size, the process as it is now included; what is in scratch
+            files is not.
     """
 
     multiply_adds: float

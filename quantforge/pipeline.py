@@ -22,6 +22,7 @@ from quantforge.checking import check
 from quantforge.converting import convert
 from quantforge.delivery import deliver, dry_run
 from quantforge.errors import UsageError
+from quantforge.estimate import require_memory
 from quantforge.evaluation import evaluate, evaluate_tasks, generate, inspect, load
 from quantforge.frontier import frontier_report, write_frontier
 from quantforge.landscape import curvature
@@ -111,6 +112,7 @@ def quantize(
         InputError: a model, text or plan that is missing, broken or does not fit.
         BudgetError: the budget is below what the candidates can reach.
         CancelledError: `cancel` was set.
+        ResourceError: memory or the disk are too small for the run, or ran out.
     """
     recipe = configure(
         model, budget=budget, calibration=calibration, effort=effort, settings=settings
@@ -138,6 +140,7 @@ def quantize(
             monitor=Monitor(progress=progress, cancel=cancel),
             share=share,
         )
+        require_memory(job.model, job.calibration, job.recipe)
         with job.measure(fresh=fresh) as measured:
             chosen = job.search(measured, limit)
             journal = at_the_end.enter_context(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from quantforge.memory import release_freed
+from quantforge.scratch import IN_MEMORY, Scratch
 from quantforge.types import QuantizedWeight
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -25,28 +26,33 @@ def stand_ins(
     module: nn.Module,
     weights: Mapping[str, QuantizedWeight],
     make: Callable[[str, nn.Parameter | None], Layer],
+    scratch: Scratch = IN_MEMORY,
 ) -> Iterator[dict[str, Layer]]:
     """Put a stand-in in the place of every quantized layer; put the layers back after.
 
-    Meanwhile the layers' own weights, which hold no more than codes and scales do, take no memory.
+    Meanwhile the layers' own weights, which hold no more than codes and scales do, take no memory:
+    they are made again after it, or stay where they are in scratch files.
 
     Args:
         module: the network or block; its layers hold `weights`, and hold them again afterwards.
         weights: layer name → integers and scales.
         make: from a layer's name and its bias to what stands in for it.
+        scratch: where the layers' own weights are.
     """
     originals: dict[str, Any] = {name: module.get_submodule(name) for name in weights}
     layers = {name: make(name, original.bias) for name, original in originals.items()}
     try:
         for name, layer in layers.items():
             module.set_submodule(name, layer)
-            originals[name].weight.data = originals[name].weight.data.new_empty(0)
+            if not scratch.on_disk:
+                originals[name].weight.data = originals[name].weight.data.new_empty(0)
         release_freed()
         yield layers
     finally:
         release_freed()  # activations, before the weights come back
         for name, original in originals.items():
-            original.weight.data = weights[name].dequantize(original.weight.dtype)
+            if not scratch.on_disk:
+                original.weight.data = weights[name].dequantize(original.weight.dtype)
             module.set_submodule(name, original)
 
 

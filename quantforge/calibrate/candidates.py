@@ -136,6 +136,7 @@ def quantize_candidates(
         made = _measure_block(model, layers, stages, specs, config, store)
         _write_errors(journal, index, made)
         found += made
+        model.scratch.trim()
         monitor.step("candidates", index + 1, count)
     return found, _head_inputs(model, walk)
 

@@ -213,7 +213,8 @@ class _Collector:
         product: torch.dtype,
     ) -> None:
         self._product, self._layers, self._sequences = product, model.layers, sequences
-        self._device, self._share, self._batches = model.device, model.share, batches
+        self._device, self._scratch = model.device, model.scratch
+        self._share, self._batches = model.share, batches
         self._lanes = {
             batch: lane for lane, run in model.share.lanes(batches) for batch in run
         }  # fmt: skip
@@ -318,6 +319,7 @@ class _Collector:
         self._tally = Tally(self._share)
         for gathered in (self._sums, self._pieces, self._known):
             gathered.clear()
+        self._scratch.trim()
         tensors: dict[str, Tensor] = {}
         if block > 0 and journal.folder is not None:  # else nobody goes on from there
             mine = {f"state.{batch:06d}": states[batch] for batch in self._lanes}

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantforge.errors import InputError
 from quantforge.files import is_plain_name, parse_json
 from quantforge.format import compressed
-from quantforge.format.container import TensorEntry, read_header
+from quantforge.format.container import TensorEntry, read_header, read_tensor
 from quantforge.format.manifest import Manifest, read_manifest
 from quantforge.types import QuantizedWeight, QuantSpec
 
@@ -73,14 +72,10 @@ class Checkpoint:
 
 
 class TensorReader:
-    """Loads tensors of a checkpoint one at a time, keeping the last file open.
+    """Loads tensors of a checkpoint one at a time.
 
     Every tensor is a copy with memory of its own: it stays valid when the file changes.
     """
-
-    def __init__(self) -> None:
-        self._file: Path | None = None
-        self._handle: Any = None
 
     def load(self, entry: TensorEntry) -> Tensor:
         """The tensor of `entry`, on the CPU, as stored.
@@ -88,14 +83,7 @@ class TensorReader:
         Raises:
             InputError: the file cannot be read any more.
         """
-        try:
-            if entry.file != self._file:
-                self._handle = safe_open(entry.file, framework="pt", device="cpu")
-                self._file = entry.file
-            tensor: Tensor = self._handle.get_tensor(entry.name)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot read {entry.name} from {entry.file}: {error}") from error
-        return tensor.clone()
+        return read_tensor(entry)
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

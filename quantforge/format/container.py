@@ -15,8 +15,9 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn
@@ -57,6 +58,7 @@ class TensorEntry:
         shape: its shape.
         file: the file that holds it.
         size_bytes: bytes of its data.
+        start: place of their first one in the file.
     """
 
     name: str
@@ -64,6 +66,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     file: Path
     size_bytes: int
+    start: int
 
     @property
     def numel(self) -> int:
@@ -89,7 +92,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     header = _parse(path, text)
-    return _check(path, header, size - _LENGTH_BYTES - length)
+    return _check(path, header, _LENGTH_BYTES + length, size)
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -110,10 +113,12 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _check(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, TensorEntry]:
-    spans = []
+def _check(path: Path, header: dict[str, Any], first: int, size: int) -> dict[str, TensorEntry]:
+    """The tensors of a file of `size` bytes, whose data begins at `first`."""
+    spans, data_bytes = [], size - first
     for name, fields in header.items():
-        entry, begin = _entry(path, name, fields)
+        entry = _entry(path, name, fields, first)
+        begin = entry.start - first
         spans.append((begin, begin + entry.size_bytes, entry))
     spans.sort(key=lambda span: span[:2])
     position = 0
@@ -129,7 +134,7 @@ def _check(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, Ten
     return {entry.name: entry for _, _, entry in spans}
 
 
-def _entry(path: Path, name: str, fields: object) -> tuple[TensorEntry, int]:
+def _entry(path: Path, name: str, fields: object, first: int) -> TensorEntry:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         _refuse(path, f"is damaged: tensor {name!r} lacks dtype, shape or data_offsets")
     dtype = fields["dtype"]
@@ -141,10 +146,14 @@ def _entry(path: Path, name: str, fields: object) -> tuple[TensorEntry, int]:
     size = DTYPES[dtype].itemsize * math.prod(shape)  # Python integers: nothing overflows
     if offsets[1] - offsets[0] != size:
         _refuse(path, f"is damaged: tensor {name!r} {shape} {dtype} does not fit its offsets")
-    entry = TensorEntry(
-        name=name, dtype=DTYPES[dtype], shape=tuple(shape), file=path, size_bytes=size
+    return TensorEntry(
+        name=name,
+        dtype=DTYPES[dtype],
+        shape=tuple(shape),
+        file=path,
+        size_bytes=size,
+        start=first + offsets[0],
     )
-    return entry, offsets[0]
 
 
 def _counts(value: object) -> bool:
@@ -154,6 +163,53 @@ def _counts(value: object) -> bool:
 
 def _refuse(path: Path, complaint: str) -> NoReturn:
     raise InputError(f"{path} {complaint}; fetch or write it again")
+
+
+def read_pieces(entry: TensorEntry, piece_bytes: int) -> Iterator[Tensor]:
+    """The elements of a tensor in order, flat, a piece at a time; each takes the last one's place.
+
+    Files are read, not mapped: torch's maps count as memory of the process, whole shards at once.
+
+    Args:
+        entry: which tensor.
+        piece_bytes: of a piece, at most.
+
+    Raises:
+        InputError: the file cannot be read any more.
+    """
+    size = entry.dtype.itemsize
+    piece_bytes = min(max(piece_bytes // size * size, size), entry.size_bytes)
+    piece = torch.empty(piece_bytes, dtype=torch.uint8)
+    try:
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.start)
+            for first in range(0, entry.size_bytes, piece_bytes or 1):
+                part = piece[: entry.size_bytes - first]
+                _fill(stream, part.numpy().data)
+                yield part.view(entry.dtype)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"cannot read {entry.name} from {entry.file}: {reason}") from error
+
+
+def _fill(stream: RawIOBase, space: memoryview) -> None:
+    """Read exactly as many bytes as there is space for."""
+    while space:
+        count = stream.readinto(space)
+        if not count:
+            raise OSError("it ends before its header says")
+        space = space[count:]
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """A tensor as it is stored, on the CPU.
+
+    Raises:
+        InputError: the file cannot be read any more.
+    """
+    for whole in read_pieces(entry, entry.size_bytes):
+        return whole.view(entry.shape)
+    return torch.empty(entry.shape, dtype=entry.dtype)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -19,6 +19,7 @@ from quantforge.files import fingerprint
 from quantforge.foreign import encode, malformed
 from quantforge.load.gguf_file import converted_folder
 from quantforge.load.source import hub_folder
+from quantforge.load.streaming import build, float_bytes, read_tensors, stored_tensors
 from quantforge.load.weights import read_config, stored, weight_files
 from quantforge.load.wording import some
 from quantforge.models import (
@@ -31,6 +32,7 @@ from quantforge.models import (
 )
 from quantforge.models.linears import give_linears
 from quantforge.models.sizes import require_plausible
+from quantforge.scratch import IN_MEMORY, Scratch, scratch_for
 from quantforge.silence import quiet
 
 TOKENIZER_FILES = (
@@ -72,7 +74,7 @@ def load_model(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> Model:
-    """Load the network and its tokenizer.
+    """Load the network and its tokenizer; in float32 on the CPU into scratch files, unless small.
 
     Encoders are loaded as such, decoders with their heads.
 
@@ -85,25 +87,18 @@ def load_model(
     Raises:
         InputError: unknown architecture, quantized, missing, unexpected, misshapen, truncated or
             non-finite weights, malformed configuration or tokenizer.
-        ResourceError: the cache cannot be written (GGUF).
+        ResourceError: the cache cannot be written (GGUF), or there is no room for the network.
     """
     folder = local_folder(source)
     config = read_config(folder)
-    auto = _auto_class(config)
     require_plausible(config, **stored(weight_files(folder)), where=f"{folder / 'config.json'}")
     _check_class(folder, config, trust_remote_code)
-    with malformed(f"{folder} cannot be loaded"), quiet():
-        module, loading = auto.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+    streams = dtype == torch.float32 and torch.device(device).type == "cpu"
+    auto = _auto_class(config)
+    module, loading, scratch = _built(folder, auto, dtype, trust_remote_code, streams=streams)
     _check_loading(folder, module, loading)
     check_finite(module, str(source.location))
-    give_linears(module)
+    give_linears(module, scratch=scratch)
     module.train(False).to(device)
     architecture = shape_of(module)
     return Model(
@@ -112,7 +107,29 @@ def load_model(
         layers=architecture.layers(module),
         source=source,
         tokenizer=load_tokenizer(folder, trust_remote_code=trust_remote_code),
+        scratch=scratch,
     )
+
+
+def _built(
+    folder: Path, auto: Any, dtype: torch.dtype, trust_remote_code: bool, *, streams: bool
+) -> tuple[nn.Module, dict[str, Any], Scratch]:
+    """The network, what transformers says of its weights, and where they are."""
+    # A folder's own code may read its weights in its own way.
+    places = stored_tensors(weight_files(folder)) if streams and not trust_remote_code else None
+    scratch = IN_MEMORY if places is None else scratch_for(float_bytes(places))
+    with malformed(f"{folder} cannot be loaded"), quiet():
+        if places is not None and scratch.on_disk:
+            return *build(folder, auto, read_tensors(places, scratch)), scratch
+        module, loading = auto.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    return module, loading, IN_MEMORY
 
 
 def from_module(module: nn.Module, *, name: str = "in-memory", tokenizer: Any = None) -> Model:

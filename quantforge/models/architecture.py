@@ -17,6 +17,7 @@ from quantforge.models.head import NO_ENTRIES, Head, LogitEntries, LogitForm
 from quantforge.models.pooled import PooledOutput
 from quantforge.parallel import ALONE, Share
 from quantforge.registry import Registry
+from quantforge.scratch import IN_MEMORY, Scratch
 from quantforge.types import LayerInfo
 
 Output = Head | PooledOutput
@@ -290,6 +291,7 @@ class Model:
         source: where it came from.
         tokenizer: its tokenizer, or None in memory.
         share: of the work on it, where several processes do that together.
+        scratch: where its weights are, and what else grows with its depth.
     """
 
     module: nn.Module
@@ -298,6 +300,7 @@ class Model:
     source: ModelSource
     tokenizer: Any = field(default=None)
     share: Share = ALONE
+    scratch: Scratch = IN_MEMORY
 
     @property
     def device(self) -> torch.device:

@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantforge.scratch import IN_MEMORY, Scratch
+
 # Calibration tokens that an expert must have seen for its gram to be used.
 LEAST_TOKENS = 128
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
@@ -123,12 +125,15 @@ def as_tokens(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output.flatten(0, -2)
 
 
-def split_experts(module: nn.Module, *, whole: bool) -> dict[str, nn.Module]:
+def split_experts(
+    module: nn.Module, *, whole: bool, scratch: Scratch = IN_MEMORY
+) -> dict[str, nn.Module]:
     """Give every expert linears of its own, in place.
 
     Args:
         module: the network.
         whole: as of `SplitExperts`.
+        scratch: where weights go.
 
     Returns:
         Path → the module that was there, whose weights were moved and take no memory now.
@@ -137,7 +142,7 @@ def split_experts(module: nn.Module, *, whole: bool) -> dict[str, nn.Module]:
         name: one for name, one in module.named_modules() if type(one).__name__ in EXPERT_CLASSES
     }
     for name, one in found.items():
-        module.set_submodule(name, _split(one, whole))
+        module.set_submodule(name, _split(one, whole, scratch))
         parent = module.get_submodule(name.rpartition(".")[0])
         parent.register_forward_pre_hook(note)
         shared = getattr(parent, SHARED, None)
@@ -147,7 +152,7 @@ def split_experts(module: nn.Module, *, whole: bool) -> dict[str, nn.Module]:
     return found
 
 
-def _split(original: Any, whole: bool) -> SplitExperts:
+def _split(original: Any, whole: bool, scratch: Scratch) -> SplitExperts:
     both, down = original.gate_up_proj, original.down_proj
     count, hidden, inner = down.shape
     made = SplitExperts(count, hidden, inner, original.act_fn, whole=whole)
@@ -155,7 +160,7 @@ def _split(original: Any, whole: bool) -> SplitExperts:
         gate, up = both.data[number].chunk(2)
         for name, weight in ((GATE, gate), (UP, up), (DOWN, down.data[number])):
             linear: Any = made.get_submodule(f"{number}.{name}")
-            linear.weight = nn.Parameter(weight.clone(), requires_grad=both.requires_grad)
+            linear.weight = nn.Parameter(scratch.copy(weight), requires_grad=both.requires_grad)
     made.train(original.training)
     for parameter in (both, down):
         parameter.data = parameter.data.new_empty(0)

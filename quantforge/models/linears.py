@@ -18,6 +18,7 @@ from torch import nn
 
 from quantforge.models.experts import experts_split, split_experts
 from quantforge.models.transposed import straighten, straightened
+from quantforge.scratch import IN_MEMORY, Scratch
 
 # Classes that lack linears, and why stock transformers loads no packed weights there.
 WITHOUT_LINEARS = {
@@ -28,15 +29,16 @@ WITHOUT_LINEARS = {
 }
 
 
-def give_linears(module: nn.Module, *, whole: bool = True) -> None:
+def give_linears(module: nn.Module, *, whole: bool = True, scratch: Scratch = IN_MEMORY) -> None:
     """Put linears where the class of `module` has none, in place.
 
     Args:
         module: the network; nothing changes where it has them.
         whole: experts run on whole sequences, as calibration needs it (`experts`).
+        scratch: where weights go.
     """
-    straighten(module)
-    split_experts(module, whole=whole)
+    straighten(module, scratch)
+    split_experts(module, whole=whole, scratch=scratch)
 
 
 @contextmanager

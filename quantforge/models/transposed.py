@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from quantforge.scratch import IN_MEMORY, Scratch
+
 
 class StraightLinear(nn.Linear):
     """An ordinary linear in the place of a transposed one; it has the bias of that."""
@@ -28,23 +30,28 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def straighten(module: nn.Module) -> dict[str, nn.Module]:
+def straighten(module: nn.Module, scratch: Scratch = IN_MEMORY) -> dict[str, nn.Module]:
     """Put a linear in the place of every transposed one, in place.
+
+    Args:
+        module: the network.
+        scratch: where weights go.
 
     Returns:
         Path → the module that was there, whose weight was moved and takes no memory now.
     """
     found = {name: one for name, one in module.named_modules() if is_transposed(one)}
     for name, one in found.items():
-        module.set_submodule(name, _straight(one))
+        module.set_submodule(name, _straight(one, scratch))
     return found
 
 
-def _straight(original: Any) -> StraightLinear:
+def _straight(original: Any, scratch: Scratch) -> StraightLinear:
     rows, columns = original.nf, original.nx
     linear = StraightLinear(columns, rows, bias=False, device="meta")
     weight = original.weight
-    linear.weight = nn.Parameter(weight.data.T.contiguous(), requires_grad=weight.requires_grad)
+    straight = scratch.keep(weight.data.T).contiguous()
+    linear.weight = nn.Parameter(straight, requires_grad=weight.requires_grad)
     linear.bias = original.bias
     linear.train(original.training)
     weight.data = weight.data.new_empty(0)

@@ -356,6 +356,7 @@ def quantize_sequentially(
         yield from _in_order(model, index, done)
         if index + 1 < len(blocks):
             streams.advance(block)
+        model.scratch.trim()
         monitor.step("quantize", index + 1, len(blocks))
 
 

@@ -73,7 +73,7 @@ def tune_scales(
         return ScaledLinear(weights[name], bias)
 
     with (
-        stand_ins(module, weights, stand_in) as layers,
+        stand_ins(module, weights, stand_in, model.scratch) as layers,
         trainable_norms(module, layers, architecture.behind(module)) as norms,
         recomputed(architecture.block_list(module), config.recompute),
     ):

@@ -133,7 +133,7 @@ def objective_of(task: Task, config: TrainingConfig, share: Share) -> Iterator[O
 
     architecture = task.model.architecture
     with (
-        stand_ins(module, task.weights, stand_in) as layers,
+        stand_ins(module, task.weights, stand_in, task.model.scratch) as layers,
         trainable_norms(module, layers, architecture.behind(module)) as norms,
         recomputed(architecture.block_list(module), config.recompute),
     ):

@@ -1,10 +1,13 @@
 """Work counted in closed form for a network of one block."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
+from quantforge import estimate as module
+from quantforge.errors import ResourceError
 from quantforge.estimate import (
     Shape,
     added_bytes,
@@ -12,6 +15,7 @@ from quantforge.estimate import (
     forward_rate,
     gradient_adds,
     multiply_adds,
+    require_memory,
     states_bytes,
 )
 from quantforge.load.huggingface import from_module
@@ -107,6 +111,27 @@ def test_memory_in_closed_form(model, calibration):
     # training: 16 bytes a weight, and twice 2 of what it is used as, less the 4 of the layer's own
     trained = recipe(sequential=False, training={"tokens": 1, "start": "dequantized"})
     assert added_bytes(shape, trained) == WEIGHTS + taught + tuning + 16 * WEIGHTS
+    # what is in scratch files drops out: integers, originals and the layers' own weights
+    files = replace(shape, in_files=True)
+    assert added_bytes(files, recipe(steps=5)) == taught + max(blocks, tuning)
+    assert added_bytes(files, trained) == taught + tuning + 20 * WEIGHTS
+    assert added_bytes(files, learned) == added_bytes(shape, learned) - WEIGHTS
+
+
+def test_a_run_that_memory_cannot_hold_is_refused_with_what_to_change(
+    model, calibration, monkeypatch
+):
+    chosen = recipe(rounding={"steps": 1})
+    wanted = added_bytes(Shape.of(model, calibration, chosen), chosen)
+    monkeypatch.setattr(module, "available_bytes", lambda: wanted)
+    require_memory(model, calibration, chosen)
+    monkeypatch.setattr(module, "available_bytes", lambda: None)
+    require_memory(model, calibration, chosen)
+    monkeypatch.setattr(module, "available_bytes", lambda: wanted - 1)
+    with pytest.raises(ResourceError, match=r"sequences lower or set quantize\.rounding\.steps=0"):
+        require_memory(model, calibration, chosen)
+    with pytest.raises(ResourceError, match=r"0\.00 GB are left: .* or leave training out"):
+        require_memory(model, calibration, recipe(training={"tokens": 1}, steps=1))
 
 
 def test_the_rate_is_measured_on_the_network_and_leaves_it_alone(model, calibration):
