@@ -52,8 +52,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     "balanced": {"quantize": {"rounding": {"steps": 50}}},
     "best": {
+        "calibration": {"sequences": 512, "fewer": True},
         "search": {"refine": 3},
-        "quantize": {"rounding": {"steps": 50}, "tuning": {"steps": 60}},
+        "quantize": {"rounding": {"steps": 200}, "tuning": {"steps": 60}},
     },
 }
 
