@@ -34,6 +34,7 @@ from quantforge.format.checkpoint import (
 from quantforge.format.container import ContainerWriter
 from quantforge.format.manifest import tool_versions
 from quantforge.load.weights import PICKLED
+from quantforge.models import encoder_classes
 from quantforge.models.linears import WITHOUT_LINEARS
 from quantforge.outcomes import ConvertReport
 from quantforge.progress import Monitor, ProgressEvent
@@ -143,12 +144,14 @@ def _refuse_levels(opened: Checkpoint) -> None:
 
 
 def _refuse_without_linears(opened: Checkpoint) -> None:
-    """No reader of the layout was tried where the network's class has no linears."""
+    """No reader of the layout was tried where the class has no linears, nor for encoders."""
     classes = opened.config.get("architectures") or [""]
     if classes[0] in WITHOUT_LINEARS:
         raise InputError(
             f"{classes[0]}: {WITHOUT_LINEARS[classes[0]]}, which the GPTQ layout is not written for"
         )
+    if classes[0] in encoder_classes():
+        raise InputError(f"{classes[0]} is an encoder, which the GPTQ layout is not written for")
 
 
 def _refuse_other_parts(opened: Checkpoint, specs: dict[str, QuantSpec]) -> None:

@@ -78,11 +78,13 @@ def predicted_head(metric: Metric) -> str:
 
 
 def predicted(loss: float | None, error: float | None, metric: Metric | None = None) -> str:
-    """A loss; with its sign and unit where the metric is given."""
+    """A loss; with its sign and unit, or its name for want of one, where the metric is given."""
     if loss is None:
         return "not estimated"
     text = number(loss) if error is None else with_error(loss, error)
-    return text if metric is None else f"+{text}{metric.each or f' {metric.name}'}"
+    if metric is None:
+        return text
+    return f"+{text}{metric.each}" if metric.each else f"{metric.name} {text}"
 
 
 def target_rows(targets: Sequence[TargetOutcome], metric: Metric) -> list[tuple[str, str]]:

@@ -67,10 +67,15 @@ class PooledReference:
             share: of the batches.
 
         Raises:
-            InputError: the windows are not [windows, length ≥ 2] tokens of the vocabulary, or the
-                outputs are not finite or zero.
+            InputError: the windows are not [windows ≥ 2, length ≥ 2] tokens of the vocabulary, or
+                the outputs are not finite or zero.
         """
         tokens = checked_windows(module, architecture, windows)
+        if len(tokens) < 2:
+            raise InputError(
+                "an encoder gives one output a window, so errors need two windows or more: give "
+                "more (calibration.sequences, or --windows)"
+            )
         parts, own = {}, share.part(range(0, len(tokens), batch))
         for start, pooled in _pooled(module, architecture, tokens, batch, precision, own):
             parts[f"{start:09d}"] = pooled.cpu()

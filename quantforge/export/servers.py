@@ -33,6 +33,8 @@ FUSED = (
 )
 # Layers whose inputs tensor parallelism slices; of all others it slices the outputs.
 SLICED_INPUTS = frozenset({"o_proj", "down_proj", "out_proj", "w2", "dense", "c_proj", "fc2"})
+# One that is called as those are, and is not: BERT's, whose outputs are sliced.
+WIDENING = "intermediate.dense"
 # Padded before they are sliced, or copied where there are fewer heads than devices.
 UNSLICED = frozenset({"lm_head", "k_proj", "v_proj"})
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings"})
@@ -156,7 +158,7 @@ def _slice(layer: LayerInfo, parts: int) -> tuple[int, int, str]:
     last = layer.name.rpartition(".")[2]
     if parts == 1 or layer.kind != "linear" or last in UNSLICED:
         return outputs, inputs, ""
-    if last in SLICED_INPUTS:
+    if last in SLICED_INPUTS and not layer.name.endswith(WIDENING):
         why = f"{inputs} inputs do not split into {parts}" if inputs % parts else ""
         return outputs, inputs // parts, why
     why = f"{outputs} outputs do not split into {parts}" if outputs % parts else ""

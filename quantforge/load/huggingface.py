@@ -28,6 +28,7 @@ from quantforge.models import (
     Model,
     ModelSource,
     block_list_path,
+    encoder_classes,
     shape_of,
 )
 from quantforge.models.linears import give_linears
@@ -174,8 +175,7 @@ def _auto_class(config: Mapping[str, Any]) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
     names = config.get("architectures")
-    encoders = {name for one in ARCHITECTURES.values() if one.encodes for name in one.classes}
-    encodes = isinstance(names, list) and bool(names) and names[0] in encoders
+    encodes = isinstance(names, list) and bool(names) and names[0] in encoder_classes()
     return AutoModel if encodes else AutoModelForCausalLM
 
 
@@ -276,6 +276,12 @@ def _check_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
     names = config.get("architectures")
     if not isinstance(names, list) or not names or names[0] in known:
         return
+    stems = [f"{name.removesuffix('Model')}For" for name in encoder_classes()]
+    if any(str(names[0]).startswith(stem) for stem in stems):
+        raise InputError(
+            f"{folder} is a {names[0]}, an encoder with a head: give the encoder alone, which "
+            "transformers' AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER) writes"
+        )
     auto: Any = AutoModelForCausalLM
     what = (
         f"{folder} is a {names[0]}, which is not a known architecture, and looking for its blocks"

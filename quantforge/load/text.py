@@ -60,7 +60,7 @@ DEFAULT_EVALUATION = "pydoc"
 DEFAULT_SEQUENCES = 128
 DEFAULT_LENGTH = 512
 # An encoder has one output a sequence, so more of them tell more, and it is used on short texts.
-ENCODER_TEXT, ENCODER_LENGTH, ENCODER_SEQUENCES = "pydoc", 128, 256
+ENCODER_TEXT, ENCODER_LENGTH, ENCODER_SEQUENCES = "pydoc", 128, 512
 SAMPLED_SEQUENCES = 80  # sampling takes as long as several forward passes
 CHARACTERS_A_TOKEN = 32
 FIRST_READ = 1 << 22
@@ -76,7 +76,7 @@ class CalibrationConfig(Config):
             "self" (sampled from the model), "mix" (half of each) or "default" ("self"; "pydoc" for
             an encoder, which cannot be sampled from).
         sequences: number of sequences, held-out ones included; None takes 128 of a text, 80 where
-            they are sampled from the model, and 256 for an encoder.
+            they are sampled from the model, and 512 for an encoder.
         sequence_length: tokens a sequence; None takes 512, and 128 for an encoder or as many as it
             has positions for.
         fewer: take as many sequences as the text has where that is less, instead of an error.

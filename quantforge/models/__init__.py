@@ -7,6 +7,7 @@ from quantforge.models.architecture import (
     ModelSource,
     Output,
     architecture_of,
+    encoder_classes,
 )
 from quantforge.models.bert import BERT
 from quantforge.models.discovery import block_list_path, shape_of
@@ -29,5 +30,6 @@ __all__ = [
     "PooledOutput",
     "architecture_of",
     "block_list_path",
+    "encoder_classes",
     "shape_of",
 ]

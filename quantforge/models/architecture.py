@@ -242,6 +242,11 @@ class Architecture:
 ARCHITECTURES: Registry[Architecture] = Registry("architecture")
 
 
+def encoder_classes() -> tuple[str, ...]:
+    """Names of the model classes of registered encoders."""
+    return tuple(name for one in ARCHITECTURES.values() if one.encodes for name in one.classes)
+
+
 def architecture_of(module: nn.Module) -> Architecture:
     """The architecture whose classes include the module's.
 
