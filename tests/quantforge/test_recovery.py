@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -98,14 +100,17 @@ def hashes(folder):
 def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path):
     source = save_tiny_checkpoint(tmp_path / "tiny", blocks=1, steps=40)
     settings = SETTINGS | {"calibration.sequences": 24, "calibration.sequence_length": LENGTH}
-    said = []
+    settings["training.teacher_top_k"] = 16
+    said, times = [], []
 
     class StopError(Exception):
         pass
 
-    def run(output, stop=None):
+    def run(output, stop=None, look=None):
         def watch(event):
             said.append((event.stage, event.message))
+            if look is not None and event.stage == "train":
+                look()
             if stop is not None and (event.stage, event.done) == ("train", stop):
                 raise StopError
 
@@ -117,7 +122,12 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path):
     run("whole")
     with pytest.raises(StopError):
         run("broken", stop=6)
-    run("broken")
+    # the teacher is noted beside the state, and the run that goes on takes it
+    (noted,) = Path(os.environ["QUANTFORGE_CACHE"]).rglob("teacher-16.safetensors")
+    before = noted.stat().st_mtime_ns
+    run("broken", look=lambda: times.append(noted.stat().st_mtime_ns))
+    assert set(times) == {before}
+    assert not noted.exists()
     messages = [message for stage, message in said if stage == "train" and message]
     # before the break, and after it
     assert messages[4] == "resumed at step 5 of 12"

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from quantforge.errors import CancelledError, ResourceError
+from quantforge.errors import CancelledError, InputError, ResourceError
 from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.progress import Monitor
 from quantforge.train.config import TrainingConfig
 from quantforge.train.loop import train
-from quantforge.train.teacher import stored_teacher
+from quantforge.train.teacher import HiddenTeacher, stored_teacher, top_teacher
 
 LENGTH = 32  # of the sequences of `case`
 BATCH = 4
@@ -185,6 +185,15 @@ def test_the_likeliest_tokens_teach_as_the_hidden_states_do(case, tmp_path):
     stored = run(case, task=case.task(teacher=teacher), tokens=4 * STEP)
     for a, b in zip(whole.outcome.points[1:], stored.outcome.points[1:], strict=True):
         assert a.loss == pytest.approx(b.loss, rel=1e-3)
+    # found by itself, in memory and in a file that is then read again, they are the same
+    known = HiddenTeacher(hidden=case.hidden, head=case.head)
+    path = tmp_path / "made"
+    for made in (top_teacher(known, 5, None, "x"), *(top_teacher(known, 5, path, "x"),) * 2):
+        assert torch.equal(made.tokens, teacher.tokens[..., :5])
+        assert torch.allclose(made.chances, teacher.chances[..., :5], atol=1e-6)
+    for k, key in ((6, "x"), (5, "y")):
+        with pytest.raises(InputError, match="is of another network or text"):
+            top_teacher(known, k, path, key)
 
 
 def test_layers_cool_by_their_multipliers(case):
