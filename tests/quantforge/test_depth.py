@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from quantforge import quantize, scratch
-from quantforge.memory import anonymous_bytes, release_freed
+from quantforge.memory import anonymous_bytes, release_freed, trim_heap
 from quantforge.testing import save_tiny_checkpoint, tiny_llama
 
 TEXT = " ".join(f"the {n} of {7 * n % 11} and so on," for n in range(2000))
@@ -64,11 +64,11 @@ def test_four_times_the_blocks_take_no_more_memory(tmp_path, text, monkeypatch):
         before, seen = anonymous_bytes(), []
 
         def look(_, seen=seen):
-            release_freed()  # also what only the collector frees, and it comes when it likes
+            trim_heap()
             seen.append(anonymous_bytes())
 
         quantize(folder, budget="3bit", calibration=text, output=tmp_path / f"out-{len(held)}",
-                 effort="fast", settings=settings, progress=look)  # fmt: skip
+                 effort="fast", settings=settings, fresh=True, progress=look)  # fmt: skip
         held.append(max(seen) - before)
         weights.append((folder / "model.safetensors").stat().st_size)
     assert held[2] - held[1] < 0.1 * (weights[2] - weights[1])
