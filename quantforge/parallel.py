@@ -40,6 +40,8 @@ LANES = 4
 # What a process says before an exchange: status, size of what it gives, length of a message, it.
 _ANNOUNCEMENT = 1024
 _FORM = struct.Struct("<qqq")
+# Bytes from which a tensor goes by itself.
+_LARGE = 1 << 16
 # So long a process may wait for another one: for a download, or a run that makes what it needs.
 _PATIENCE = timedelta(hours=6)
 _LOST = (
@@ -163,8 +165,14 @@ class Share:
         mine = Message(tensors or {}, facts or {})
         if self.count == 1:
             return [mine]
+        large = {n: t.detach() for n, t in mine.tensors.items() if t.nbytes >= _LARGE}
+        small = {n: t for n, t in mine.tensors.items() if n not in large}
         nothing = torch.empty(0, dtype=torch.uint8, device=self.device)
-        given = _encoded(mine).to(self.device) if mine.tensors or mine.facts else nothing
+        given = nothing
+        if mine.tensors or mine.facts:
+            shapes = {n: [str(t.dtype), *t.shape] for n, t in large.items()}
+            facts = {"facts": dict(mine.facts), "large": shapes}
+            given = _encoded(Message(small, facts)).to(self.device)
         found = []
         with _unbroken():
             for rank, size in enumerate(self._announce(len(given))):
@@ -172,8 +180,27 @@ class Share:
                 buffer = given if own else given.new_empty(size)
                 if size:
                     torch.distributed.broadcast(buffer, src=rank)
-                found.append(mine if own else _decoded(buffer) if size else Message())
+                    if own:
+                        self._send(large.values())
+                found.append(mine if own else self._received(buffer, rank) if size else Message())
         return found
+
+    def _send(self, tensors: Iterable[Tensor]) -> None:
+        """Give large tensors as they are, without copies of their bytes."""
+        for tensor in tensors:
+            flat = tensor.to(self.device).contiguous().flatten().view(torch.uint8)
+            torch.distributed.broadcast(flat, src=self.rank)
+
+    def _received(self, buffer: Tensor, rank: int) -> Message:
+        """What another process gives: small tensors and facts in the buffer, large ones follow."""
+        small = _decoded(buffer)
+        found = dict(small.tensors)
+        for name, (dtype, *shape) in small.facts["large"].items():
+            kind = getattr(torch, dtype.removeprefix("torch."))
+            made = torch.empty(shape, dtype=kind, device=self.device)
+            torch.distributed.broadcast(made.flatten().view(torch.uint8), src=rank)
+            found[name] = made.cpu()
+        return Message(found, small.facts["facts"])
 
     def joined(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of all processes, each of which has others."""

@@ -23,12 +23,12 @@ from quantforge.testing import save_tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
-    "calibration.sequences": 24,
+    "calibration.sequences": 20,
     "calibration.sequence_length": 32,
     "calibrate.gradient_sequences": 10,  # batches of 4, 4 and 2: shares of different sizes
     "search.group_sizes": [32, -1],
     "search.bits": [2, 3],
-    "search.refine": 1,
+    "search.refine": 0,
     "evaluate.curve_windows": 3,
     "evaluate.curve_bits": [3],
     "evaluate.tokens": 2,
@@ -96,7 +96,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("source") / "tiny", blocks=2, steps=30)
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("source") / "tiny", blocks=2, steps=0)
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +179,13 @@ def test_two_ranks_write_the_bytes_of_one(command, words, alone, tmp_path):
 
 
 @pytest.mark.full
-def test_three_ranks_write_the_bytes_of_one(command, words, alone, tmp_path):
-    codes, _, err = command(*words(tmp_path / "out"), count=3, cache=tmp_path / "cache")
-    assert codes == [0, 0, 0], err
-    assert contents(tmp_path / "out") == contents(alone)
+def test_three_ranks_refine_a_plan_as_one(command, words, tmp_path):
+    for count in (1, 3):
+        folder = tmp_path / str(count)
+        more = ["--set", "search.refine=1"]
+        codes, _, err = command(*words(folder / "out"), *more, count=count, cache=folder / "cache")
+        assert codes == [0] * count, err
+    assert contents(tmp_path / "3" / "out") == contents(tmp_path / "1" / "out")
 
 
 def test_two_ranks_evaluate_as_one(command, alone, text, tmp_path):
@@ -208,6 +211,7 @@ def test_a_lost_rank_ends_the_other_and_one_process_goes_on(command, words, alon
     assert contents(output) == contents(alone)
 
 
+@pytest.mark.full
 def test_the_others_say_that_the_first_rank_was_lost(command, words, tmp_path):
     disturb = [0, "SIGKILL", "candidates-00000"]
     codes, _, err = command(*words(tmp_path / "out"), cache=tmp_path / "cache", disturb=disturb)
@@ -220,7 +224,9 @@ def test_the_others_say_that_the_first_rank_was_lost(command, words, tmp_path):
     ("what", "code", "line"),
     [
         ("error", 3, "error: nothing is right here"),
-        ("SIGINT", 130, "error: cancelled during candidates (1 of 2)"),
+        pytest.param(
+            "SIGINT", 130, "error: cancelled during candidates (1 of 2)", marks=pytest.mark.full
+        ),
     ],
 )
 def test_an_error_of_one_rank_is_said_once_and_ends_all(command, words, tmp_path, what, code, line):
