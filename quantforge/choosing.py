@@ -217,7 +217,7 @@ class PlanChooser:
     def _compared(
         self, plan: BitPlan, measured: Measurement
     ) -> tuple[AnyQuality, tuple[CurvePoint, ...]]:
-        """AnyQuality of a plan, and the uniform networks with the same embedding and head."""
+        """Quality of a plan, and the uniform networks with the same embedding and head."""
         sensitivity, store = measured.needed_for_search()
         outside = outside_specs(sensitivity.layers, plan.assignment)
         plans = [plan]

@@ -280,6 +280,8 @@ def require_memory(model: Model, calibration: CalibrationSet, recipe: Recipe) ->
     Raises:
         ResourceError: there is too little memory left.
     """
+    if model.device.type != "cpu":  # most of it is the device's own
+        return
     wanted, left = added_bytes(Shape.of(model, calibration, recipe), recipe), available_bytes()
     if left is None or wanted <= left:
         return

@@ -22,6 +22,7 @@ from quantforge.format.sizes import size_report
 from quantforge.load.huggingface import load_tokenizer
 from quantforge.load.text import (
     DEFAULT_EVALUATION,
+    ENCODER_LENGTH,
     check_vocabulary,
     describe_windows,
     evaluation_windows,
@@ -40,6 +41,8 @@ from quantforge.types import LayerInfo
 
 Progress = Callable[[ProgressEvent], None]
 Precision = Literal["float32", "bfloat16"]
+
+WINDOW_LENGTH = 1024  # of a decoder
 
 
 def load(
@@ -76,7 +79,7 @@ def evaluate(
     reference: str | Path | None = None,
     text: str | Path | None = None,
     windows: int = 40,
-    window_length: int = 1024,
+    window_length: int | None = None,
     against: str | Path | None = None,
     precision: Precision = "float32",
     device: str = "cpu",
@@ -92,7 +95,7 @@ def evaluate(
         text: .txt, .jsonl or .parquet file or hub data set; None takes the end of the manual that
             every Python carries.
         windows: non-overlapping windows to measure.
-        window_length: tokens a window.
+        window_length: tokens a window; None takes 1024, and 128 of an encoder.
         against: a second network, compared on the same windows.
         precision: of matrix products.
         device: where the networks run.
@@ -280,7 +283,7 @@ def _classes(config: Mapping[str, Any]) -> str:
 def _reference(
     name: str,
     text: str | Path | None,
-    shape: tuple[int, int],
+    shape: tuple[int, int | None],
     precision: Precision,
     device: str,
     trust_remote_code: bool,
@@ -293,8 +296,10 @@ def _reference(
         model = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
     where = DEFAULT_EVALUATION if text is None else str(text)
     windows, length = shape
-    _check_context(model.module, length)
     framed = model.architecture.encodes
+    if length is None:
+        length = ENCODER_LENGTH if framed else WINDOW_LENGTH
+    _check_context(model.module, length)
     tokens = evaluation_windows(
         where, model.tokenizer, windows=windows, length=length, framed=framed
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from quantforge.compilation import Job
 from quantforge.decision import Measurement
 from quantforge.files import write_json
-from quantforge.format.manifest import plan_to_dict
+from quantforge.format.manifest import plan_from_dict, plan_to_dict
 from quantforge.outcomes import FrontierPoint, ParetoReport
 from quantforge.planning import frontier
 from quantforge.report.pareto import pareto_drawing, pareto_page
@@ -26,6 +26,10 @@ def frontier_report(job: Job, measured: Measurement, points: int, count: int) ->
     """
     sensitivity, store = measured.needed_for_search()
     plans = frontier(sensitivity, job.recipe.search, points=points)
+    if job.model.share.count > 1:  # as in `PlanChooser.find`
+        facts = {"plans": [plan_to_dict(plan) for plan in plans]}
+        told = job.model.share.exchange(facts=facts)[0].facts["plans"]
+        plans = [plan_from_dict(plan) for plan in told]
     picked = sorted(
         {round(i * (len(plans) - 1) / max(count - 1, 1)) for i in range(min(count, len(plans)))}
     )

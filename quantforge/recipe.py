@@ -312,7 +312,8 @@ def _preset(effort: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Refinement is left out where there is nothing to refine: with one grid for all layers, and under
     targets of quality, whose plans are measured as they are; learned rounding where blocks are not
-    quantized one after the other.
+    quantized one after the other; more text where the network would have to make it itself, which
+    takes longer than all else.
     """
     preset, budget = PRESETS[effort], asked.get("budget")
 
@@ -323,6 +324,8 @@ def _preset(effort: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
     targets = isinstance(budget, str) and Budget.parse(budget).targets
     if targets or value("search", "solver") == "uniform":
         preset = _without(preset, "search", "refine")
+    if effort == "best" and value("calibration", "source") in (None, "default", "self", "mix"):
+        preset = {key: keys for key, keys in preset.items() if key != "calibration"}
     if value("quantize", "sequential") is False:
         preset = _without(preset, "quantize", "rounding")
     return preset

@@ -275,7 +275,10 @@ def evaluate(
         ),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text to measure.")] = 40,
-    window_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
+    window_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens a window; default: 1024, 128 for an encoder."),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(metavar="CHECKPOINT", help="Second checkpoint, compared window by window."),

@@ -43,6 +43,7 @@ from quantforge.types import CalibrationSet
 __all__ = [
     "DEFAULT_EVALUATION",
     "DEFAULT_TEXT",
+    "ENCODER_LENGTH",
     "CalibrationConfig",
     "bos_rule",
     "calibration_set",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from quantforge.format.levels import uniform_spec
 from quantforge.progress import Monitor
 from quantforge.runtime.linear import QuantLinear
 from quantforge.runtime.load import require_backend
@@ -57,7 +58,7 @@ def time_layers(
         calls[shape, None] = _call(plain, inputs)
         for spec in specs:
             if spec.divides(shape[1]):
-                weight = _random(shape, spec, generator, device)
+                weight = _random(shape, uniform_spec(spec), generator, device)  # as it will run
                 packed = QuantLinear.from_weight(weight, backend=backend)
                 packed.prepare(dtype, backend=backend)
                 calls[shape, spec] = _call(packed, inputs)

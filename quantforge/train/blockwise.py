@@ -24,6 +24,7 @@ from quantforge.format.store import weight_from, weight_tensors
 from quantforge.journal import NO_JOURNAL, Journal, numbered
 from quantforge.models import Model
 from quantforge.progress import Monitor
+from quantforge.scratch import Scratch
 from quantforge.stand_ins import put_weights, stand_ins
 from quantforge.train.config import TrainingConfig
 from quantforge.train.layer import TrainedLinear, first_weight
@@ -100,7 +101,8 @@ def train_blocks(
         native.hidden = [native.output(block, batch, whole) for batch in range(len(native.hidden))]
         made = _noted(journal, index, start, task.model.device)
         if made is None:
-            run = _Block(block, quantized, native.hidden, task.channel_weights[index], fitted)
+            counts = task.channel_weights[index]
+            run = _Block(block, quantized, native.hidden, counts, fitted, task.model.scratch)
             generator = torch.Generator().manual_seed(seed + index)
             made = run.train(start, floats, config, generator) if start else {}
             tensors: dict[str, Tensor] = {}
@@ -109,7 +111,8 @@ def train_blocks(
             journal.write(numbered(ENTRY, index), tensors)
         put_weights(block, made)
         quantized.advance(block)
-        finished |= {prefix + path: weight for path, weight in made.items()}
+        keep = task.model.scratch.keep_weight
+        finished |= {prefix + path: keep(weight) for path, weight in made.items()}
         monitor.step(STAGE, index + 1, len(quantized.blocks))
     return finished
 
@@ -144,7 +147,9 @@ class _Block:
         targets: Sequence[Tensor],
         channel_weight: Tensor,
         fitted: int,
+        scratch: Scratch,
     ) -> None:
+        self.scratch = scratch
         self.block, self.walk, self.targets, self.fitted = block, walk, targets, fitted
         self.channel_weight = channel_weight / channel_weight.mean()
 
@@ -163,7 +168,7 @@ class _Block:
 
         # of the codes in the block: training may start from others (`start: float`)
         best, least = dict(start), self._held_out_error()
-        with frozen(self.block), stand_ins(self.block, start, stand_in) as layers:
+        with frozen(self.block), stand_ins(self.block, start, stand_in, self.scratch) as layers:
             schedules = Schedules(layers, config, {})
             optimizer = OPTIMIZERS[config.optimizer](parameter_groups(layers, [], config), config)
             order: list[int] = []

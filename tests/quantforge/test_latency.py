@@ -4,10 +4,13 @@ import json
 import math
 
 import pytest
+import torch
 
 import quantforge
 from quantforge.errors import InputError, UsageError
 from quantforge.latency import built_in_devices, latency_model, read_table
+from quantforge.progress import Monitor
+from quantforge.runtime.profile import time_layers
 from quantforge.search.budget import Budget
 from quantforge.testing import save_tiny_checkpoint
 from quantforge.types import LayerInfo, QuantSpec
@@ -151,3 +154,13 @@ def test_what_is_wrong_with_a_device_is_one_line(source, tmp_path):
         latency_model(str(tmp_path / "new.json"), budget)
     assert latency_model(None, None) is None
     assert math.isfinite(built_in_devices()["a100"].bandwidth)
+
+
+def test_grids_of_our_own_are_timed_as_they_run():
+    specs = [QuantSpec.parse(text) for text in ("ternary-g64", "balanced-pc", "ternary-pt")]
+    found = time_layers(
+        {(64, 128): specs}, batch=1, dtype=torch.float32, device=torch.device("cpu"),
+        backend="auto", repeats=2, monitor=Monitor(),
+    )  # fmt: skip
+    assert set(found) == {((64, 128), spec) for spec in (None, *specs)}
+    assert all(len(times) == 2 and min(times) > 0 for times in found.values())

@@ -414,6 +414,17 @@ def test_the_best_effort_refines_where_there_is_something_to_refine(tmp_path: Pa
     assert compose(recipe, effort="best").search.refine == 0
 
 
+def test_the_best_effort_reads_more_text_where_there_is_one() -> None:
+    target = Target(name="x", model="y")
+    for source, sequences in (("a.txt", 512), ("pydoc", 512), ("self", None), ("mix", None)):
+        asked = {"calibration.source": source}
+        assert compose(target, effort="best", settings=asked).calibration.sequences == sequences
+    assert compose(target, effort="best").calibration.sequences is None
+    asked = {"calibration.source": "a.txt", "calibration.sequences": 64}
+    assert compose(target, effort="best", settings=asked).calibration.sequences == 64
+    assert compose(target, effort="fast").calibration.sequences == 48
+
+
 def test_a_budget_in_a_recipe_can_be_replaced(tmp_path: Path) -> None:
     target = resolve_target(write(tmp_path / "r.yaml", "budget: 3bit\n"))
     assert compose(target).budget == "3bit"
