@@ -204,7 +204,7 @@ def test_eval_options_reach_the_pipeline(command, pipeline) -> None:
             "reference": None,
             "text": None,
             "windows": 40,
-            "window_length": 1024,
+            "window_length": None,
             "against": None,
             "precision": "float32",
             "device": "cpu",
