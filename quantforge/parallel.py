@@ -6,7 +6,8 @@ them is exchanged; everything else all of them do alike. One process is the case
 
 The bytes of a result do not depend on how many there are: parts that are put side by side are the
 same whoever made them, and floating-point sums over batches are made in `LANES` runs of batches,
-which are added in one order, whoever made each.
+which are added in one order, whoever made each. Training end to end alone adds its gradients up as
+they come (`Share.add_up`), so there processes equal one to rounding.
 
 Whatever is exchanged is announced first, by a few bytes of every process that also say whether it
 failed. So an error of one of them, or an interrupt, ends all at their next exchange, and none waits
