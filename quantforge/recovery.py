@@ -7,7 +7,6 @@ integers and costs little; training starts from what it left.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ from quantforge.calibrate.evidence import Evidence
 from quantforge.capture import product_dtype
 from quantforge.errors import InputError
 from quantforge.journal import Journal
+from quantforge.load.batches import token_digest
 from quantforge.methods.temperature import temperature_multipliers
 from quantforge.models import Head, Model, Output
 from quantforge.progress import Monitor
@@ -179,8 +179,7 @@ class Recovery:
         if k == 0:
             return whole
         path = None if folder is None else folder / f"teacher-{k}.safetensors"
-        key = hashlib.sha256(self.tokens.contiguous().numpy().tobytes()).hexdigest()
-        return top_teacher(whole, k, path, key)
+        return top_teacher(whole, k, path, token_digest(self.tokens))
 
     def _hidden(self) -> Tensor:
         """What enters the float network's head."""

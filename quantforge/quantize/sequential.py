@@ -167,9 +167,10 @@ def _compensate_block(
         weights = [_stage_weights(model, index, stage, config, token_squares) for stage in step]
         fitting, held_out = streams.moments(block, step, floats, weights)
         stages = {s: Stage(*pair) for s, *pair in zip_longest(step, fitting, held_out)}
+        copies = {layer.name: _float_copy(model, layer.name) for layer, _ in layers}
         mine: dict[str, Compensated] = {}
         for layer, spec in _shared_out(layers, model.share):
-            weight = _float_copy(model, layer.name)
+            weight = copies[layer.name]
             path = layer.name.removeprefix(prefix)
             try:
                 outputs = Outputs()
@@ -184,7 +185,7 @@ def _compensate_block(
             mine[layer.name] = made
         every = _of_all(mine, layers, model)
         for layer, _ in layers:
-            weight = _float_copy(model, layer.name)
+            weight = copies[layer.name]
             if keep_float is not None:
                 keep_float(layer.name, weight)
             pending = _Pending(
