@@ -144,9 +144,10 @@ class LayerInfo:
 
     Attributes:
         name: module path, e.g. "model.layers.0.self_attn.q_proj".
-        kind: what the module is; "tied": an embedding whose weight is the head's too.
+        kind: what the module is; "convolution": transposed ones too; "tied": an embedding whose
+            weight is the head's too.
         out_features: rows of the weight.
-        in_features: columns of the weight.
+        in_features: columns of the weight; of a convolution, numbers of a flattened kernel.
         block: index of the block it lives in, in forward order; -1 outside the blocks.
         stage: layers with the same (block, stage) read the same input and share one gram.
         fused_group: layers with the same value are fused by servers and must share a spec.
@@ -154,7 +155,7 @@ class LayerInfo:
     """
 
     name: str
-    kind: Literal["linear", "embedding", "tied"] = "linear"
+    kind: Literal["linear", "convolution", "embedding", "tied"] = "linear"
     out_features: int
     in_features: int
     block: int

@@ -1,0 +1,1 @@
+"""Convolutional networks: the same compiler on graphs instead of chains of blocks."""
