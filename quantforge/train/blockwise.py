@@ -163,7 +163,7 @@ class _Block:
         """The weights with the least error on held-out batches, by path inside the block."""
 
         def stand_in(path: str, bias: nn.Parameter | None) -> TrainedLinear:
-            weight = first_weight(floats[path], start[path], config.start)
+            weight = first_weight(floats[path], start[path], config.start or "compensated")
             return TrainedLinear(start[path], weight, QUANTIZERS[config.quantizer], bias)
 
         # of the codes in the block: training may start from others (`start: float`)

@@ -21,10 +21,12 @@ class TrainingConfig(Config):
         batch: sequences a step, over all processes.
         at_once: sequences that go through the network together.
         quantizer: how weights are quantized while they are trained, see `train.quantizers`.
-        start: the float weights that training starts from. "compensated" takes the original ones,
-            drawn into the cells of their codes: training begins at the compensated integers.
-            "dequantized" forgets what is between the codes. "float" takes the original ones as
-            they are and forgets the compensation.
+        start: the float weights that training starts from. "dequantized" takes the integers'
+            own, in the middle of their cells. "compensated" takes the original ones drawn into
+            the cells: where compensation chose another code than the nearest they lie at its edge,
+            and a step of any size turns many of them (docs/training.md). "float" takes the
+            original ones as they are and forgets the compensation. None: blocks, whose gradients
+            are precise, start "compensated", the whole network "dequantized".
         pressure_ramp: share of training in which the quantized weight's share in the one used goes
             from 0 to 1 (Hestia's "compress ratio", published 0.2); 0 starts at 1, at the
             compensated network instead of the float one.
@@ -35,7 +37,7 @@ class TrainingConfig(Config):
         coldest: temperatures below are 0; see `schedules.TemperatureSchedule`.
         alpha: how much cooler layers with a large trace of the loss's second derivatives are:
             their temperature is multiplied by exp(−α s), s in 0..1. Of either sign; 0 (off) cools
-            all alike. Hestia's code has 0.5.
+            all alike. Hestia's code has 0.5. Of the whole network's training; blocks cool alike.
         kappa: how steeply s follows the logarithm of the trace.
         optimizer: of all parameters, see `train.optimizers`.
         weight_rate: learning rate of the weights; with `relative_rate` in steps of a layer's grid.
@@ -44,7 +46,8 @@ class TrainingConfig(Config):
             published.
         scale_rate: learning rate of the scales, relative to their size; 0 fixes them.
         norm_rate: learning rate of the norms; 0 fixes them.
-        weight_decay: of the weights, decoupled.
+        weight_decay: of the weights, decoupled: a step takes `weight_rate · weight_decay` of a
+            weight away, whatever its grid.
         betas: how much of the past the optimizer's two running means keep; None takes 0.9 and 0.95
             for AdamW, 0.965 and 0.99 for Sophia.
         curvature: Sophia's estimate: "bartlett" by labels drawn from the network, "hutchinson" by
@@ -75,7 +78,7 @@ class TrainingConfig(Config):
     batch: int = Field(default=8, ge=1)
     at_once: int = Field(default=1, ge=1)
     quantizer: Literal["hestia", "straight-through", "lsq", "absmean"] = "hestia"
-    start: Literal["compensated", "dequantized", "float"] = "compensated"
+    start: Literal["compensated", "dequantized", "float"] | None = None
     pressure_ramp: float = Field(default=0.2, ge=0, le=1)
     temperature: float | None = Field(default=None, gt=0)
     cooling: float = Field(default=0.8, ge=0, le=1)
@@ -112,7 +115,7 @@ class TrainingConfig(Config):
     @property
     def needs_originals(self) -> bool:
         """Whether it looks at the float weights from before compensation."""
-        return self.block_steps > 0 or (self.on and self.start != "dequantized")
+        return self.block_steps > 0 or (self.on and self.start in ("compensated", "float"))
 
     @model_validator(mode="after")
     def _used_or_refused(self) -> Self:

@@ -124,12 +124,12 @@ def objective_of(task: Task, config: TrainingConfig, share: Share) -> Iterator[O
     """
     quantizer, module = QUANTIZERS[config.quantizer], task.model.module
 
+    start = config.start or "dequantized"
+
     def stand_in(name: str, bias: nn.Parameter | None) -> TrainedLinear:
         quantized = task.weights[name]
-        original = task.originals(name) if config.needs_originals else None
-        return TrainedLinear(
-            quantized, first_weight(original, quantized, config.start), quantizer, bias
-        )
+        original = None if start == "dequantized" else task.originals(name)
+        return TrainedLinear(quantized, first_weight(original, quantized, start), quantizer, bias)
 
     architecture = task.model.architecture
     with (

@@ -41,8 +41,9 @@ def parameter_groups(
     groups: Groups = []
     for layer in layers.values():
         unit = layer.step_size
-        rate = config.weight_rate * (unit if config.relative_rate else 1.0)
-        decay = config.weight_decay
+        scale = unit if config.relative_rate else 1.0
+        # The optimizers multiply the decay by the rate, which here is in steps of the grid.
+        rate, decay = config.weight_rate * scale, config.weight_decay / scale
         groups.append({"params": [layer.weight], "base": rate, "weight_decay": decay, "size": unit})
     changes = [layer.change for layer in layers.values() if layer.quantizer.learns_scales]
     groups.append({"params": changes, "base": config.scale_rate, "weight_decay": 0.0, "size": 1.0})

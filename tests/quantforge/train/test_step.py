@@ -51,8 +51,9 @@ def test_three_steps_are_adamws_of_clipped_gradients_at_the_schedules_rates(
         schedules = Schedules(objective.layers, config, {})
         base, decays = [], []
         for layer in objective.layers.values():
-            base += [config.weight_rate * (layer.step_size if relative else 1.0), 0.01]
-            decays += [decay, 0.0]
+            unit = layer.step_size if relative else 1.0
+            base += [config.weight_rate * unit, 0.01]
+            decays += [decay / unit, 0.0]
         base += [0.003] * len(norms)
         decays += [0.0] * len(norms)
         means = [torch.zeros_like(p) for p in objective.parameters]
