@@ -3,9 +3,11 @@
     min Σ loss[i,c] x[i,c]   with   Σ_c x[i,c] = 1,   Σ cost[r,i,c] x[i,c] ≤ limit[r],   x binary,
 
 which is HAWQ-V3's program (Yao et al. 2021, arXiv 2011.10680) for any number of candidates and
-resources. A solver in floating point meets limits and its own optimality within tolerances, so here
-limits and losses are scaled to where its tolerances are small, the picks are summed again in the
-caller's units, and where they pass a limit the program is solved again with less of it.
+resources, and for items that must agree in some property of what is picked: the width of an
+activation that several layers read, say. A solver in floating point meets limits and its own
+optimality within tolerances, so here limits and losses are scaled to where its tolerances are
+small, the picks are summed again in the caller's units, and where they pass a limit the program is
+solved again with less of it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,8 +64,26 @@ class ProgramResult:
     choice: Choice | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Agreement:
+    """Items whose picks must have one label.
+
+    Attributes:
+        items: of them.
+        labels: [items, candidates] whole numbers, of all items.
+    """
+
+    items: Sequence[int]
+    labels: NDArray[np.intp]
+
+
 def integer_program(
-    loss: Losses, costs: Costs, limits: Limits, *, time_limit: float | None = None
+    loss: Losses,
+    costs: Costs,
+    limits: Limits,
+    *,
+    agreements: Sequence[Agreement] = (),
+    time_limit: float | None = None,
 ) -> ProgramResult:
     """Pick one candidate an item with the least total loss within all limits.
 
@@ -71,6 +91,7 @@ def integer_program(
         loss: [items, candidates]; +inf where an item has no such candidate.
         costs: [resources, items, candidates], non-negative.
         limits: [resources]; +inf does not limit.
+        agreements: sets of items whose picks must agree.
         time_limit: seconds after which the best picks found are returned.
 
     Returns:
@@ -86,7 +107,9 @@ def integer_program(
     tightened = np.array([float(limit) for limit in limits])
     bound, ends = lowest, np.inf if time_limit is None else time.monotonic() + time_limit
     for attempt in range(MAX_TRIES):
-        solved, unit, offset = _run(loss, costs, tightened, lowest, ends - time.monotonic())
+        solved, unit, offset = _run(
+            loss, costs, tightened, lowest, ends - time.monotonic(), agreements
+        )
         if solved.status == INFEASIBLE:
             return ProgramResult(status="infeasible", choice=None)
         if solved.status not in (OPTIMAL, TIME_LIMIT):
@@ -114,6 +137,7 @@ def _run(
     limits: NDArray[np.float64],
     lowest: float,
     seconds: float,
+    agreements: Sequence[Agreement] = (),
 ) -> tuple[Any, float, float]:
     """HiGHS on the scaled program: its result, and unit and offset of its objective."""
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -133,6 +157,7 @@ def _run(
             size = (limit or 1.0) / LIMIT_SIZE
             row = csr_array(cost[present][None].astype(np.float64) / size)
             rules.append(LinearConstraint(row, -np.inf, limit / size))
+    rules += [LinearConstraint(rows, 0.0, 0.0) for rows in _agreeing(agreements, present)]
     options = {"mip_rel_gap": 0.0, "time_limit": max(0.0, seconds)}
     with _nothing_on_stdout():
         solved = milp(
@@ -143,6 +168,22 @@ def _run(
             options=options,
         )
     return solved, unit, offset
+
+
+def _agreeing(agreements: Sequence[Agreement], present: NDArray[np.bool_]) -> Iterator[Any]:
+    """Rows that are 0 where the items of an agreement pick one label: each less the first."""
+    from scipy.sparse import csr_array
+
+    item, candidate = np.nonzero(present)
+    for agreement in agreements:
+        label = agreement.labels[item, candidate]
+        first, *others = agreement.items
+        for other in others:
+            signs = (item == other).astype(np.float64) - (item == first)
+            places = np.flatnonzero(signs)
+            row = np.searchsorted(values := np.unique(label[places]), label[places])
+            shape = (len(values), len(item))
+            yield csr_array((signs[places], (row, places)), shape=shape)
 
 
 @contextmanager
