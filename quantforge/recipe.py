@@ -15,10 +15,10 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError, model_validator
 
@@ -40,6 +40,7 @@ _PACKAGE = Path(__file__).resolve().parent
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SUFFIXES = (".yaml", ".yml")
 
+Form = TypeVar("Form", bound=Config)
 EFFORTS: tuple[str, ...] = ("fast", "balanced", "best")
 
 
@@ -250,20 +251,40 @@ def compose(
         InputError: the recipe file cannot be read.
         UsageError: an unknown effort or key, a bad value, or a model given twice.
     """
+    return compose_as(Recipe, _preset, target, effort=effort, settings=settings)
+
+
+def compose_as(
+    form: type[Form],
+    preset: Callable[[str, Mapping[str, Any]], Mapping[str, Any]],
+    target: Target,
+    *,
+    effort: str,
+    settings: Mapping[str, Any] | None,
+) -> Form:
+    """`compose` for any form of recipe.
+
+    Args:
+        form: class of the recipe.
+        preset: what an effort changes below what is asked for.
+        target: as for `compose`, like the others.
+        effort: name of a preset.
+        settings: over all else.
+    """
     if effort not in PRESETS:
         close = _suggest(effort, PRESETS)
         raise UsageError(f"unknown effort {effort!r}; known: {', '.join(PRESETS)}{close}")
     written = strict_yaml.read_mapping(target.recipe) if target.recipe else {}
     if target.recipe:
         # a fault of the file is reported with its name
-        _validate(_merge(_preset(effort, written), written), str(target.recipe))
+        _validate(form, _merge(preset(effort, written), written), str(target.recipe))
     changes = _nested(settings or {})
     if target.model is not None:
         if changes.get("model") not in (None, target.model):
             raise UsageError(f"the model is given twice: {target.model} and {changes['model']}")
         changes = {**changes, "model": target.model}
     asked = _merge(written, changes)
-    return _validate(_merge(_preset(effort, asked), asked), "settings")
+    return _validate(form, _merge(preset(effort, asked), asked), "settings")
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
@@ -347,17 +368,17 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _validate(values: Mapping[str, Any], where: str) -> Recipe:
+def _validate(form: type[Form], values: Mapping[str, Any], where: str) -> Form:
     """Strict validation through JSON: `True` is no int, "3" no number, a list may be a tuple."""
     try:
-        return Recipe.model_validate_json(json.dumps(values), strict=True)
+        return form.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        raise UsageError(f"{where}: {_one_line(error)}") from None
+        raise UsageError(f"{where}: {_one_line(form, error)}") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{where}: {error}") from None
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(form: type[BaseModel], error: ValidationError) -> str:
     """The problem that matters most, named by its key path."""
     # Of a union (a packaged model or text) the member that got furthest is what was meant, and a
     # misspelt key explains the missing one beside it.
@@ -366,7 +387,7 @@ def _one_line(error: ValidationError) -> str:
         key=lambda p: (len(p["loc"]), p["type"] == "extra_forbidden"),
     )
     path = ""
-    model: type[BaseModel] | None = Recipe
+    model: type[BaseModel] | None = form
     for part in problem["loc"]:
         field = model.model_fields.get(str(part)) if model is not None else None
         if isinstance(part, int):
@@ -375,7 +396,7 @@ def _one_line(error: ValidationError) -> str:
             path = f"{path}.{part}".lstrip(".")
             model = _section(field.annotation)
         elif model is not None and problem["type"] == "extra_forbidden" and part != model.__name__:
-            return _unknown_key(path, part, model)
+            return _unknown_key(form, path, part, model)
     message = str(problem["msg"]).removeprefix("Value error, ")
     text = f"{path}: {message[:1].lower()}{message[1:]}"
     if problem["type"] != "value_error":  # our own validators say what they got
@@ -384,10 +405,10 @@ def _one_line(error: ValidationError) -> str:
     return text + _suggest(str(problem["input"]), choices)
 
 
-def _unknown_key(parent: str, key: str, model: type[BaseModel]) -> str:
+def _unknown_key(form: type[BaseModel], parent: str, key: str, model: type[BaseModel]) -> str:
     """Says that a section has no such key, and which one may be meant."""
     prefix = f"{parent}." if parent else ""
-    elsewhere = [full for full in setting_keys() if full.rpartition(".")[2] == key]
+    elsewhere = [full for full in setting_keys(form) if full.rpartition(".")[2] == key]
     close = difflib.get_close_matches(key, model.model_fields, n=1)
     meant = [prefix + close[0]] if close else elsewhere[:1]
     hint = f"did you mean {meant[0]!r}?" if meant else f"known: {', '.join(model.model_fields)}"
