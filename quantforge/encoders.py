@@ -29,9 +29,15 @@ def require_answerable(model: Model, recipe: Recipe, limit: Budget | None) -> No
     encodes, kind = model.architecture.encodes, type(model.module).__name__
     for target in () if limit is None else limit.targets:
         if target.kind not in _TARGETS[encodes]:
-            what = "an encoder, which predicts no tokens" if encodes else "no encoder"
+            other = "no classifier" if target.kind == "acc" else "no encoder"
+            what = "an encoder, which predicts no tokens" if encodes else other
             instead = "cosine:0.99" if encodes else "kl:0.05 or ppl:+2%"
             raise UsageError(f"{target.text}: {kind} is {what}; give {instead}, or a size")
+    if limit is not None and limit.operations:
+        raise UsageError(
+            f"{limit.text}: bit operations are of convolutional networks, and {kind} is none; give "
+            "a latency"
+        )
     if not encodes:
         return
     if limit is not None and any(one.kind == "vram" for one in limit.sizes):

@@ -13,11 +13,15 @@ A budget is one or several parts, joined by a comma or a plus, all of which must
 | `kl:0.05`       | KL to the float network in nats a token, measured on held-out tokens |
 | `ppl:+2%`       | rise of the perplexity over the float network's, likewise |
 | `cosine:0.99`   | an encoder's mean cosine to the float network's pooled output, likewise |
+| `bops:5G`       | bit operations of a picture: MACs times the bits of both operands |
+| `bops:-50%`     | the same, less than 8-bit weights and activations take |
+| `acc:-0.5%`     | points of accuracy that a classifier may lose, on held-out pictures |
 
-The first four are sizes, which a plan meets by arithmetic, and so it does latency, by the times of
-a device (`search.latency`). Bytes are a constant and the stored
-bits over eight, but for the headers, so they become a limit in bits once the network's shapes are
-known (`quantforge.planning`). The last three are found by measuring plans (`quantforge.targets`).
+The last three are of convolutional networks (`quantforge.vision`). The first four are sizes, which
+a plan meets by arithmetic, and so it does latency, by the times of a device (`search.latency`), and
+bit operations. Bytes are a constant and the stored bits over eight, but for the headers, so they
+become a limit in bits once the network's shapes are known (`quantforge.planning`). `kl`, `ppl`,
+`cosine` and `acc` are found by measuring plans (`quantforge.targets`).
 """
 
 from __future__ import annotations
@@ -38,7 +42,8 @@ UNITS = {
 }  # fmt: skip
 SECONDS = {"US": Fraction(1, 10**6), "MS": Fraction(1, 10**3), "S": Fraction(1)}
 EXAMPLES = (
-    "3bit, 3.25bpw, 120MB, 0.4x, vram:8GB@4096, latency:-25%, kl:0.05, ppl:+2% or cosine:0.99"
+    "3bit, 3.25bpw, 120MB, 0.4x, vram:8GB@4096, latency:-25%, kl:0.05, ppl:+2%, cosine:0.99 or "
+    "acc:-0.5%"
 )
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
@@ -52,12 +57,22 @@ class Limit:
 
     Attributes:
         kind: "bits" a planned weight; "bytes" of the checkpoint; "share" of the bfloat16 weights;
-            "vram", bytes of memory; "latency" in seconds; "latency-share" of what 16 bits take.
+            "vram", bytes of memory; "latency" in seconds; "latency-share" of what 16 bits take;
+            "operations" on bits a picture, and "operations-share" of what 8 × 8 bits take.
         amount: the limit, exact.
         context: of "vram", tokens whose keys and values are in memory; of latency, the batch.
     """
 
-    kind: Literal["bits", "bytes", "share", "vram", "latency", "latency-share"]
+    kind: Literal[
+        "bits",
+        "bytes",
+        "share",
+        "vram",
+        "latency",
+        "latency-share",
+        "operations",
+        "operations-share",
+    ]
     amount: Fraction
     context: int = 0
 
@@ -67,13 +82,14 @@ class Target:
     """How close the network must stay to the float one, on held-out tokens.
 
     Attributes:
-        kind: "kl" or "ppl" of a decoder, "cosine" of an encoder.
+        kind: "kl" or "ppl" of a decoder, "cosine" of an encoder, "kl" or "acc" of a classifier.
         nats: most KL a token; of "ppl" the most that the cross-entropy a token may rise, the
-            logarithm of the perplexities' ratio; of "cosine" one minus what was asked for.
+            logarithm of the perplexities' ratio; of "cosine" one minus what was asked for; of
+            "acc" the share of pictures that may be lost.
         text: as the user wrote it.
     """
 
-    kind: Literal["kl", "ppl", "cosine"]
+    kind: Literal["kl", "ppl", "cosine", "acc"]
     nats: float
     text: str
 
@@ -126,6 +142,11 @@ class Budget:
     def latency(self) -> tuple[Limit, ...]:
         """The limits in time, which need the times of a device."""
         return tuple(one for one in self.limits if one.kind in ("latency", "latency-share"))
+
+    @property
+    def operations(self) -> tuple[Limit, ...]:
+        """The limits in bit operations, which need the pictures' size."""
+        return tuple(one for one in self.limits if one.kind in ("operations", "operations-share"))
 
     def total_bits(self, weights: int) -> int:
         """Largest whole number of stored bits for `weights` weights."""
@@ -215,6 +236,24 @@ def _cosine(match: re.Match[str], text: str) -> Target:
     return Target("cosine", float(1 - Fraction(match[1])), text)
 
 
+def _operations(match: re.Match[str], text: str) -> Limit:
+    amount = Fraction(match[1]) * 1000 ** ("kmgt".index(match[2].lower()) + 1)
+    if amount <= 0:
+        raise UsageError(f"budget {text!r} leaves no operations; give e.g. bops:5G")
+    return Limit("operations", amount)
+
+
+def _fewer(match: re.Match[str], text: str) -> Limit:
+    less = Fraction(match[1]) / 100
+    if not 0 < less < 1:
+        raise UsageError(f"budget {text!r} is out of range; give bops:-1% to bops:-99%")
+    return Limit("operations-share", 1 - less)
+
+
+def _accuracy(match: re.Match[str], text: str) -> Target:
+    return Target("acc", _positive(float(Fraction(match[1]) / 100), text), text)
+
+
 def _positive(nats: float, text: str) -> float:
     if nats <= 0:
         raise UsageError(f"budget {text!r} allows no loss at all; give a number above 0")
@@ -231,4 +270,7 @@ _FORMS: tuple[tuple[str, Callable[[re.Match[str], str], Limit | Target]], ...] =
     (rf"kl:\s*{_SMALL}", _kl),
     (rf"ppl:\s*\+?\s*{_NUMBER}\s*%", _perplexity),
     (rf"cosine:\s*{_NUMBER}", _cosine),
+    (rf"bops:\s*{_NUMBER}\s*([kmgt])", _operations),
+    (rf"bops:\s*-\s*{_NUMBER}\s*%", _fewer),
+    (rf"acc:\s*-\s*{_NUMBER}\s*%", _accuracy),
 )

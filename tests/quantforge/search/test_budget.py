@@ -41,6 +41,7 @@ def test_a_size(text, limit):
         ("ppl:+2%", "ppl", math.log(1.02)),
         ("ppl: +2.5 %", "ppl", math.log(1.025)),
         ("PPL:5%", "ppl", math.log(1.05)),
+        ("acc:-0.5%", "acc", 0.005),
     ],
 )
 def test_a_target(text, kind, nats):
@@ -48,6 +49,20 @@ def test_a_target(text, kind, nats):
     ((found),) = budget.targets
     assert (found.kind, found.nats) == (kind, pytest.approx(nats, rel=1e-12))
     assert (budget.limits, budget.bits) == ((), 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        ("bops:5G", Limit("operations", Fraction(5 * 10**9))),
+        ("bops: 0.5 t", Limit("operations", Fraction(5 * 10**11))),
+        ("bops:-25%", Limit("operations-share", Fraction(3, 4))),
+    ],
+)
+def test_bit_operations(text, limit):
+    budget = Budget.parse(f"4bit,{text}")
+    assert budget.operations == (limit,)
+    assert (budget.bits, budget.sizes, budget.latency) == (4, (), ())
 
 
 @pytest.mark.parametrize("text", ["3bit,80MB,ppl:+2%", "3bit + 80MB + ppl:+2%"])
@@ -85,6 +100,11 @@ def test_parts_are_joined_by_commas_or_pluses(text):
             ",3bit",
             "3bit 4bit",
             "latency:25%",
+            "bops:5",
+            "bops:-100%",
+            "bops:0G",
+            "acc:0.5%",
+            "acc:-0%",
             "latency:-100%",
             "3b",
             "12B",
