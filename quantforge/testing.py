@@ -249,3 +249,87 @@ def offgrid(module: nn.Module, *, low: float = 0.8, high: float = 1.25, seed: in
         attention.v_proj.weight /= scale[:, None]
         heads = scale.view(-1, 1, size).expand(-1, repeats, size)
         attention.o_proj.weight *= heads.reshape(1, -1)
+
+
+def tiny_convolutional(*, seed: int = 0, clipped: bool = False) -> Any:
+    """A random float32 `VisionNetwork` of seven layers: a stem, two blocks and a classifier.
+
+    It reads [batch, 3, 16, 16]; the second block has a depthwise layer, a residual sum and its
+    channels in two groups, the first a stride.
+
+    Args:
+        seed: of the weights.
+        clipped: activation functions end at 6 instead of going on.
+    """
+    from torch import fx
+
+    from quantforge.types import LayerInfo
+    from quantforge.vision.network import Block, Preprocessing, Site, VisionNetwork
+
+    aten = torch.ops.aten
+
+    def active(x: Tensor) -> Tensor:
+        return aten.hardtanh.default(x, 0.0, 6.0) if clipped else aten.relu.default(x)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+            self.down = nn.Conv2d(8, 8, 3, padding=1, stride=2, groups=2)
+            self.widen = nn.Conv2d(8, 16, 1)
+            self.spatial = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+            self.narrow = nn.Conv2d(16, 8, 1)
+            self.head = nn.Conv2d(8, 24, 1)
+            self.classifier = nn.Linear(24, 10)
+
+        def forward(self, pictures: Tensor) -> Tensor:
+            x = active(self.stem(pictures))
+            x = active(self.down(x))
+            x = aten.add.Tensor(self.narrow(active(self.spatial(active(self.widen(x))))), x)
+            pooled = aten.mean.dim(active(self.head(x)), [2, 3])
+            made: Tensor = self.classifier(pooled)
+            return made
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Net().eval().requires_grad_(False)
+        for module in net.children():
+            for parameter in module.parameters():  # so that the logits are of a size that matters
+                parameter.mul_(2.0)
+    graph = fx.symbolic_trace(net)
+    layers, reads = [], {}
+    places = {"stem": 0, "down": 0, "widen": 1, "spatial": 1, "narrow": 1, "head": 2}
+    after: dict[str, str] = {}
+    for node in graph.graph.nodes:
+        if node.op != "call_module":
+            continue
+        weight = graph.get_submodule(node.target).weight
+        layers.append(
+            LayerInfo(
+                name=node.target, kind="linear" if weight.ndim == 2 else "convolution",
+                out_features=len(weight), in_features=weight[0].numel(),
+                block=places.get(node.target, 2), stage=len(layers), fused_group=node.target,
+            )  # fmt: skip
+        )
+        reads[node.target] = node.args[0].name
+        after[node.target] = next(iter(node.users)).name
+    total, pooled = after["narrow"], reads["classifier"]
+    sites = [Site(node=name, grid=name) for name in ("pictures", after["stem"])]
+    sites += [Site(node=after["down"], grid="sum")]
+    sites += [Site(node=after[name], grid=after[name]) for name in ("widen", "spatial")]
+    sites += [Site(node="narrow", grid="sum"), Site(node=total, grid="sum")]
+    sites += [Site(node=name, grid=name) for name in (after["head"], pooled)]
+    ends = [("first", "pictures", after["down"]), ("second", after["down"], total),
+            ("last", total, "classifier")]  # fmt: skip
+    blocks = tuple(
+        Block(
+            name=name, source=source, result=result,
+            layers=tuple(layer.name for layer in layers if layer.block == index),
+        )
+        for index, (name, source, result) in enumerate(ends)
+    )  # fmt: skip
+    return VisionNetwork(
+        graph=graph, name="tiny", layers=tuple(layers), reads=reads, sites=tuple(sites),
+        blocks=blocks, channels=3, fingerprint="0" * 64,
+        preprocessing=Preprocessing(size=(16, 16), mean=(0.5,) * 3, deviation=(0.5,) * 3),
+    )  # fmt: skip
