@@ -269,7 +269,8 @@ def tiny_convolutional(*, seed: int = 0, clipped: bool = False) -> Any:
     aten = torch.ops.aten
 
     def active(x: Tensor) -> Tensor:
-        return aten.hardtanh.default(x, 0.0, 6.0) if clipped else aten.relu.default(x)
+        made: Tensor = aten.hardtanh.default(x, 0.0, 6.0) if clipped else aten.relu.default(x)
+        return made
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -297,19 +298,24 @@ def tiny_convolutional(*, seed: int = 0, clipped: bool = False) -> Any:
             for parameter in module.parameters():  # so that the logits are of a size that matters
                 parameter.mul_(2.0)
     graph = fx.symbolic_trace(net)
-    layers, reads = [], {}
+    layers: list[LayerInfo] = []
+    reads: dict[str, str] = {}
     places = {"stem": 0, "down": 0, "widen": 1, "spatial": 1, "narrow": 1, "head": 2}
     after: dict[str, str] = {}
     for node in graph.graph.nodes:
         if node.op != "call_module":
             continue
-        weight = graph.get_submodule(node.target).weight
+        weight: Any = graph.get_submodule(node.target).weight
         layers.append(
             LayerInfo(
-                name=node.target, kind="linear" if weight.ndim == 2 else "convolution",
-                out_features=len(weight), in_features=weight[0].numel(),
-                block=places.get(node.target, 2), stage=len(layers), fused_group=node.target,
-            )  # fmt: skip
+                name=node.target,
+                kind="linear" if weight.ndim == 2 else "convolution",
+                out_features=len(weight),
+                in_features=weight[0].numel(),
+                block=places.get(node.target, 2),
+                stage=len(layers),
+                fused_group=node.target,
+            )
         )
         reads[node.target] = node.args[0].name
         after[node.target] = next(iter(node.users)).name

@@ -60,12 +60,13 @@ class Geometry:
         """Of a `Conv2d`, `ConvTranspose2d` or `Linear`, padded with zeros.
 
         Raises:
-            ValueError: the layer is of another kind, or pads with something else.
+            TypeError: the layer is of another kind.
+            ValueError: it pads with something else.
         """
         if isinstance(layer, nn.Linear):
             return cls()
         if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            raise ValueError(f"no convolution and no linear layer: {type(layer).__name__}")
+            raise TypeError(f"no convolution and no linear layer: {type(layer).__name__}")
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise ValueError("a convolution must be padded with a number of zeros")
         rows, columns = layer.padding[0], layer.padding[1]

@@ -20,8 +20,14 @@ from torch import Tensor
 
 from quantforge.methods.compensation import GPTQ, Feedback, compensate, require_usable
 from quantforge.methods.gptq import Grid, fit_grid
-from quantforge.numerics import DIAGONAL_FLOOR, MAX_DAMPING_STEPS, OVERFLOW, Factor, factorize
-from quantforge.numerics import require_finite
+from quantforge.numerics import (
+    DIAGONAL_FLOOR,
+    MAX_DAMPING_STEPS,
+    OVERFLOW,
+    Factor,
+    factorize,
+    require_finite,
+)
 from quantforge.types import PER_CHANNEL, PER_TENSOR, QuantizedWeight, QuantSpec
 
 AT_ONCE = 8  # more groups than this are compensated together
@@ -234,7 +240,7 @@ def compensate_groups(
     fixed = original if feedback.mismatch else latent
     codes = _loop(
         latent.gather(2, by_row), fixed.gather(2, by_row), upper, steps, centres, spec.top,
-        mismatch, feedback.pull, first,
+        mismatch=mismatch, pull=feedback.pull, first=first,
     )  # fmt: skip
     codes = torch.empty_like(codes).scatter_(2, by_row, codes)
     middle = centre.view(groups, rows, -1).repeat_interleave(spec.width(width), 2)
@@ -247,10 +253,8 @@ def compensate_groups(
     )
 
 
-def _first(
-    original: Tensor, ordered: Tensor, upper: Tensor, order: Tensor, share: float
-) -> Tensor:
-    """[groups, rows] what the first code is chosen for in Qronos, see `compensation.first_shift`."""
+def _first(original: Tensor, ordered: Tensor, upper: Tensor, order: Tensor, share: float) -> Tensor:
+    """[groups, rows] what the first code is chosen for in Qronos (`compensation.first_shift`)."""
     unit = torch.zeros_like(upper[:, :, :1])
     unit[:, 0] = 1.0
     root = torch.linalg.solve_triangular(upper.transpose(1, 2), unit, upper=False)
@@ -266,11 +270,12 @@ def _loop(
     steps: Tensor,
     centres: Tensor,
     top: int,
+    *,
     mismatch: Tensor | None,
     pull: float,
     first: Tensor | None,
 ) -> Tensor:
-    """[groups, rows, n] codes, float32; everything [groups, rows, n] in the order of the columns."""
+    """[groups, rows, n] float32 codes; all is [groups, rows, n] in the order of the columns."""
     latent, codes = latent.clone(), torch.empty_like(latent)
     for j in range(latent.shape[2]):
         if j > 0 and pull:

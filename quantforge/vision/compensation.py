@@ -22,7 +22,7 @@ from quantforge.methods.gptq import Grid
 from quantforge.methods.grouped import quantize_groups
 from quantforge.numerics import DIAGONAL_FLOOR
 from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec
-from quantforge.vision.correction import corrected_bias
+from quantforge.vision.correction import corrected_bias, matched_deviations
 from quantforge.vision.moments import MomentAccumulator, Moments
 from quantforge.vision.network import (
     ActivationGrid,
@@ -44,6 +44,7 @@ class CompensationConfig:
         grid: what the grid minimises, see `gptq.fit_grid`.
         damping: of the grams, relative to their mean diagonals.
         correct_bias: give every channel back the mean it had.
+        match_deviation: and the deviation, by its scales.
         positions: of a batch that the grams see; 0 takes all.
     """
 
@@ -51,6 +52,7 @@ class CompensationConfig:
     grid: Grid = "diagonal"
     damping: float = 0.01
     correct_bias: bool = True
+    match_deviation: bool = True
     positions: int = POSITIONS
 
     def __post_init__(self) -> None:
@@ -119,6 +121,8 @@ def quantize_layers(
         moments = made.mean()
         weight, bias = weight_matrix(module), module.bias.detach()
         quantized = quantize_layer(weight, moments, spec, config)
+        if config.match_deviation:
+            quantized = matched_deviations(weight, quantized, moments)
         matrix = quantized.dequantize()
         if config.correct_bias:
             bias = corrected_bias(weight, matrix, bias, moments.native_mean, moments.mean)

@@ -32,12 +32,14 @@ class Moments:
     Attributes:
         gram: [groups, n, n] float32 mean of ũ ũᵀ.
         cross: [groups, n, n] float32 mean of (u − ũ) ũᵀ; None where only one stream was given.
+        native: [groups, n, n] float32 mean of u uᵀ; None likewise.
         mean: [groups, n] float64 mean of ũ.
         native_mean: [groups, n] float64 mean of u; that of ũ where only one stream was given.
     """
 
     gram: Tensor
     cross: Tensor | None
+    native: Tensor | None
     mean: Tensor
     native_mean: Tensor
 
@@ -56,6 +58,7 @@ class MomentAccumulator:
         self._geometry, self._cap, self._products = geometry, cap, products
         self._gram: Tensor | None = None
         self._cross: Tensor | None = None
+        self._native: Tensor | None = None
         self._sums: list[Tensor] = []
         self._count, self._batches = 0, 0
 
@@ -77,9 +80,11 @@ class MomentAccumulator:
             gram = share * (quantized.transpose(1, 2) @ quantized)
             self._gram = gram if self._gram is None else self._gram.add_(gram)
             if len(both) > 1:
-                missing = unfolded(both[1] - both[0], geometry, taken)
-                cross = share * (missing.transpose(1, 2) @ quantized)
+                original = unfolded(both[1], geometry, taken)
+                cross = share * ((original - quantized).transpose(1, 2) @ quantized)
                 self._cross = cross if self._cross is None else self._cross.add_(cross)
+                square = share * (original.transpose(1, 2) @ original)
+                self._native = square if self._native is None else self._native.add_(square)
         sums = [one for one, _ in summed]
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
         self._count, self._batches = self._count + count, self._batches + 1
@@ -105,9 +110,25 @@ class MomentAccumulator:
             raise ValueError("products were not asked for")
         gram = self._gram / self._count
         cross = None if self._cross is None else self._cross / self._count
+        square = None if self._native is None else self._native / self._count
         return Moments(
-            gram=0.5 * (gram + gram.transpose(1, 2)), cross=cross, mean=mean, native_mean=native
-        )
+            gram=0.5 * (gram + gram.transpose(1, 2)), cross=cross, native=square, mean=mean,
+            native_mean=native,
+        )  # fmt: skip
+
+
+def output_variance(matrix: Tensor, gram: Tensor, mean: Tensor) -> Tensor:
+    """[out] float64 variance of what a layer makes of inputs with these moments; 0 at least.
+
+    Args:
+        matrix: [out, n].
+        gram: [groups, n, n] mean of u uᵀ.
+        mean: [groups, n] float64 mean of u.
+    """
+    apart = matrix.double().view(len(gram), -1, matrix.shape[1])
+    squares = ((apart @ gram.double()) * apart).sum(2).flatten()
+    means = torch.einsum("gon,gn->go", apart, mean).flatten()
+    return (squares - means.square()).clamp_min(0.0)
 
 
 def output_mean(matrix: Tensor, bias: Tensor, mean: Tensor) -> Tensor:

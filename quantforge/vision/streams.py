@@ -2,13 +2,13 @@
 
 A layer is quantized on what it will read behind the layers before it. So two streams of values walk
 through the graph, a float one and a quantized one; each holds what is still to be read, and is
-advanced to the node that is asked for. Layers and grids that are known by the time a node is reached
-are used there; everything else is float.
+advanced to the node that is asked for. Layers and grids that are known by the time a node is
+reached are used there; everything else is float.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ def node_named(network: VisionNetwork, name: str) -> fx.Node:
     Raises:
         InputError: there is none.
     """
+    node: fx.Node
     for node in network.graph.graph.nodes:
         if node.name == name:
             return node
@@ -189,3 +190,33 @@ class Stream:
 def in_batches(pictures: Tensor, size: int) -> list[Tensor]:
     """Pictures in runs of at most `size`."""
     return list(torch.split(pictures, size))
+
+
+def evaluate(
+    network: VisionNetwork,
+    pictures: Tensor,
+    weights: Mapping[str, Tensor],
+    on_node: Callable[[fx.Node, Any], Any],
+) -> Tensor:
+    """The logits, with gradients to weights given from outside.
+
+    Args:
+        network: the float network.
+        pictures: [batch, channels, height, width].
+        weights: layer name → flattened weight in place of the layer's own.
+        on_node: gets every node and its value, and gives what stands for it.
+    """
+    known: dict[fx.Node, Any] = {}
+    for node in network.graph.graph.nodes:
+        if node.op == "output":
+            made: Tensor = known[node.all_input_nodes[0]]
+            return made
+        if node.op == "placeholder":
+            known[node] = on_node(node, pictures)
+            continue
+        replaced, name = None, str(node.target)
+        if node.op == "call_module" and name in weights:
+            layer = network.layer(name)
+            replaced = (kernel_of(layer, weights[name]), layer.bias)
+        known[node] = on_node(node, compute(network.graph, node, known, replaced))
+    raise ValueError("a canonical graph has an output")

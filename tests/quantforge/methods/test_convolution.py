@@ -93,5 +93,5 @@ def test_positions_are_one_of_every_run_of_neighbours():
               nn.Conv2d(2, 2, 3, padding="same")],
 )  # fmt: skip
 def test_other_layers_are_refused(layer):
-    with pytest.raises(ValueError, match="convolution"):
+    with pytest.raises((TypeError, ValueError), match="convolution"):
         Geometry.of(layer)

@@ -6,9 +6,10 @@ from torch.nn import functional
 
 from quantforge.methods.rtn import minmax_grid, round_to_nearest
 from quantforge.testing import tiny_convolutional
-from quantforge.types import QuantSpec
+from quantforge.types import QuantizedWeight, QuantSpec
 from quantforge.vision.compensation import CompensationConfig, quantize_layers
-from quantforge.vision.correction import correct_biases, corrected_bias
+from quantforge.vision.correction import correct_biases, corrected_bias, matched_deviations
+from quantforge.vision.moments import Moments
 from quantforge.vision.network import Simulation, weight_matrix
 from quantforge.vision.ranges import activation_grids, observe
 
@@ -60,10 +61,48 @@ def test_identity_37_every_channel_keeps_its_mean(network, grids, later):
     assert set(found) == {layer.name for layer in network.layers}
     for name, mean in wanted.items():
         assert torch.allclose(found[name], mean, atol=2e-5), name
-    plain = output_means(
-        Simulation(quantized(network, grids, correct_bias=False)).run, network, x
-    )
+    plain = output_means(Simulation(quantized(network, grids, correct_bias=False)).run, network, x)
     assert max(float((plain[name] - wanted[name]).abs().max()) for name in wanted) > 0.02
+
+
+def test_every_channel_keeps_its_deviation(network, grids):
+    x = pictures()
+    native, found = {}, {}
+    for kept, made in ((native, network.graph), (found, Simulation(quantized(network, grids)).run)):
+        hooks = [
+            network.layer(layer.name).register_forward_hook(
+                lambda module, inputs, out, kept=kept, name=layer.name: kept.update(
+                    {name: out.double().std((0,) if out.ndim == 2 else (0, 2, 3))}
+                )
+            )
+            for layer in network.layers
+        ]
+        made(x)
+        for hook in hooks:
+            hook.remove()
+    for name, deviation in native.items():
+        live = deviation > 1e-4
+        ratio = found[name][live] / deviation[live]
+        assert torch.allclose(ratio, torch.ones_like(ratio), atol=0.01), name
+
+
+def test_a_matched_scale_is_written_down():
+    moments = Moments(
+        gram=torch.tensor([[[5.0]]]), cross=None, native=torch.tensor([[[10.0]]]),
+        mean=torch.tensor([[1.0]]).double(), native_mean=torch.tensor([[1.0]]).double(),
+    )  # fmt: skip
+    codes, scale = torch.tensor([[9]], dtype=torch.uint8), torch.tensor([[2.0]]).bfloat16()
+    made = QuantizedWeight(codes=codes, scale=scale, zero=None, spec=QuantSpec(4))
+    # float outputs deviate by sqrt(10 - 1) * 2, quantized ones by sqrt(5 - 1) * 2: 3/2, the most
+    weight = torch.tensor([[2.0]])
+    assert matched_deviations(weight, made, moments).scale.item() == 3.0
+    assert matched_deviations(-9.0 * weight, made, moments).scale.item() == 3.0
+    assert matched_deviations(0.0 * weight, made, moments).scale.item() == 2.0
+    alone = Moments(
+        gram=moments.gram, cross=None, native=None, mean=moments.mean, native_mean=moments.mean
+    )
+    with pytest.raises(ValueError, match="both streams"):
+        matched_deviations(weight, made, alone)
 
 
 def test_a_corrected_bias_is_written_down():

@@ -102,7 +102,7 @@ def test_sites_of_one_grid_share_it():
     x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     found = observe(network, [x[:3], x[3:]])
     assert set(found) == {site.grid for site in network.sites}
-    values = {node: None for node in ("narrow", "add_tensor")}
+    values = dict.fromkeys(("narrow", "add_tensor"))
     whole = observe(network, [x])
     assert torch.equal(found["pictures"].counts, whole["pictures"].counts)
     assert found["pictures"].low == float(x.min())
