@@ -24,7 +24,7 @@ from quantforge.types import QuantizedWeight
 CELL = 0.45
 
 
-def within_cells(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
+def within_cells(weight: Tensor, quantized: QuantizedWeight, cell: float = CELL) -> Tensor:
     """[out, in] float32 latents: the float weight in units of the grid, inside its code's cell.
 
     They round to the codes, whatever compensation has made of those, and are as near to the float
@@ -33,10 +33,11 @@ def within_cells(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
     Args:
         weight: [out, in] float weight.
         quantized: codes and the grid.
+        cell: how far from its code a latent may be; less makes codes harder to leave.
     """
     scale, codes = quantized.scale.float(), quantized.codes.float()
     exact = weight.float().view(*scale.shape, -1) / scale.unsqueeze(-1) + quantized.centre()
-    return codes + (exact.view_as(codes) - codes).clamp_(-CELL, CELL)
+    return codes + (exact.view_as(codes) - codes).clamp_(-cell, cell)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,9 +57,11 @@ class TrainableWeight:
     leaf: Tensor | None = None
 
     @classmethod
-    def start(cls, weight: Tensor, quantized: QuantizedWeight) -> TrainableWeight:
-        """From the float weight [out, in] and the codes it starts from."""
-        latent, centre = within_cells(weight, quantized), quantized.centre()
+    def start(
+        cls, weight: Tensor, quantized: QuantizedWeight, cell: float = CELL
+    ) -> TrainableWeight:
+        """From the float weight [out, in] and the codes it starts from, see `within_cells`."""
+        latent, centre = within_cells(weight, quantized, cell), quantized.centre()
         top = quantized.spec.top
         # a copy of the scales, which `quantized` keeps as they are
         scale = quantized.scale.to(torch.float32, copy=True)

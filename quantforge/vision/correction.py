@@ -74,12 +74,15 @@ def matched_deviations(
     return replace(quantized, scale=scale)
 
 
-def correct_biases(quantized: QuantizedNetwork, batches: Sequence[Tensor]) -> QuantizedNetwork:
-    """The same network with the biases of its quantized layers corrected.
+def correct_biases(
+    quantized: QuantizedNetwork, batches: Sequence[Tensor], *, deviations: bool = False
+) -> QuantizedNetwork:
+    """The same codes and grids with the biases of quantized layers corrected.
 
     Args:
-        quantized: weights and grids, which stay as they are.
+        quantized: the network.
         batches: calibration pictures.
+        deviations: match those too, by the scales.
     """
     network = quantized.network
     native = Stream(network, batches)
@@ -88,20 +91,22 @@ def correct_biases(quantized: QuantizedNetwork, batches: Sequence[Tensor]) -> Qu
         {name: (one.dequantize(), quantized.biases[name])
          for name, one in quantized.weights.items()},
     )  # fmt: skip
-    biases = dict(quantized.biases)
+    weights, biases = dict(quantized.weights), dict(quantized.biases)
     for layer in network.layers:
         source = network.reads[layer.name]
         inputs, originals = stream.value(source), native.value(source)
-        if layer.name not in quantized.weights:
+        if layer.name not in weights:
             continue
         module = network.layer(layer.name)
-        made = MomentAccumulator(Geometry.of(module), products=False)
+        weight, own = weight_matrix(module), weights[layer.name]
+        made = MomentAccumulator(Geometry.of(module), products=deviations)
         for one, original in zip(inputs, originals, strict=True):
             made.add(one, original)
         mean, native_mean = made.means()
-        biases[layer.name] = corrected_bias(
-            weight_matrix(module), stream.weights[layer.name], module.bias.detach(),
-            native_mean, mean,
-        )  # fmt: skip
-        stream.biases[layer.name] = biases[layer.name]
-    return replace(quantized, biases=biases)
+        if deviations:
+            own = weights[layer.name] = matched_deviations(weight, own, made.mean())
+        matrix = own.dequantize()
+        bias = corrected_bias(weight, matrix, module.bias.detach(), native_mean, mean)
+        biases[layer.name] = stream.biases[layer.name] = bias
+        stream.weights[layer.name] = matrix
+    return replace(quantized, weights=weights, biases=biases)

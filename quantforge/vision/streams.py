@@ -64,6 +64,11 @@ def node_named(network: VisionNetwork, name: str) -> fx.Node:
     raise InputError(f"the graph of {network.name} has no node {name!r}")
 
 
+def is_batch_size(node: fx.Node) -> bool:
+    """Whether a node gives the number of pictures, as a number."""
+    return node.target is torch.ops.aten.sym_size.int and node.args[1] == 0
+
+
 def segment(network: VisionNetwork, block: Block) -> list[fx.Node]:
     """The nodes of a block behind its source, in order, the result last.
 
@@ -79,7 +84,8 @@ def segment(network: VisionNetwork, block: Block) -> list[fx.Node]:
         if node.op == "placeholder":
             raise InputError(f"block {block.name} reads {node.name}, not only {block.source}")
         inside.add(node)
-        waiting.extend(node.all_input_nodes)
+        if not is_batch_size(node):  # of the pictures, whoever is asked
+            waiting.extend(node.all_input_nodes)
     return [node for node in network.graph.graph.nodes if node in inside]
 
 

@@ -105,6 +105,18 @@ def test_a_matched_scale_is_written_down():
         matched_deviations(weight, made, alone)
 
 
+def test_deviations_can_be_matched_afterwards(network, grids):
+    x = pictures()
+    plain = quantized(network, grids, correct_bias=False, match_deviation=False)
+    made = correct_biases(plain, [x], deviations=True)
+    again = quantized(network, grids)
+    assert torch.equal(made.weights["stem"].codes, again.weights["stem"].codes)
+    ratio = made.weights["stem"].scale.float() / again.weights["stem"].scale.float()
+    assert torch.allclose(ratio, torch.ones_like(ratio), atol=0.02)
+    other = pictures(200, seed=5)
+    assert divergence(network, made, other) < divergence(network, plain, other)
+
+
 def test_a_corrected_bias_is_written_down():
     weight, rounded = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.5, 1.5]])
     mean, native = torch.tensor([[1.0, 4.0]]).double(), torch.tensor([[2.0, 3.0]]).double()
