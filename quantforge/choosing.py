@@ -249,7 +249,7 @@ class PlanChooser:
             )
         return plan
 
-    def _meet(self, measured: Measurement, budget: Budget) -> Met:
+    def _meet(self, measured: Measurement, budget: Budget) -> Met[BitPlan]:
         """The fewest bits whose measured quality is inside the targets."""
         sensitivity, store = measured.needed_for_search()
         weights = planned_weights(sensitivity.layers)

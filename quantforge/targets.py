@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from scipy.special import stdtrit
 
 from quantforge.errors import BudgetError, InputError, UsageError
-from quantforge.results import AnyQuality, Quality, TargetOutcome
+from quantforge.results import Metric, Quality, TargetOutcome
 from quantforge.search.budget import Target
-from quantforge.types import BitPlan, QuantSpec
 
 RESOLUTION = Fraction(1, 100)
 FIRST_STEP = Fraction(1, 4)
@@ -50,8 +50,60 @@ class Bound:
         return self.mean + float(stdtrit(self.windows - 1, 0.95)) * self.stderr
 
 
+class Planned(Protocol):
+    """What is asked of a plan."""
+
+    @property
+    def budget(self) -> str:
+        """As the user wrote it."""
+
+    @property
+    def stored_bits(self) -> float:
+        """Average a weight."""
+
+    @property
+    def predicted_loss(self) -> float | None:
+        """In the target's unit."""
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for plans that make the same network."""
+
+
+class Measured(Protocol):
+    """What is asked of a measurement."""
+
+    @property
+    def windows(self) -> int:
+        """How many pieces were measured: windows of text, pictures."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over them."""
+
+    @property
+    def loss_stderr(self) -> float:
+        """Standard error over them."""
+
+    @property
+    def metric(self) -> Metric:
+        """What the loss is."""
+
+
+@runtime_checkable
+class Classified(Protocol):
+    """A measurement of single predictions."""
+
+    @property
+    def scores(self) -> Sequence[float]:
+        """Of every picture 1 where the prediction is right, else 0."""
+
+
+P = TypeVar("P", bound=Planned)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Met:
+class Met(Generic[P]):
     """A plan inside all targets.
 
     Attributes:
@@ -59,17 +111,18 @@ class Met:
         outcomes: one a target.
     """
 
-    plan: BitPlan
+    plan: P
     outcomes: tuple[TargetOutcome, ...]
 
 
-def bound(target: Target, quality: AnyQuality, reference_nll: Sequence[float]) -> Bound:
+def bound(target: Target, quality: Measured, reference_nll: Sequence[float]) -> Bound:
     """How far a measured network is from the float one, by what a target looks at.
 
     Args:
         target: says what.
         quality: of the network.
-        reference_nll: mean cross-entropy of the float network on the same windows.
+        reference_nll: mean cross-entropy of the float network on the same windows; of "acc", what
+            the float network has of every picture: 1 where it is right.
 
     Raises:
         InputError: there is one window, which says nothing of a spread.
@@ -82,25 +135,32 @@ def bound(target: Target, quality: AnyQuality, reference_nll: Sequence[float]) -
         )
     if target.kind in ("kl", "cosine"):
         return Bound(mean=quality.loss, stderr=quality.loss_stderr, windows=quality.windows)
+    if target.kind == "acc" and isinstance(quality, Classified):
+        lost = [a - b for a, b in zip(reference_nll, quality.scores, strict=True)]
+        return _mean_of(lost)
     if not isinstance(quality, Quality):
         raise UsageError(f"{target.text} is about next tokens, which an encoder does not predict")
     rises = [a - b for a, b in zip(quality.window_nll, reference_nll, strict=True)]
+    return _mean_of(rises)
+
+
+def _mean_of(values: Sequence[float]) -> Bound:
     return Bound(
-        mean=statistics.fmean(rises),
-        stderr=statistics.stdev(rises) / math.sqrt(len(rises)),
-        windows=len(rises),
+        mean=statistics.fmean(values),
+        stderr=statistics.stdev(values) / math.sqrt(len(values)),
+        windows=len(values),
     )
 
 
 def meet(
     targets: Sequence[Target],
-    find: Callable[[Fraction], BitPlan],
-    measure: Callable[[BitPlan], AnyQuality],
+    find: Callable[[Fraction], P],
+    measure: Callable[[P], Measured],
     reference_nll: Sequence[float],
     *,
     bits: tuple[Fraction, Fraction],
-    also: Sequence[BitPlan] = (),
-) -> Met:
+    also: Sequence[P] = (),
+) -> Met[P]:
     """The plan of fewest bits inside all targets, by bisection on measured quality.
 
     Args:
@@ -117,15 +177,14 @@ def meet(
         BudgetError: even the plan of the most bits is outside, or there is none.
         InputError: there are too few held-out windows.
     """
-    known: dict[tuple[tuple[str, QuantSpec | None], ...], AnyQuality] = {}
+    known: dict[Hashable, Measured] = {}
 
-    def measured(plan: BitPlan) -> AnyQuality:
-        key = tuple(plan.assignment.items())
-        if key not in known:
-            known[key] = measure(plan)
-        return known[key]
+    def measured(plan: P) -> Measured:
+        if plan.identity not in known:
+            known[plan.identity] = measure(plan)
+        return known[plan.identity]
 
-    def inside(plan: BitPlan) -> bool:
+    def inside(plan: P) -> bool:
         quality = measured(plan)
         return all(bound(t, quality, reference_nll).upper <= t.nats for t in targets)
 
@@ -154,12 +213,10 @@ def meet(
     return Met(plan=best, outcomes=outcomes)
 
 
-def _if_any(
-    find: Callable[[Fraction], BitPlan], high: Fraction
-) -> Callable[[Fraction], BitPlan | None]:
+def _if_any(find: Callable[[Fraction], P], high: Fraction) -> Callable[[Fraction], P | None]:
     """`find`, with None for no plan below `high` bits."""
 
-    def found(at: Fraction) -> BitPlan | None:
+    def found(at: Fraction) -> P | None:
         try:
             return find(at)
         except BudgetError:
@@ -172,7 +229,7 @@ def _if_any(
 
 def _predicted(
     targets: Sequence[Target],
-    found: Callable[[Fraction], BitPlan | None],
+    found: Callable[[Fraction], P | None],
     low: Fraction,
     high: Fraction,
 ) -> Fraction:
@@ -192,8 +249,8 @@ def _predicted(
 
 def _outcomes(
     targets: Sequence[Target],
-    plan: BitPlan,
-    quality: AnyQuality,
+    plan: Planned,
+    quality: Measured,
     reference_nll: Sequence[float],
     plans: int,
 ) -> tuple[TargetOutcome, ...]:
@@ -216,12 +273,12 @@ def _outcomes(
 
 
 def _unreachable(
-    targets: Sequence[Target], plan: BitPlan, quality: AnyQuality, reference_nll: Sequence[float]
+    targets: Sequence[Target], plan: Planned, quality: Measured, reference_nll: Sequence[float]
 ) -> str:
     """Names the target that the plan of the most bits misses, and by what."""
     bounds = [(target, bound(target, quality, reference_nll)) for target in targets]
     target, one = next((t, b) for t, b in bounds if b.upper > t.nats)
-    unit = "" if target.kind == "cosine" else quality.metric.each
+    unit = "" if target.kind in ("cosine", "acc") else quality.metric.each
     return (
         f"budget {plan.budget} cannot be met: with the most bits that its limits allow, "
         f"{plan.stored_bits:.3f}, the upper bound for {target.text} is {one.upper:.4g}"

@@ -6,7 +6,7 @@ Shapes are written `[out, in]`: `out` output features, `in` input features of a 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -250,6 +250,11 @@ class BitPlan:
     solver: str
     fixed: tuple[str, ...] = ()
     gap: float | None = None
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for plans that make the same network."""
+        return tuple(self.assignment.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,21 @@ class VisionQuality:
         return self.kl
 
     @property
+    def loss_stderr(self) -> float:
+        """Its standard error over pictures."""
+        return self.kl_stderr
+
+    @property
+    def windows(self) -> int:
+        """How many pictures were measured."""
+        return self.count
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """Of every picture 1 where the label is met, or without labels the reference."""
+        return tuple(map(float, self.right or self.agrees))
+
+    @property
     def drop(self) -> float:
         """Share of pictures lost: of accuracy where there are labels, else of agreement."""
         if self.accuracy is None or self.reference_accuracy is None:

@@ -15,7 +15,7 @@ which is another constant. A float activation counts 32.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -82,6 +82,11 @@ class VisionPlan:
     predicted_loss: float | None
     gap: float | None = None
     solver: str = "integer-program"
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for plans that make the same network."""
+        return (tuple(self.assignment.items()), tuple(self.widths.items()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
