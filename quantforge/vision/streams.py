@@ -42,6 +42,8 @@ def compute(
     keywords = fx.node.map_arg(node.kwargs, known.__getitem__)
     if node.op == "call_function" and callable(node.target):
         return node.target(*arguments, **keywords)
+    if node.op == "get_attr":
+        return getattr(graph, str(node.target))
     if node.op != "call_module":
         raise ValueError(f"a canonical graph has no node like {node.format_node()}")
     layer = graph.get_submodule(str(node.target))
