@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Protocol
 
 from quantforge.hull import LEAST_KL, lower_hull
 from quantforge.outcomes import Report
@@ -29,6 +30,38 @@ from quantforge.results import CurvePoint, LayerReport, Metric
 WIDTH = 820
 _LABEL_WIDTH = 6.3
 """Mean width of a label's character at the figures' 11 px, in px."""
+
+
+class Loss(Protocol):
+    """What is drawn of a measurement."""
+
+    @property
+    def loss(self) -> float:
+        """Mean."""
+
+    @property
+    def loss_stderr(self) -> float:
+        """Its standard error."""
+
+    @property
+    def metric(self) -> Metric:
+        """What it is."""
+
+
+class Measured(Protocol):
+    """A measured network, as `results.CurvePoint` is."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def stored_bits(self) -> float:
+        """Average a weight."""
+
+    @property
+    def quality(self) -> Loss:
+        """Held-out measurement."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,22 +118,32 @@ class Axes:
 
 
 def curve_figure(report: Report) -> str:
-    """Stored bits against held-out KL: uniform networks, their lower hull, plan and result.
-
-    A network with no measurable KL lies on the lower edge and is not part of the hull; one whose KL
-    is not finite is left out. Empty text if no network has a KL that can be drawn.
-    """
+    """Stored bits against held-out KL: uniform networks, their lower hull, plan and result."""
     final = CurvePoint(
         name="finished network", stored_bits=report.sizes.stored_bits, quality=report.quality
     )
-    drawn = [p for p in (*report.curve, final) if math.isfinite(p.quality.loss)]
+    return size_curve(report.curve, final, report.quality.metric)
+
+
+def size_curve(curve: Sequence[Measured], final: Measured, metric: Metric) -> str:
+    """`curve_figure` of any measured networks.
+
+    A network with no measurable KL lies on the lower edge and is not part of the hull; one whose KL
+    is not finite is left out. Empty text if no network has a KL that can be drawn.
+
+    Args:
+        curve: uniform networks, whose names begin with "uniform", and others before the last step.
+        final: the finished network.
+        metric: what is measured.
+    """
+    drawn = [p for p in (*curve, final) if math.isfinite(p.quality.loss)]
     on_scale = [p for p in drawn if p.quality.loss >= LEAST_KL]
     if not on_scale:
         return ""
     axes = Axes.around([p.stored_bits for p in drawn], [p.quality.loss for p in on_scale])
-    uniform = [p for p in drawn if is_uniform(p)]
+    uniform = [p for p in drawn if is_uniform(p.name)]
     hull = lower_hull((p.stored_bits, p.quality.loss) for p in uniform)
-    parts = [grid(axes, report.quality.metric)]
+    parts = [grid(axes, metric)]
     if len(hull) > 1:
         path = " ".join(f"{axes.x(b):.2f},{axes.y(kl):.2f}" for b, kl in hull)
         parts.append(f'<polyline class="hull" points="{path}"/>')
@@ -108,7 +151,7 @@ def curve_figure(report: Report) -> str:
     labels.keep_off_points([(p.stored_bits, p.quality.loss) for p in drawn])
     labels.keep_off_line(hull)
     parts.extend(uniform_mark(p, axes) for p in uniform)
-    for point in (p for p in drawn if not is_uniform(p)):
+    for point in (p for p in drawn if not is_uniform(p.name)):
         kind = "final" if point is final else "plan"
         parts.append(diamond(point, axes, kind))
         text = point.name if point is final else f"{point.name}, one pass"
@@ -116,7 +159,7 @@ def curve_figure(report: Report) -> str:
     on_hull = {b for b, _ in hull}
     ordered = sorted(uniform, key=lambda p: (p.stored_bits not in on_hull, p.stored_bits))
     parts.extend(labels.place(p, p.name.removeprefix("uniform").strip(), "label") for p in ordered)
-    title = f"Stored bits per weight against held-out {report.quality.metric.noun}"
+    title = f"Stored bits per weight against held-out {metric.noun}"
     return svg("curve", title, axes.bottom + 42, parts)
 
 
@@ -148,7 +191,7 @@ def _text(style: str, x: float, y: float, text: str) -> str:
     return f'<text class="{style}" x="{x:.2f}" y="{y:.2f}">{escape(text)}</text>'
 
 
-def _numbers(point: CurvePoint) -> str:
+def _numbers(point: Measured) -> str:
     """Data attributes of a mark."""
     return (
         f'data-name="{escape(point.name)}" data-bits="{point.stored_bits!r}" '
@@ -156,13 +199,13 @@ def _numbers(point: CurvePoint) -> str:
     )
 
 
-def _tooltip(point: CurvePoint) -> str:
+def _tooltip(point: Measured) -> str:
     kl = with_error(point.quality.loss, point.quality.loss_stderr)
     text = f"{point.name}: {point.stored_bits:.3f} stored bits, {point.quality.metric.name} {kl}"
     return f"<title>{escape(text)}</title>"
 
 
-def _error_bar(point: CurvePoint, axes: Axes) -> str:
+def _error_bar(point: Measured, axes: Axes) -> str:
     """One standard error to either side, where there is one."""
     kl, error = point.quality.loss, point.quality.loss_stderr
     if not 0 < error < math.inf:
@@ -174,7 +217,7 @@ def _error_bar(point: CurvePoint, axes: Axes) -> str:
     )
 
 
-def uniform_mark(point: CurvePoint, axes: Axes) -> str:
+def uniform_mark(point: Measured, axes: Axes) -> str:
     """A circle for a uniform network."""
     x, y = axes.x(point.stored_bits), axes.y(point.quality.loss)
     return (
@@ -183,7 +226,7 @@ def uniform_mark(point: CurvePoint, axes: Axes) -> str:
     )
 
 
-def diamond(point: CurvePoint, axes: Axes, kind: str) -> str:
+def diamond(point: Measured, axes: Axes, kind: str) -> str:
     """A diamond for a plan; `kind` is its style, "plan" or "final"."""
     x, y = axes.x(point.stored_bits), axes.y(point.quality.loss)
     corners = " ".join(
@@ -227,7 +270,7 @@ class Labels:
                 x, y = x1 + (x2 - x1) * step / steps, y1 + (y2 - y1) * step / steps
                 self.taken.append((x - 2, y - 2, x + 2, y + 2))
 
-    def place(self, point: CurvePoint, text: str, style: str) -> str:
+    def place(self, point: Measured, text: str, style: str) -> str:
         """SVG text at the first free place around the mark; nothing if all are taken."""
         x, y = self.axes.x(point.stored_bits), self.axes.y(point.quality.loss)
         width = _LABEL_WIDTH * len(text)

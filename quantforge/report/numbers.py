@@ -42,14 +42,14 @@ def bits_of(layer: LayerReport) -> int:
     return KEPT_BITS if layer.spec == KEPT else QuantSpec.parse(layer.spec).bits
 
 
-def is_uniform(point: CurvePoint) -> bool:
-    """Whether a curve point is one of the measured uniform networks."""
-    return point.name.startswith("uniform")
+def is_uniform(name: str) -> bool:
+    """Whether a curve point of that name is one of the measured uniform networks."""
+    return name.startswith("uniform")
 
 
 def plan_point(report: Report) -> CurvePoint | None:
     """The plan as measured beside the uniform networks, with the same one-pass compensation."""
-    return next((point for point in report.curve if not is_uniform(point)), None)
+    return next((point for point in report.curve if not is_uniform(point.name)), None)
 
 
 def total_loss(layers: Iterable[LayerReport]) -> float | None:
