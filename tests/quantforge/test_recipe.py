@@ -386,7 +386,7 @@ def test_a_paper_s_recipe_is_that_paper_s_setting_at_any_effort(name: str, effor
 
 def test_every_shipped_recipe_is_listed_with_its_paper() -> None:
     page = (recipes.recipe_root() / "README.md").read_text(encoding="utf-8")
-    for name in recipes.known_recipes():
+    for name in (n for n in recipes.known_recipes() if n.startswith("llm/")):
         (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
         papers = re.findall(r"arXiv \d{4}\.\d{5}", load_recipe(name).description)
         assert all(paper in row for paper in papers)
