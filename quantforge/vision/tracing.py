@@ -6,7 +6,8 @@ layers become modules again, named after their weight; a BatchNorm behind one is
     W' = W · γ / √(σ² + ε),    b' = β + (b − μ) · γ / √(σ² + ε)        for every output channel,
 
 and elsewhere stays as a product and a sum. What does nothing in evaluation (dropout, copies) goes.
-Other parameters become buffers of the graph.
+Other parameters become buffers of the graph. The number of pictures is asked of the tensor at hand,
+so that a part of the graph needs nothing but what enters it.
 """
 
 from __future__ import annotations
@@ -138,8 +139,20 @@ class _Lifting:
             return self._convolution(node)
         if of_state and target is aten.linear.default:
             return self._layer(node, _linear)
-        arguments = fx.node.map_arg(node.args, self._argument)
-        keywords = fx.node.map_arg(node.kwargs, self._argument)
+        first = node.args[0] if node.args else None
+        if target is aten.view.default and _flattens(node) and isinstance(first, fx.Node):
+            return self.graph.call_function(aten.flatten.using_ints, (self._argument(first), 1))
+        own: dict[fx.Node, fx.Node] = {}
+        for size in node.all_input_nodes:
+            if _is_batch(size) and isinstance(first, fx.Node) and _has_batch(first, size):
+                counted = (self._argument(first), 0)
+                own[size] = self.graph.call_function(aten.sym_size.int, counted)
+
+        def made(one: fx.Node) -> fx.Node:
+            return own[one] if one in own else self._argument(one)
+
+        arguments = fx.node.map_arg(node.args, made)
+        keywords = fx.node.map_arg(node.kwargs, made)
         return self.graph.call_function(target, arguments, keywords)
 
     def _argument(self, node: Any) -> fx.Node:
@@ -242,6 +255,34 @@ class _Lifting:
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         return module
+
+
+def _is_batch(node: Any) -> bool:
+    """Whether a node of the exported graph is the number of pictures."""
+    if not isinstance(node, fx.Node) or node.target is not aten.sym_size.int:
+        return False
+    counted, dimension = node.args
+    return isinstance(counted, fx.Node) and counted.op == "placeholder" and bool(dimension == 0)
+
+
+def _has_batch(node: fx.Node, size: fx.Node) -> bool:
+    """Whether a tensor's first dimension is the number of pictures.
+
+    Then it is asked for its size, so that parts of the graph do not depend on the pictures.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return False
+    return str(value.shape[0]) == str(size.meta["val"])
+
+
+def _flattens(view: fx.Node) -> bool:
+    """Whether a view makes [pictures, numbers] of a tensor of pictures."""
+    before, shape = view.args[0], view.args[1]
+    if not isinstance(before, fx.Node) or not isinstance(shape, list | tuple) or len(shape) != 2:
+        return False
+    rows: Any = shape[0]
+    return _is_batch(rows) and _has_batch(before, rows)
 
 
 def _alone(layer: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from quantforge.errors import InputError
 from quantforge.vision.building import build
 from quantforge.vision.network import Preprocessing
 from quantforge.vision.sites import layer_grids
+from quantforge.vision.streams import segment
 
 
 def described(module, size=(16, 16), channels=3, **options):
@@ -141,6 +142,8 @@ def test_residual_blocks_are_blocks_and_their_shortcuts_are_tied():
     ]  # fmt: skip
     for before, after in zip(network.blocks, network.blocks[1:], strict=False):
         assert before.result == after.source
+    for block in network.blocks:
+        assert segment(network, block)  # needs nothing but its source
     groups = {layer.name: layer.fused_group for layer in network.layers}
     assert groups["3.down.0"] == "3.two"
     assert groups["2.two"] == "2.two"
@@ -227,3 +230,5 @@ def test_transformers_networks_are_the_same_function(config):
     assert all(layer_grids(network).values())
     assert sum(len(block.layers) for block in network.blocks) == len(network.layers)
     assert len(network.blocks) > 3
+    for block in network.blocks:
+        assert segment(network, block)
