@@ -120,13 +120,13 @@ def _rows(source: str, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if path.suffix in LINES_SUFFIXES:
             return _lines(path)
         if path.suffix == ".parquet":
-            return _parquet(path)
+            return parquet_rows(path)
         raise InputError(
             f"{path} has an unknown format: give .txt, .jsonl or .parquet, or a hub data set"
         )
     known = (*PLAIN_SUFFIXES, *LINES_SUFFIXES, ".parquet")
     if HUB_ID.fullmatch(source) and path.suffix not in known:
-        return _hub(source, split)
+        return hub_rows(source, split, instead="a .txt, .jsonl or .parquet file")
     raise InputError(f"no text at {source}: give a file, a hub data set, 'pydoc' or 'self'")
 
 
@@ -147,7 +147,12 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise InputError(f"{path} row {number} is not JSON ({reason}): correct it") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows of a parquet file with their numbers, from 1, read as they are asked for.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -164,11 +169,22 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         ) from None
 
 
-def _hub(name: str, split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Rows of a hub data set, streamed; one request first, because `datasets` retries for long."""
+def hub_rows(name: str, split: str, *, instead: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows of a hub data set with their numbers, from 1, streamed.
+
+    One request goes first, because `datasets` retries for long.
+
+    Args:
+        name: "organisation/name".
+        split: part of the data set.
+        instead: what else can be given, for the error's line.
+
+    Raises:
+        InputError: there is no such data set, or the hub cannot be reached.
+    """
     from huggingface_hub import snapshot_download
 
-    unreachable = "give a .txt, .jsonl or .parquet file instead"
+    unreachable = f"give {instead} instead"
     try:
         with quiet():
             snapshot_download(

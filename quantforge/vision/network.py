@@ -119,7 +119,7 @@ class Preprocessing:
         mean: per channel, of pixels in 0..1.
         deviation: per channel, likewise.
         crop: share of the short side that the centre crop keeps.
-        interpolation: "bilinear" or "bicubic", of the resize.
+        interpolation: of the resize: "bicubic", "bilinear" or another of Pillow's filters.
     """
 
     size: tuple[int, int]
