@@ -8,9 +8,9 @@ Everything else (global pooling, softmax, SiLU, ..) reads numbers and is rounded
 A layer whose input has no grid runs with its weight alone packed.
 
 It equals `network.Simulation` but for the last bit of a float32 rescaling, which decides ties: a
-code may differ by one there. With `dyadic`, layers and additions that read and write codes are rescaled
-by integers alone (HAWQ-V3): b / 2^c in place of a scale, with b of 31 bits, and a bias that is a
-whole number of products of scales.
+code may differ by one there. With `dyadic`, layers and additions that read and write codes are
+rescaled by integers alone (HAWQ-V3): b / 2^c in place of a scale, b of 31 bits, and a bias that is
+a whole number of products of scales.
 """
 
 from __future__ import annotations
