@@ -33,6 +33,8 @@ from quantforge.plan_file import GivenPlan
 from quantforge.profiling import profile
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.runtime.transformers_plugin import use_in_transformers
+from quantforge.vision import entry as vision
+from quantforge.vision.outcome import VisionReport
 from quantforge.workspace import check_output, reserved, staging
 
 __all__ = [
@@ -72,7 +74,7 @@ def quantize(
     tokenizer: Any = None,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
-) -> Report:
+) -> Report | VisionReport:
     """Compile a float network to mixed-precision low-bit weights within a budget.
 
     Args:
@@ -114,6 +116,12 @@ def quantize(
         CancelledError: `cancel` was set.
         ResourceError: memory or the disk are too small for the run, or ran out.
     """
+    monitor = Monitor(progress=progress, cancel=cancel)
+    if _is_vision(model, settings, plan, device):
+        return vision.quantize(
+            model, budget=budget, calibration=calibration, output=output, effort=effort,
+            seed=seed, settings=settings, force=force, monitor=monitor,
+        )  # fmt: skip
     recipe = configure(
         model, budget=budget, calibration=calibration, effort=effort, settings=settings
     )
@@ -137,7 +145,7 @@ def quantize(
             fresh=fresh,
             trust_remote_code=trust_remote_code,
             tokenizer=tokenizer,
-            monitor=Monitor(progress=progress, cancel=cancel),
+            monitor=monitor,
             share=share,
         )
         require_memory(job.model, job.calibration, job.recipe)
@@ -167,7 +175,7 @@ def plan(
     tokenizer: Any = None,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
-) -> PlanReport:
+) -> PlanReport | VisionReport:
     """Find the plan for a budget and what it costs; quantize nothing.
 
     What is measured for it is kept in the cache, so a plan for another budget, or `quantize` after
@@ -175,6 +183,12 @@ def plan(
     errors are those of `quantize`; `output` receives `plan.json`, which may be edited and given to
     `quantize`, and, if there was a search, `sensitivity.json`.
     """
+    monitor = Monitor(progress=progress, cancel=cancel)
+    if _is_vision(model, settings, plan, device):
+        return vision.plan(
+            model, budget=budget, calibration=calibration, output=output, effort=effort,
+            seed=seed, settings=settings, force=force, monitor=monitor,
+        )  # fmt: skip
     recipe = configure(
         model, budget=budget, calibration=calibration, effort=effort, settings=settings
     )
@@ -196,7 +210,7 @@ def plan(
             fresh=fresh,
             trust_remote_code=trust_remote_code,
             tokenizer=tokenizer,
-            monitor=Monitor(progress=progress, cancel=cancel),
+            monitor=monitor,
             share=share,
         )
         if job.settled:
@@ -260,6 +274,27 @@ def pareto(
         if folder:
             write_frontier(report, folder)
     return report
+
+
+def _is_vision(
+    model: Source, settings: Mapping[str, Any] | None, plan: GivenPlan | None, device: str
+) -> bool:
+    """Whether a call is about a convolutional network.
+
+    Raises:
+        UsageError: it asks for what is of the other kind.
+    """
+    if not vision.takes(model):
+        if any(key.startswith("activations") for key in settings or {}):
+            raise UsageError(
+                "activations are rounded in convolutional networks alone: leave --activations out"
+            )
+        return False
+    if plan is not None:
+        raise UsageError("a plan of one's own is for language models: give a budget instead")
+    if device != "cpu":
+        raise UsageError(f"convolutional networks are compiled on the cpu: leave {device} out")
+    return True
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import typer
 
 from quantforge.cli.options import (
     TEXTS,
+    Activations,
     Budget,
     Calibration,
     Checkpoint,
@@ -77,6 +78,7 @@ def plan(
     model: Model,
     *,
     budget: Budget = None,
+    activations: Activations = None,
     plan: Plan = None,
     effort: EffortOption = Effort.balanced,
     sensitivity: Sensitivity = None,
@@ -98,7 +100,7 @@ def plan(
     override: Override = None,
 ) -> None:
     """Find the plan for a budget and what it costs; quantize nothing."""
-    from quantforge.cli import render
+    from quantforge.cli import render_vision
 
     with watched() as monitoring:
         from quantforge import pipeline
@@ -121,6 +123,7 @@ def plan(
                     "search.tensor_parallel": tp,
                     "embeddings.include": include_embeddings,
                     "device": latency_device,
+                    "activations.bits": activations,
                 },
             ),
             force=force,
@@ -128,7 +131,7 @@ def plan(
             trust_remote_code=trust_remote_code,
             **monitoring,
         )
-    print_result("plan", report, json, partial(render.show_plan, report))
+    print_result("plan", report, json, partial(render_vision.show_planned, report))
 
 
 def pareto(
@@ -196,6 +199,7 @@ def quantize(
     model: Model,
     *,
     budget: Budget = None,
+    activations: Activations = None,
     plan: Plan = None,
     effort: EffortOption = Effort.balanced,
     sensitivity: Sensitivity = None,
@@ -224,7 +228,7 @@ def quantize(
     override: Override = None,
 ) -> None:
     """Quantize a model within a budget and write the checkpoint."""
-    from quantforge.cli import render
+    from quantforge.cli import render_vision
     from quantforge.recipe import resolve_target
 
     resolve_target(model)  # an unknown model ends it here, before the heavy imports
@@ -250,6 +254,7 @@ def quantize(
                     "embeddings.include": include_embeddings,
                     "device": latency_device,
                     "training.minutes": train_minutes,
+                    "activations.bits": activations,
                 },
             ),
             force=force,
@@ -257,7 +262,7 @@ def quantize(
             trust_remote_code=trust_remote_code,
             **monitoring,
         )
-    print_result("quantize", report, json, partial(render.show_quantized, report))
+    print_result("quantize", report, json, partial(render_vision.show_made, report))
 
 
 def evaluate(
@@ -456,9 +461,9 @@ def fetch(
     from quantforge.errors import UsageError
     from quantforge.load.source import PackagedModel
     from quantforge.progress import Monitor
-    from quantforge.recipe import load_recipe
+    from quantforge.vision.recipe import any_recipe
 
-    model = load_recipe(recipe).model
+    model = any_recipe(recipe).model
     if not isinstance(model, PackagedModel):
         raise UsageError(f"recipe {recipe} names no checkpoint that a package carries")
     with watched() as monitoring:

@@ -79,11 +79,21 @@ Budget = Annotated[
         show_default=False,
         help="Stored bits a weight (3bit, 3.25bpw), bytes of the whole checkpoint (120MB, 0.4x of "
         "bfloat16), memory with keys and values (vram:8GB@4096), or the fewest bits measured to "
-        "lose no more (kl:0.05, ppl:+2%, cosine:0.99 of an encoder), or time of a decoding step in "
-        "these weights (latency:-25%, latency:12ms@1, with --latency-device); several joined by "
-        "commas. Not needed with --plan, or where the recipe says it or leaves nothing to search.",
+        "lose no more (kl:0.05, ppl:+2%, cosine:0.99 of an encoder, acc:-0.5% of a classifier), or "
+        "time of a decoding step in these weights (latency:-25%, latency:12ms@1, with "
+        "--latency-device), or a convolutional network's bit operations (bops:-50%); several "
+        "joined by commas. Not needed with --plan, or where the recipe says it or leaves nothing "
+        "to search.",
     ),
 ]
+Activations = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=2, max=8, metavar="BITS",
+        help="Width of a convolutional network's activations; given again, one to choose among. "
+        "Default: 8.",
+    ),
+]  # fmt: skip
 Plan = Annotated[
     Path | None,
     typer.Option(

@@ -111,6 +111,14 @@ class TrainedLinear(nn.Module):
         self._soft = self._quantized(hardness, dtype)
         self._used = self._soft.detach().requires_grad_(self._soft.requires_grad)
 
+    @property
+    def used(self) -> Tensor:
+        """[out, in] the weight of the passes since `prepare`, a leaf; the stored one otherwise."""
+        if self._used is not None:
+            return self._used
+        with torch.no_grad():
+            return self._quantized(HARD, torch.float32)
+
     def collect(self) -> None:
         """Take the gradients of all passes since `prepare` to weight and scales, and let go."""
         soft, used = self._soft, self._used

@@ -65,38 +65,55 @@ _SCALES = (torch.bfloat16, torch.float16)
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
-def save_vision(quantized: QuantizedNetwork, folder: Path) -> None:
+def save_vision(quantized: QuantizedNetwork, folder: Path) -> int:
     """Write a network; `folder` appears when all of it is there.
+
+    Returns:
+        Bytes of the file of weights.
 
     Raises:
         UsageError: the folder exists, or the network has something that cannot be saved.
     """
     if folder.exists():
         raise UsageError(f"{folder} exists; give the name of a new folder")
-    text, tensors = _described(quantized), _tensors(quantized)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        write_json(staging / GRAPH_NAME, text)
-        stored = {}
-        with ContainerWriter(staging / TENSORS_NAME) as writer:
-            for name, tensor in tensors.items():
-                digest = writer.add(name, tensor)
-                shape, dtype = list(tensor.shape), DTYPE_NAMES[tensor.dtype]
-                stored[name] = {"dtype": dtype, "shape": shape, "sha256": digest}
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "layout_version": LAYOUT_VERSION,
-            "kind": KIND,
-            "versions": tool_versions(),
-            "files": {GRAPH_NAME: sha256_file(staging / GRAPH_NAME)},
-            "tensors": stored,
-        }
-        write_json(staging / MANIFEST_NAME, manifest)
+        size = write_vision(quantized, staging)
         staging.chmod(0o755)
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    return size
+
+
+def write_vision(quantized: QuantizedNetwork, folder: Path) -> int:
+    """Write a network into a folder that is there and nobody reads yet.
+
+    Returns:
+        Bytes of the file of weights.
+
+    Raises:
+        UsageError: the network has something that cannot be saved.
+    """
+    text, tensors = _described(quantized), _tensors(quantized)
+    write_json(folder / GRAPH_NAME, text)
+    stored = {}
+    with ContainerWriter(folder / TENSORS_NAME) as writer:
+        for name, tensor in tensors.items():
+            digest = writer.add(name, tensor)
+            shape, dtype = list(tensor.shape), DTYPE_NAMES[tensor.dtype]
+            stored[name] = {"dtype": dtype, "shape": shape, "sha256": digest}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "layout_version": LAYOUT_VERSION,
+        "kind": KIND,
+        "versions": tool_versions(),
+        "files": {GRAPH_NAME: sha256_file(folder / GRAPH_NAME)},
+        "tensors": stored,
+    }
+    write_json(folder / MANIFEST_NAME, manifest)
+    return (folder / TENSORS_NAME).stat().st_size
 
 
 def _described(quantized: QuantizedNetwork) -> dict[str, Any]:

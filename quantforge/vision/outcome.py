@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantforge.results import TargetOutcome
+from quantforge.results import TargetOutcome, TrainingOutcome
 from quantforge.vision.quality import VisionQuality
 
 
@@ -72,6 +72,7 @@ class VisionReport:
         curve: uniform networks and the plan, without block reconstruction.
         targets: how the budget's targets were met, before reconstruction.
         blocks: blocks that reconstruction made better, and all of them.
+        training: how training end to end went; None without.
         weight_bytes: of codes, scales and biases in the file; 0 in memory.
         float_bytes: of the float network's weights and biases.
         calibration: description of the pictures.
@@ -95,6 +96,7 @@ class VisionReport:
     curve: tuple[VisionPoint, ...]
     targets: tuple[TargetOutcome, ...]
     blocks: tuple[int, int]
+    training: TrainingOutcome | None
     weight_bytes: int
     float_bytes: int
     calibration: str

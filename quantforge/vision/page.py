@@ -1,4 +1,4 @@
-"""report.html of a convolutional network: one file that needs nothing else, from the report alone."""
+"""report.html of a convolutional network: one file, drawn from the report alone."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _headline(report: VisionReport) -> str:
         (
             "Bit operations",
             f"{100 * report.operations / report.float_operations:.0f}%",
-            f"of those with 8-bit weights and activations; {report.operations / 1e9:.3g} G a picture",
+            f"of those of 8 x 8 bits; {report.operations / 1e9:.3g} G a picture",
         ),
     ]
     if quality.accuracy is not None and quality.reference_accuracy is not None:
@@ -103,6 +103,13 @@ def _how(report: VisionReport) -> str:
     if blocks:
         said.append(
             f"Learned rounding brought {better} of {blocks} blocks nearer to the float ones."
+        )
+    if report.training is not None:
+        points = report.training.points
+        said.append(
+            f"Training end to end, {report.training.steps} steps: held-out KL "
+            f"{significant(points[0].kl)} to {significant(points[report.training.best].kl)}"
+            + ("." if report.training.kept else "; it was undone.")
         )
     said += [
         f"{target.text}: measured {significant(target.measured)}, with 95 % confidence at most "
@@ -152,7 +159,7 @@ def _networks(report: VisionReport) -> str:
 
 def accuracy_of(quality: VisionQuality) -> str:
     """The accuracy as text, a dash where there are no labels."""
-    return "–" if quality.accuracy is None else percent(quality.accuracy)
+    return "-" if quality.accuracy is None else percent(quality.accuracy)
 
 
 def _layers(report: VisionReport) -> str:
@@ -166,7 +173,7 @@ def _layers(report: VisionReport) -> str:
             "float" if layer.activation_bits is None else str(layer.activation_bits),
             str(layer.weights),
             f"{layer.macs / 1e6:.3g}",
-            "–" if layer.predicted_loss is None else significant(layer.predicted_loss),
+            "-" if layer.predicted_loss is None else significant(layer.predicted_loss),
         )
         for layer in report.layers
     ]

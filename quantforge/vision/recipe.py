@@ -7,6 +7,8 @@ preset, the recipe file, settings, named options. A file says what it is by `kin
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -14,9 +16,10 @@ from pydantic import AfterValidator, Field, model_validator
 from quantforge import strict_yaml
 from quantforge.config import Config
 from quantforge.load.source import PackagedModel
-from quantforge.recipe import Target, compose_as
+from quantforge.recipe import Recipe, Target, compose_as, load_recipe, resolve_target
 from quantforge.search.config import Bits, GroupSize
 from quantforge.types import PER_CHANNEL, QuantSpec
+from quantforge.vision.reconstruction import ReconstructionConfig
 
 KIND = "vision"
 
@@ -37,9 +40,11 @@ class PicturesConfig(Config):
         count: pictures that everything is fitted on.
         held_out: further pictures, on which every choice is made.
         batch: pictures that go through the network together.
+        match: pattern of file names, in a folder or an archive.
     """
 
     source: str = "synthetic"
+    match: str = "*"
     count: int = Field(default=64, ge=1)
     held_out: int = Field(default=32, ge=2)
     batch: int = Field(default=16, ge=1)
@@ -77,11 +82,14 @@ class ActivationsConfig(Config):
             activations float.
         method: how a grid's range is found: "minmax", "percentile" or "mse".
         edges: width of the network's input and of what the last layer reads; None searches.
+        operands: round what residual additions add, as integer-only execution needs; without it
+            only what layers read is rounded.
     """
 
     bits: tuple[Annotated[int, Field(ge=2, le=8)], ...] = (8,)
     method: Literal["minmax", "percentile", "mse"] = "mse"
     edges: Annotated[int, Field(ge=2, le=8)] | None = 8
+    operands: bool = True
 
 
 class WeightsConfig(Config):
@@ -102,23 +110,59 @@ class WeightsConfig(Config):
     equalise: bool = False
 
 
-class ReconstructionConfig(Config):
+class ReconstructionOptions(Config):
     """Learned rounding of blocks, towards the float network's outputs.
 
     Attributes:
         steps: of a block; 0 leaves it out.
         batch: pictures a step.
-        method: "adaround" (BRECQ's block reconstruction with QDrop) or "latents", signed descent on
-            integers as for language models.
-        drop: probability with which an activation is rounded in training (QDrop).
+        rounding: "adaround", as BRECQ and QDrop do, or "signed", descent on latents as for language
+            models, which moves the scales too.
+        drop: share of inputs and sites that are left unrounded while a block is learned (QDrop).
+        held_out: share of the pictures that judge what was learned.
         learn_ranges: train activation scales too (LSQ).
     """
 
     steps: int = Field(default=200, ge=0)
     batch: int = Field(default=16, ge=1)
-    method: Literal["adaround", "latents"] = "adaround"
-    drop: float = Field(default=0.5, ge=0, le=1)
+    rounding: Literal["adaround", "signed"] = "signed"
+    drop: float = Field(default=0.5, ge=0, lt=1)
+    held_out: float = Field(default=0.125, gt=0, lt=1)
     learn_ranges: bool = True
+
+    def of(self, seed: int) -> ReconstructionConfig:
+        """What `reconstruct` takes."""
+        config = ReconstructionConfig(
+            rounding=self.rounding, steps=self.steps, batch=self.batch, drop=self.drop,
+            held_out=self.held_out, seed=seed,
+        )  # fmt: skip
+        return config if self.learn_ranges else replace(config, range_step=0.0)
+
+
+class TrainingOptions(Config):
+    """Training end to end, towards the float network's predictions, after all else.
+
+    Attributes:
+        steps: of the optimizer; 0 leaves it out.
+        batch: pictures a step.
+        quantizer: "hestia", "straight-through" or "lsq", see `train.quantizers`.
+        weight_rate: learning rate of the weights, in steps of a layer's grid.
+        scale_rate: of the weights' scales, relative to their size; 0 fixes them.
+        bias_rate: of the biases; 0 fixes them.
+        range_rate: of the activations' steps, relative to their size; 0 fixes them.
+        cross_entropy: share of the labels in the loss, where there are labels.
+        measure_every: steps between two measurements on held-out pictures.
+    """
+
+    steps: int = Field(default=0, ge=0)
+    batch: int = Field(default=16, ge=1)
+    quantizer: Literal["hestia", "straight-through", "lsq"] = "hestia"
+    weight_rate: float = Field(default=0.01, ge=0)
+    scale_rate: float = Field(default=1e-3, ge=0)
+    bias_rate: float = Field(default=1e-3, ge=0)
+    range_rate: float = Field(default=1e-3, ge=0)
+    cross_entropy: float = Field(default=0.0, ge=0, le=1)
+    measure_every: int = Field(default=50, ge=1)
 
 
 class VisionRecipe(Config):
@@ -137,6 +181,7 @@ class VisionRecipe(Config):
         activations: what activations are rounded to.
         weights: how weights become codes.
         reconstruction: learned rounding after that.
+        training: end to end, after that.
     """
 
     schema_version: Literal[1] = 1
@@ -149,7 +194,8 @@ class VisionRecipe(Config):
     search: VisionSearchConfig = VisionSearchConfig()
     activations: ActivationsConfig = ActivationsConfig()
     weights: WeightsConfig = WeightsConfig()
-    reconstruction: ReconstructionConfig = ReconstructionConfig()
+    reconstruction: ReconstructionOptions = ReconstructionOptions()
+    training: TrainingOptions = TrainingOptions()
 
     @model_validator(mode="after")
     def _one_spec_where_there_is_no_search(self) -> Self:
@@ -174,6 +220,17 @@ def compose(
     return compose_as(
         VisionRecipe, lambda name, _: PRESETS[name], target, effort=effort, settings=settings
     )
+
+
+def any_recipe(name_or_path: str | Path) -> Recipe | VisionRecipe:
+    """The recipe of that name or file, of whichever kind, with every default filled in.
+
+    Raises:
+        InputError: the file cannot be read.
+        UsageError: there is no such recipe, or it holds an unknown key or a bad value.
+    """
+    target = resolve_target(name_or_path)
+    return compose(target) if is_vision_file(target) else load_recipe(name_or_path)
 
 
 def is_vision_file(target: Target) -> bool:

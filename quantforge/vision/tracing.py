@@ -134,11 +134,16 @@ class _Lifting:
         if target is operator.getitem and getattr(node.args[0], "target", None) in _NORMS:
             return self._argument(node.args[0])
         weight = node.args[1] if len(node.args) > 1 else None
-        of_state = isinstance(weight, fx.Node) and weight.name in self.state
-        if of_state and target in _CONVOLUTIONS:
-            return self._convolution(node)
-        if of_state and target is aten.linear.default:
-            return self._layer(node, _linear)
+        if isinstance(weight, fx.Node) and weight.name in self.state:
+            if target in _CONVOLUTIONS:
+                return self._convolution(node)
+            if target is aten.linear.default:
+                return self._layer(node, _linear)
+        return self._function(node)
+
+    def _function(self, node: fx.Node) -> fx.Node:
+        """Any other call, as it is."""
+        target: Any = node.target
         first = node.args[0] if node.args else None
         if target is aten.view.default and _flattens(node) and isinstance(first, fx.Node):
             return self.graph.call_function(aten.flatten.using_ints, (self._argument(first), 1))
