@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -237,17 +238,27 @@ def uniform_plans(table: Table, edges: Mapping[str, QuantSpec]) -> list[VisionPl
         edges: layer name → spec that it has in all of them: the policy's first and last layers.
     """
     inside = [row for row, layer in enumerate(table.layers) if layer.name not in edges]
-    plans = []
+    plans: dict[Hashable, VisionPlan] = {}
     for column, spec in enumerate(table.specs):
         if not bool(table.loss[inside, column].isfinite().all()):
             continue
-        for place, bits in enumerate(table.widths):
-            fits = table.activation_loss[:, place].isfinite().tolist()
+        assignment = {layer.name: edges.get(layer.name, spec) for layer in table.layers}
+        for bits in table.widths:
             widths = {
-                grid: bits if fit else min(table.widths, key=lambda one: abs(one - 8))
-                for grid, fit in zip(table.grids, fits, strict=True)
+                grid: min(_allowed(table, row), key=partial(_apart, bits))
+                for row, grid in enumerate(table.grids)
             }
-            assignment = {layer.name: edges.get(layer.name, spec) for layer in table.layers}
             name = f"uniform {spec}-a{bits}"
-            plans.append(make_plan(table, assignment, widths, budget=name, solver="uniform"))
-    return sorted(plans, key=lambda plan: plan.stored_bits)
+            plan = make_plan(table, assignment, widths, budget=name, solver="uniform")
+            plans.setdefault(plan.identity, plan)  # a width that only the edges may have adds none
+    return sorted(plans.values(), key=lambda plan: plan.stored_bits)
+
+
+def _allowed(table: Table, row: int) -> list[int]:
+    """Widths that a grid may have."""
+    fits = table.activation_loss[row].isfinite().tolist()
+    return [bits for bits, fit in zip(table.widths, fits, strict=True) if fit]
+
+
+def _apart(first: int, second: int) -> int:
+    return abs(first - second)

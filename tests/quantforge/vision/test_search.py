@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -144,3 +145,15 @@ def test_uniform_plans_keep_the_edges() -> None:
     assert plans[0].assignment["0"] == QuantSpec(8)
     assert plans[0].assignment["1"] == QuantSpec(4)
     assert plans[0].operations == 8 * (4 * sum(MACS) + 4 * MACS[0])
+
+
+def test_a_width_of_the_edges_alone_makes_no_uniform_plan() -> None:
+    table = hawq_table()
+    losses = torch.tensor([[torch.inf, 0.0], [0.1, torch.inf]], dtype=torch.float64)
+    reads = {layer.name: "x" if layer.name == "0" else "y" for layer in table.layers}
+    table = replace(
+        table, grids=("x", "y"), widths=(4, 8), activation_loss=losses, reads=reads
+    )  # fmt: skip
+    plans = uniform_plans(table, {})
+    assert [plan.budget for plan in plans] == ["uniform 4b-pc-a4", "uniform 8b-pc-a4"]
+    assert all(plan.widths == {"x": 8, "y": 4} for plan in plans)
