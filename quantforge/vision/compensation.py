@@ -40,7 +40,8 @@ class CompensationConfig:
     """How layers are quantized before anything is learned.
 
     Attributes:
-        feedback: a name of `FEEDBACKS`, or "nearest".
+        feedback: a name of `FEEDBACKS`, or "nearest". One that answers for the difference
+            between the streams is "gptq" where there is one stream.
         grid: what the grid minimises, see `gptq.fit_grid`.
         damping: of the grams, relative to their mean diagonals.
         correct_bias: give every channel back the mean it had.
@@ -48,7 +49,7 @@ class CompensationConfig:
         positions: of a batch that the grams see; 0 takes all.
     """
 
-    feedback: str = "gptq"
+    feedback: str = "qep"
     grid: Grid = "diagonal"
     damping: float = 0.01
     correct_bias: bool = True
@@ -68,6 +69,8 @@ def quantize_layer(
     if nearest:
         gram = torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
     feedback = FEEDBACKS["gptq" if nearest else config.feedback]
+    if feedback.needs_cross and moments.cross is None:
+        feedback = FEEDBACKS["gptq"]
     return quantize_groups(
         weight, gram, spec, cross=moments.cross, feedback=feedback, grid=config.grid,
         damping=config.damping,

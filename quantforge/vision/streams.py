@@ -8,6 +8,7 @@ reached are used there; everything else is float.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,11 @@ from quantforge.vision.network import ActivationGrid, Block, VisionNetwork, kern
 
 # Of a layer: its weight in the layer's own shape, and its bias.
 Parameters = tuple[Tensor, Tensor]
+# Functions that mind how a tensor lies in memory → the same for any: here channels lie last.
+_STRIDED = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
 
 
 def compute(
@@ -31,7 +37,7 @@ def compute(
 
     Args:
         graph: holds the layers.
-        node: a call of a layer or a function.
+        node: a call of a layer or a function, or a constant.
         known: values of its arguments.
         replaced: weight and bias in place of the layer's own.
 
@@ -41,9 +47,10 @@ def compute(
     arguments = fx.node.map_arg(node.args, known.__getitem__)
     keywords = fx.node.map_arg(node.kwargs, known.__getitem__)
     if node.op == "call_function" and callable(node.target):
-        return node.target(*arguments, **keywords)
+        function = _STRIDED.get(node.target, node.target)
+        return function(*arguments, **keywords)
     if node.op == "get_attr":
-        return getattr(graph, str(node.target))
+        return operator.attrgetter(str(node.target))(graph)
     if node.op != "call_module":
         raise ValueError(f"a canonical graph has no node like {node.format_node()}")
     layer = graph.get_submodule(str(node.target))
@@ -68,7 +75,7 @@ def node_named(network: VisionNetwork, name: str) -> fx.Node:
 
 def is_batch_size(node: fx.Node) -> bool:
     """Whether a node gives the number of pictures, as a number."""
-    return node.target is torch.ops.aten.sym_size.int and bool(node.args[1] == 0)
+    return node.target is torch.ops.aten.sym_size.int and node.args[1] == 0
 
 
 def segment(network: VisionNetwork, block: Block) -> list[fx.Node]:

@@ -5,7 +5,7 @@ import torch
 
 from quantforge.testing import tiny_convolutional
 from quantforge.types import QuantSpec
-from quantforge.vision.compensation import quantize_layers
+from quantforge.vision.compensation import CompensationConfig, quantize_layers
 from quantforge.vision.equalisation import Pair, equalised, equalised_if_better, pairs
 from quantforge.vision.network import Simulation, weight_matrix
 from quantforge.vision.ranges import activation_grids, observe
@@ -58,7 +58,7 @@ def test_the_function_stays_and_ranges_become_equal():
 def lost(network):
     grids = activation_grids(observe(network, [X[:16]]), 6, "minmax")
     plan = {layer.name: QuantSpec(6) for layer in network.layers}
-    made = quantize_layers(network, [X[:16]], plan, grids)
+    made = quantize_layers(network, [X[:16]], plan, grids, CompensationConfig(feedback="gptq"))
     return float(divergence(made, X[16:], network.graph(X[16:])).mean())
 
 
