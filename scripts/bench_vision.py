@@ -5,8 +5,8 @@
 Two networks in shape, EfficientNet-Lite0 and ResNet-18, with random weights and BatchNorm folded
 in. Float32 is torch's own (oneDNN), once with channels last and once without, and the faster of the
 two counts. Runs take turns in one process, so that a neighbour's load hits all alike; a figure is
-the ratio of medians over rounds. Memory is that of the weights, scales and biases that stay; disk is
-the saved folder beside the float network in safetensors.
+the ratio of medians over rounds. Memory is that of the weights, scales and biases that stay; disk
+is the saved folder beside the float network in safetensors.
 """
 
 from __future__ import annotations

@@ -37,12 +37,12 @@ from quantforge.format.manifest import MANIFEST_NAME, tool_versions
 from quantforge.format.store import weight_from, weight_tensors
 from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec
 from quantforge.vision.graph_file import (
-    check_runs,
     graph_from_json,
     layer_from_json,
     layer_to_json,
     node_to_json,
     root_of,
+    shapes_of,
 )
 from quantforge.vision.network import (
     ActivationGrid,
@@ -270,7 +270,7 @@ def _network(text: Mapping[str, Any], tensors: _Tensors) -> QuantizedNetwork:
         raise ValueError("its graph does not call every layer once")
     preprocessing = _preprocessing(text["preprocessing"])
     channels = _whole(text["channels"], 1, 1 << 12)
-    check_runs(graph, channels, preprocessing.size)
+    shapes_of(graph, channels, preprocessing.size)
     sites = tuple(
         Site(node=_name(row["node"], known), grid=_text(row["grid"])) for row in text["sites"]
     )

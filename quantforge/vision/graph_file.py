@@ -40,10 +40,11 @@ ALLOWED = frozenset(
             "hardsigmoid_ sigmoid silu silu_ gelu elu leaky_relu leaky_relu_ tanh mish softplus "
             "clamp clamp_ clamp_min clamp_max flatten alias clone contiguous detach expand permute "
             "reshape squeeze t unsqueeze view _unsafe_view dropout avg_pool2d max_pool2d "
-            "max_pool2d_with_indices adaptive_avg_pool2d _adaptive_avg_pool2d mean sum amax neg abs "
-            "permute exp sqrt rsqrt cat stack constant_pad_nd pad layer_norm native_layer_norm group_norm "
-            "matmul bmm mm addmm baddbmm linear scaled_dot_product_attention upsample_nearest2d "
-            "upsample_bilinear2d chunk unbind pixel_shuffle roll linalg_vector_norm _softmax prelu "
+            "max_pool2d_with_indices adaptive_avg_pool2d _adaptive_avg_pool2d mean sum amax neg "
+            "abs exp sqrt rsqrt cat stack constant_pad_nd pad layer_norm native_layer_norm "
+            "group_norm matmul bmm mm addmm baddbmm linear scaled_dot_product_attention "
+            "upsample_nearest2d upsample_bilinear2d chunk unbind pixel_shuffle roll "
+            "linalg_vector_norm _softmax prelu "
             "channel_shuffle native_group_norm feature_dropout minimum maximum", "default",
         ),
         ("add sub mul div add_ sub_ mul_ div_ slice split", "Tensor"),
@@ -300,8 +301,16 @@ def root_of(layers: Mapping[str, nn.Module], constants: Mapping[str, Tensor]) ->
 class _Sized(fx.Interpreter):
     """Runs a graph on tensors without storage and refuses those that are too large."""
 
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.shapes: dict[str, tuple[int, ...] | list[tuple[int, ...]]] = {}
+
     def run_node(self, n: fx.Node) -> Any:
         made = super().run_node(n)
+        if isinstance(made, Tensor):
+            self.shapes[n.name] = tuple(made.shape)
+        elif isinstance(made, list | tuple):
+            self.shapes[n.name] = [tuple(one.shape) for one in made if isinstance(one, Tensor)]
         if isinstance(made, Tensor) and made.numel() > MOST_NUMBERS:
             raise ValueError(f"{n.name} has {made.numel()} numbers for one picture")
         return made
@@ -311,7 +320,9 @@ class _Sized(fx.Interpreter):
         return held.to("meta") if isinstance(held, Tensor) else held
 
 
-def check_runs(graph: fx.GraphModule, channels: int, size: tuple[int, int]) -> None:
+def shapes_of(
+    graph: fx.GraphModule, channels: int, size: tuple[int, int]
+) -> dict[str, tuple[int, ...] | list[tuple[int, ...]]]:
     """Run a graph for its shapes alone.
 
     Args:
@@ -319,17 +330,21 @@ def check_runs(graph: fx.GraphModule, channels: int, size: tuple[int, int]) -> N
         channels: of a picture.
         size: height and width of one.
 
+    Returns:
+        Every node's shape for one picture, or shapes where it makes several tensors.
+
     Raises:
         ValueError: it does not run, or something in it is too large.
     """
-    shapes = fx.GraphModule(_on_meta(graph), graph.graph)
+    sized = _Sized(fx.GraphModule(_on_meta(graph), graph.graph))
     try:
-        made = _Sized(shapes).run(torch.empty(1, channels, *size, device="meta"))
+        made = sized.run(torch.empty(1, channels, *size, device="meta"))
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"its graph does not run: {lines[0]}") from error
     if not isinstance(made, Tensor):
         raise ValueError("its graph does not end in a tensor")  # noqa: TRY004 (a file, not a call)
+    return sized.shapes
 
 
 def _on_meta(graph: fx.GraphModule) -> nn.Module:
