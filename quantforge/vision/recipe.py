@@ -96,14 +96,14 @@ class WeightsConfig(Config):
     """How weights become codes before anything is learned.
 
     Attributes:
-        feedback: "nearest", "gptq" or "gptaq": with error feedback along the unfolded inputs.
+        feedback: "nearest", or error feedback along the unfolded inputs: "gptq", "gptaq", "qep".
         grid: what the grid minimises, see `gptq.fit_grid`.
         damping: of the grams, relative to their mean diagonals.
         correct_bias: give every channel back the mean it had.
         equalise: try cross-layer equalisation, and keep it where held-out outputs come nearer.
     """
 
-    feedback: Literal["nearest", "gptq", "gptaq"] = "gptq"
+    feedback: Literal["nearest", "gptq", "gptaq", "qep"] = "qep"
     grid: Literal["minmax", "mse", "diagonal"] = "diagonal"
     damping: float = Field(default=0.01, gt=0)
     correct_bias: bool = True

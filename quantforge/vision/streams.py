@@ -75,7 +75,7 @@ def node_named(network: VisionNetwork, name: str) -> fx.Node:
 
 def is_batch_size(node: fx.Node) -> bool:
     """Whether a node gives the number of pictures, as a number."""
-    return node.target is torch.ops.aten.sym_size.int and node.args[1] == 0
+    return node.target is torch.ops.aten.sym_size.int and bool(node.args[1] == 0)
 
 
 def segment(network: VisionNetwork, block: Block) -> list[fx.Node]:
