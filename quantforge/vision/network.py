@@ -146,8 +146,8 @@ class VisionNetwork:
         preprocessing: how pictures become input.
         fingerprint: SHA-256 of what it was made from.
         statistics: layer name → (mean, deviation), both [out], that the layer's output had in
-            training, where a BatchNorm was folded into it: that BatchNorm's shift and the size of
-            its gain. Calibration pictures are made from them.
+            training, where a BatchNorm was folded into it: that BatchNorm's shift and
+            |γ| · √(σ² / (σ² + ε)). Calibration pictures are made from them.
     """
 
     graph: fx.GraphModule

@@ -2,8 +2,8 @@
 
 A BatchNorm remembers the mean and the deviation that every channel had in training. Pictures are
 changed by gradient descent until a batch of them gives every folded layer's output the same two
-(ZeroQ, Cai et al. 2020, arXiv 2001.00281), so that ranges, grams and block inputs are about those of
-training pictures. What differs from the paper, all of it to need few steps:
+(ZeroQ, Cai et al. 2020, arXiv 2001.00281), so that ranges, grams and block inputs are about those
+of training pictures. What differs from the paper, all of it to need few steps:
 
 - Pictures start as noise whose amplitude falls with frequency as that of photographs does (1 / f),
   and Adam works on the coefficients of these frequencies, not on pixels (Olah et al. 2017, "Feature
@@ -33,9 +33,10 @@ from quantforge.progress import Monitor
 from quantforge.vision.network import Preprocessing, VisionNetwork
 from quantforge.vision.pictures import Pictures
 
-# Mean and deviation of the pixels of photographs, in 0..1.
+# Pixels of photographs, in 0..1, have this mean and a deviation of 0.25, which the sigmoid of a
+# normal variable of this deviation has too.
 PIXEL_MEAN = 0.45
-PIXEL_DEVIATION = 0.25
+CONTRAST = 1.3
 GREY_SHARE = 0.85  # of a pixel's variance that its channels have in common
 BETAS = (0.9, 0.95)  # of few steps
 TINY = 1e-12
@@ -46,7 +47,7 @@ class Synthesis:
     """How pictures are made.
 
     Attributes:
-        steps: of Adam; 64 pictures for EfficientNet-Lite0 take about two seconds of one core a step.
+        steps: of Adam; of 64 pictures for EfficientNet-Lite0 one takes about two seconds of a core.
         batch: pictures whose statistics are matched together.
         rate: of Adam, relative to the deviation that a coefficient starts with; it falls to 0 as a
             cosine.
@@ -137,7 +138,7 @@ def _matched(
     coefficients = start.clone().requires_grad_(True)
     adam = torch.optim.Adam([coefficients], lr=settings.rate, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / settings.steps)
+        adam, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / max(settings.steps, 1))
     )
     matching = _Matching(network)
     classes: Tensor | None = None
@@ -168,18 +169,21 @@ def _pictures(coefficients: Tensor, preprocessing: Preprocessing) -> Tensor:
     down = torch.fft.fftfreq(height).unsqueeze(1)
     frequency = (down.square() + torch.fft.rfftfreq(width).square()).sqrt()
     amplitude = 1 / frequency.clamp_min(1 / max(height, width))
-    # Of unit variance: two real numbers a frequency, and most frequencies stand for two.
+    # Of unit variance: a column that stands for two frequencies has twice the amplitude.
     waves = torch.full((width // 2 + 1,), 2.0)
     waves[0] = 1.0
     if width % 2 == 0:
         waves[-1] = 1.0
-    amplitude = amplitude / (2 * waves * amplitude.square()).sum().sqrt()
+    amplitude = amplitude / (waves * amplitude).square().sum().sqrt()
     spectrum = torch.view_as_complex(coefficients) * amplitude
     noise = torch.fft.irfft2(spectrum, s=(height, width), norm="forward")
-    common = noise.sum(1, keepdim=True) / math.sqrt(noise.shape[1])
+    channels = noise.shape[1]
+    common = noise.sum(1, keepdim=True) / math.sqrt(channels)
     mixed = math.sqrt(GREY_SHARE) * common + math.sqrt(1 - GREY_SHARE) * noise
+    spread = math.sqrt(1 + 2 * math.sqrt(GREY_SHARE * (1 - GREY_SHARE) / channels))
     # Towards the ends pixels bend softly, so that their gradients never vanish at once.
-    pixels = torch.sigmoid(4 * PIXEL_DEVIATION * mixed + math.log(PIXEL_MEAN / (1 - PIXEL_MEAN)))
+    bent = CONTRAST * mixed / spread + math.log(PIXEL_MEAN / (1 - PIXEL_MEAN))
+    pixels = torch.sigmoid(bent)
     mean, deviation = (
         torch.tensor(numbers, dtype=torch.float32).view(-1, 1, 1)
         for numbers in (preprocessing.mean, preprocessing.deviation)

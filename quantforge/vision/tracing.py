@@ -239,7 +239,9 @@ class _Lifting:
         if before.op == "call_module" and _alone(source):
             layer: Any = self.root.get_submodule(str(before.target))
             fold(layer, gain, beta.double() - mean.double() * gain)
-            setattr(layer, STATISTICS, (beta.clone(), gamma.abs()))
+            # The deviation in training: less than |γ| where the variance is no larger than ε.
+            deviation = (gain.abs() * variance.double().sqrt()).float()
+            setattr(layer, STATISTICS, (beta.clone(), deviation))
             return before
         shape = (1, -1, *[1] * (source.meta["val"].dim() - 2))
         for what, values, call in (

@@ -84,7 +84,9 @@ def test_a_network_of_many_parts_is_the_same_function():
     assert set(network.statistics) == {"stem.0", "depthwise", "up", "head"}
     mean, deviation = network.statistics["stem.0"]
     assert torch.equal(mean, module.stem[1].bias)
-    assert torch.equal(deviation, module.stem[1].weight.abs())
+    norm = module.stem[1]
+    gain = norm.weight.abs() / (norm.running_var + norm.eps).sqrt()
+    assert torch.allclose(deviation, gain * norm.running_var.sqrt(), rtol=1e-6)
     assert not module.training
     assert not any(p.requires_grad for p in network.graph.parameters())
 
