@@ -13,7 +13,6 @@ from quantforge.vision.checkpoint import load_network, load_vision
 from quantforge.vision.entry import compile_network, takes
 from quantforge.vision.network import Simulation
 from quantforge.vision.outcome import VisionReport
-from quantforge.vision.sources import preprocessing_of
 
 FAST = {"calibration.count": 24, "calibration.held_out": 16, "reconstruction.steps": 10}
 
@@ -147,13 +146,3 @@ def test_wrong_input_is_one_line(folder, pictures, tmp_path, arguments, error, s
 def test_activations_are_of_convolutional_networks_alone():
     with pytest.raises(UsageError, match="convolutional networks alone"):
         pipeline.quantize("llama", budget="3bit", settings={"activations.bits": [8]})
-
-
-def test_preprocessing_is_read_from_the_folder(folder, tmp_path):
-    made = preprocessing_of(folder)
-    assert (made.size, made.crop, made.interpolation) == ((32, 32), 0.8, "bilinear")
-    assert made.deviation == (0.25,) * 3
-    assert preprocessing_of(tmp_path).size == (224, 224)
-    (tmp_path / "preprocessor_config.json").write_text('{"size": "wide"}', encoding="utf-8")
-    with pytest.raises(InputError, match="no height and width"):
-        preprocessing_of(tmp_path)
