@@ -19,7 +19,10 @@ Shape = tuple[int, ...]
 class Builder(Protocol):
     """What the functions need of the graph that is built."""
 
-    shapes: Mapping[str, Any]
+    @property
+    def shapes(self) -> Mapping[str, Any]:
+        """Every node's shape for one picture."""
+        ...
 
     def add(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
         """Append an operator with one output `name`, and return that name."""
@@ -76,7 +79,7 @@ def _pairwise(kind: str) -> Callable[[Builder, fx.Node, str], None]:
             raise _refused(node, " with a factor or a rounding")
         inputs = []
         for place in (0, 1):
-            value = node.args[place]
+            value: Any = node.args[place]
             named = isinstance(value, fx.Node)
             inputs.append(value.name if named else builder.constant(f"{out}.{place}", value))
         builder.add(kind, inputs, out)

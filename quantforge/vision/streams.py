@@ -21,7 +21,7 @@ from quantforge.vision.network import ActivationGrid, Block, VisionNetwork, kern
 # Of a layer: its weight in the layer's own shape, and its bias.
 Parameters = tuple[Tensor, Tensor]
 # Functions that mind how a tensor lies in memory → the same for any: here channels lie last.
-_STRIDED = {
+_STRIDED: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
 }
