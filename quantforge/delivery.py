@@ -239,7 +239,7 @@ def dry_run(
             shape, job.recipe, gradients=needs.gradients, hidden=needs.final_hidden
         )
         scratch += sum(stored_cost(x, s) for x, specs in job.vocabulary.items() for s in specs) // 8
-    scratch += job.model.scratch.run_bytes
+    scratch += job.model.scratch.run_bytes * job.model.share.here
     memory = [x for x in (() if budget is None else budget.sizes) if x.kind == "vram"]
     searched = sensitivity is not None and job.given is None
     unmade = sensitivity is None and needs.gradients

@@ -265,7 +265,7 @@ def estimate(
         multiply_adds=work,
         rate=rate,
         seconds=work / rate + 60.0 * recipe.training.minutes,
-        memory_bytes=memory,
+        memory_bytes=memory * model.share.here,
     )
 
 
@@ -282,7 +282,8 @@ def require_memory(model: Model, calibration: CalibrationSet, recipe: Recipe) ->
     """
     if model.device.type != "cpu":  # most of it is the device's own
         return
-    wanted, left = added_bytes(Shape.of(model, calibration, recipe), recipe), available_bytes()
+    wanted = added_bytes(Shape.of(model, calibration, recipe), recipe)
+    left = available_bytes(model.share.here)
     if left is None or wanted <= left:
         return
     remedies = ["set calibration.sequences lower"]
@@ -290,7 +291,11 @@ def require_memory(model: Model, calibration: CalibrationSet, recipe: Recipe) ->
         remedies.append("leave training out")
     elif recipe.quantize.rounding.steps:
         remedies.append("set quantize.rounding.steps=0")
+    each = ""
+    if model.share.here > 1:
+        remedies.append("start fewer processes on this machine")
+        each = f" in each of {model.share.here} processes"
     raise ResourceError(
-        f"quantizing takes at least {wanted / 1e9:.2f} GB of memory beside the network, of which "
-        f"{left / 1e9:.2f} GB are left: {' or '.join(remedies)}"
+        f"quantizing takes at least {wanted / 1e9:.2f} GB of memory beside the network{each}, of "
+        f"which {left / 1e9:.2f} GB are left: {' or '.join(remedies)}"
     )

@@ -15,10 +15,11 @@ from quantforge.errors import InputError, UsageError
 from quantforge.evaluate.generate import stream
 from quantforge.evaluate.reference import AnyReference, collect, measure, paired
 from quantforge.evaluate.tasks import compared, require_tasks, run_tasks
-from quantforge.files import parse_json
+from quantforge.files import fingerprint, parse_json
 from quantforge.format.checkpoint import TensorReader, open_checkpoint, read_shape
-from quantforge.format.manifest import read_manifest, tool_versions
+from quantforge.format.manifest import MANIFEST_NAME, read_manifest, tool_versions
 from quantforge.format.sizes import size_report
+from quantforge.load.batches import token_digest
 from quantforge.load.huggingface import load_tokenizer
 from quantforge.load.text import (
     DEFAULT_EVALUATION,
@@ -37,6 +38,7 @@ from quantforge.recipe import compose, resolve_target
 from quantforge.results import AnyQuality, SizeReport, TaskScore
 from quantforge.runtime.decode import Decoder, obstacle
 from quantforge.runtime.load import load as load_packed
+from quantforge.scratch import Claims
 from quantforge.types import LayerInfo
 
 Progress = Callable[[ProgressEvent], None]
@@ -116,7 +118,8 @@ def evaluate(
         )  # fmt: skip
 
         def measured(path: str | Path) -> AnyQuality:
-            module, architecture = _network(path, device, trust_remote_code, monitor)
+            module, architecture, key = _network(path, device, trust_remote_code, monitor, share)
+            share.require_equal(key, f"network {path}")
             return measure(
                 module, architecture, tokens, outputs,
                 text=description, precision=precision, monitor=monitor, share=share,
@@ -293,7 +296,10 @@ def _reference(
     """Windows of a text, their description, and what the float model says; it is freed again."""
     recipe = compose(resolve_target(name))
     with share.main_first():  # it fills the cache
-        model = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
+        model = load_source(
+            recipe, device, trust_remote_code=trust_remote_code, monitor=monitor,
+            claims=_claims(share),
+        )  # fmt: skip
     where = DEFAULT_EVALUATION if text is None else str(text)
     windows, length = shape
     framed = model.architecture.encodes
@@ -304,6 +310,10 @@ def _reference(
         where, model.tokenizer, windows=windows, length=length, framed=framed
     )
     check_vocabulary(tokens, model, where)
+    share.require_equal(
+        fingerprint(model.source.fingerprint, token_digest(tokens), precision),
+        "reference, text or precision",
+    )
     outputs = collect(
         model.module,
         model.architecture,
@@ -340,14 +350,26 @@ def _sizes(path: Path) -> SizeReport | None:
 
 
 def _network(
-    path: str | Path, device: str, trust_remote_code: bool, monitor: Monitor
-) -> tuple[Any, Architecture]:
+    path: str | Path, device: str, trust_remote_code: bool, monitor: Monitor, share: Share
+) -> tuple[Any, Architecture, str]:
+    """A network, its architecture and the fingerprint of what it was read from."""
     if _is_quantized(Path(path)):
         module = load(path, device=device)
-        return module, shape_of(module)
+        files = (Path(path) / name for name in ("config.json", MANIFEST_NAME))
+        texts = [one.read_text(encoding="utf-8") if one.is_file() else "" for one in files]
+        return module, shape_of(module), fingerprint(*texts)
     recipe = compose(resolve_target(path))
-    model = load_source(recipe, device, trust_remote_code=trust_remote_code, monitor=monitor)
-    return model.module, model.architecture
+    with share.main_first():  # it fills the cache
+        model = load_source(
+            recipe, device, trust_remote_code=trust_remote_code, monitor=monitor,
+            claims=_claims(share),
+        )  # fmt: skip
+    return model.module, model.architecture, model.source.fingerprint
+
+
+def _claims(share: Share) -> Claims:
+    """Of a network that is only run."""
+    return Claims(processes=share.here, first=share.main)
 
 
 def _with_tokenizer(

@@ -12,10 +12,25 @@ from quantforge.models import ARCHITECTURES, Model
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe
 from quantforge.runtime.load import checked_device
+from quantforge.scratch import ONLY_RUN, Claims
 
 
-def load_source(recipe: Recipe, device: str, *, trust_remote_code: bool, monitor: Monitor) -> Model:
+def load_source(
+    recipe: Recipe,
+    device: str,
+    *,
+    trust_remote_code: bool,
+    monitor: Monitor,
+    claims: Claims = ONLY_RUN,
+) -> Model:
     """Load the model a recipe names: packaged checkpoint, folder, .gguf or hub id.
+
+    Args:
+        recipe: names it.
+        device: where it goes.
+        trust_remote_code: let a hub model bring its own code.
+        monitor: told before and after.
+        claims: on disk and memory, of what is done with it; it is only run unless they say more.
 
     Raises:
         UsageError: the device or the architecture is unknown, or the model has another one.
@@ -32,7 +47,7 @@ def load_source(recipe: Recipe, device: str, *, trust_remote_code: bool, monitor
     else:
         source = resolve_source(recipe.model)
     monitor.step("load", 0, 1, source.description)
-    model = load_model(source, device=device, trust_remote_code=trust_remote_code)
+    model = load_model(source, device=device, trust_remote_code=trust_remote_code, claims=claims)
     if wanted not in (None, model.architecture.name):
         name = model.architecture.name
         raise UsageError(f"{source.name} is of the architecture {name}, the recipe says {wanted}")

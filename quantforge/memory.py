@@ -89,24 +89,28 @@ def anonymous_bytes() -> int | None:
     return _status("RssAnon")
 
 
-def available_bytes() -> int | None:
+def available_bytes(processes: int = 1) -> int | None:
     """Anonymous memory that this process may still take; None where the system does not tell.
 
     The least of what the machine has, what its control group allows and what RLIMIT_DATA leaves.
+
+    Args:
+        processes: that share the machine and the group, and want as much each; a limit of data is
+            each one's own.
     """
     if sys.platform != "linux":
         return None
     import resource
 
     left = [_field(_SYSTEM, "MemAvailable")]
-    if limited_data():
-        limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
-        left.append(limit - (_status("VmData") or 0))
     with suppress(OSError, ValueError):  # version 2, as a container sees its own
         most = int((_GROUP / "memory.max").read_text(encoding="ascii"))
         held = _field(_GROUP / "memory.stat", "anon", unit=1)
         left.append(None if held is None else most - held)
-    known = [one for one in left if one is not None]
+    known = [one // processes for one in left if one is not None]
+    if limited_data():
+        limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+        known.append(limit - (_status("VmData") or 0))
     return max(min(known), 0) if known else None
 
 

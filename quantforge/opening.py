@@ -15,17 +15,20 @@ from torch import nn
 from quantforge.compilation import Job
 from quantforge.encoders import require_answerable
 from quantforge.errors import InputError, UsageError
+from quantforge.files import fingerprint
 from quantforge.format.footprint import Footprint
 from quantforge.latency import latency_model
 from quantforge.load.huggingface import described, from_module
 from quantforge.load.text import calibration_set, from_batches
 from quantforge.loading import load_source
+from quantforge.measurements import MEANT
 from quantforge.parallel import ALONE, Share
 from quantforge.plan_file import GivenPlan, read_assignment, read_fixed, require_grids
 from quantforge.planning import loadable_vocabulary, require_reachable, require_split
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe, Target, compose, resolve_target
 from quantforge.runtime.load import checked_device
+from quantforge.scratch import COPIES, Claims
 from quantforge.search.budget import Budget
 from quantforge.search.settled import needed_budget
 from quantforge.search.solvers import solver_for
@@ -138,7 +141,8 @@ def open_job(
         BudgetError: not even the smallest plan is within the limits.
         InputError: a model or text that is missing, broken or empty, or a plan that does not fit.
         UsageError: the budget limits latency and no device is named, or an unknown one is; or the
-            server does not load the network in so many parts.
+            server does not load the network in so many parts; or other processes of the run were
+            given something else.
     """
     monitor = monitor or Monitor()
     latency = latency_model(recipe.device, limit)
@@ -147,8 +151,9 @@ def open_job(
     else:
         with share.main_first():  # it fills the cache
             loaded = load_source(
-                recipe, device, trust_remote_code=trust_remote_code, monitor=monitor
-            )
+                recipe, device, trust_remote_code=trust_remote_code, monitor=monitor,
+                claims=Claims(copies=COPIES, processes=share.here, first=share.main),
+            )  # fmt: skip
     loaded.share = share
     require_answerable(loaded, recipe, limit)
     folder = loaded.source.path if loaded.source.kind == "folder" else None
@@ -176,6 +181,14 @@ def open_job(
             held_out_share=recipe.calibration.held_out_share,
             vocabulary=int(embedding.num_embeddings),
         )
+    share.require_equal(
+        fingerprint(
+            loaded.source.fingerprint, data.fingerprint, recipe.model_dump(mode="json"), seed,
+            None if limit is None else limit.text,
+            None if given is None else {name: str(spec) for name, spec in given.items()},
+        ),
+        MEANT,
+    )  # fmt: skip
     return Job(
         model=loaded,
         calibration=data,

@@ -135,7 +135,7 @@ class WorkEstimate:
         rate: multiply-adds a second of this network's forward pass, measured here.
         seconds: their quotient: the products alone, so a lower bound.
         memory_bytes: largest resident size, the process as it is now included; what is in scratch
-            files is not.
+            files is not. Several processes on one machine count together.
     """
 
     multiply_adds: float

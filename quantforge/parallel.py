@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import atexit
 import json
+import socket
 import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
@@ -81,11 +82,13 @@ class Share:
     Attributes:
         rank: of this process.
         count: of all.
+        here: how many of them share this machine's memory and disk, this one included.
         device: where they exchange tensors.
     """
 
     rank: int = 0
     count: int = 1
+    here: int = 1
     device: torch.device | str = "cpu"
 
     @classmethod
@@ -102,7 +105,10 @@ class Share:
         if not torch.distributed.is_initialized():
             atexit.register(_leave)  # its threads do not outlive the interpreter
         state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
-        return cls(rank=state.process_index, count=state.num_processes, device=device)
+        share = cls(rank=state.process_index, count=state.num_processes, device=device)
+        said = share.exchange(facts={"host": socket.gethostname()})
+        hosts = [one.facts["host"] for one in said]
+        return replace(share, here=hosts.count(hosts[share.rank]))
 
     @property
     def main(self) -> bool:

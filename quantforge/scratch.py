@@ -121,21 +121,55 @@ def aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def scratch_for(size: int) -> Scratch:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims:
+    """What is to be had beside a network's own bytes before it is loaded.
+
+    Attributes:
+        copies: scratch files of the run over those bytes; a network that is only run takes 1.
+        processes: of the run that share the disk and the memory.
+        first: this one loads before the others.
+    """
+
+    copies: float = 1.0
+    processes: int = 1
+    first: bool = True
+
+    def of(self, size: int) -> tuple[int, int]:
+        """Bytes that this process takes in all, and that must be free for it and the others.
+
+        Those that load together after the first one may have reserved their networks already.
+
+        Args:
+            size: bytes of the network.
+        """
+        own = int(self.copies * size)
+        return own, own * self.processes - (0 if self.first else size * (self.processes - 1))
+
+
+ONLY_RUN = Claims()
+WHOLE_RUN = Claims(copies=COPIES)
+
+
+def scratch_for(size: int, claims: Claims = WHOLE_RUN) -> Scratch:
     """Where a network of `size` bytes in float32 goes: files, or memory where it is small.
 
     Where files are not to be had it goes to memory if that is large enough, which is said.
+
+    Args:
+        size: bytes.
+        claims: of the run, and of others beside it.
 
     Raises:
         ResourceError: there is room for it nowhere.
     """
     if size <= SMALL_BYTES or os.name != "posix":
         return IN_MEMORY
-    folder, wanted = cache_root() / "scratch", int(COPIES * size)
+    folder, (own, wanted) = cache_root() / "scratch", claims.of(size)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
-        made = Scratch(folder, max(_LEAST_FILE, size // 16), wanted)
+        made = Scratch(folder, max(_LEAST_FILE, size // 16), own)
         if free >= wanted:
             made.reserve(size)
             if limited_data():
@@ -144,12 +178,13 @@ def scratch_for(size: int) -> Scratch:
         reason = f"whose disk has {free / 1e9:.2f} GB left"
     except (OSError, ResourceError) as error:
         reason = f"which cannot be used ({error})"
-    memory = available_bytes()
-    if memory is None or memory >= wanted:
+    memory = available_bytes(claims.processes)
+    if memory is None or memory >= own:
         logger.warning("the float network is held in memory, not in %s, %s", folder, reason)
         return IN_MEMORY
+    each = f" for each of {claims.processes} processes" if claims.processes > 1 else ""
     raise ResourceError(
-        f"the float network takes {wanted / 1e9:.2f} GB of scratch files in the cache "
+        f"the float network takes {own / 1e9:.2f} GB of scratch files{each} in the cache "
         f"{cache_root()}, {reason}, or as much memory, of which {memory / 1e9:.2f} GB are left: "
         f"free the disk or set {CACHE_VARIABLE} to another folder"
     )

@@ -33,7 +33,7 @@ from quantforge.models import (
 )
 from quantforge.models.linears import give_linears
 from quantforge.models.sizes import require_plausible
-from quantforge.scratch import IN_MEMORY, Scratch, scratch_for
+from quantforge.scratch import IN_MEMORY, ONLY_RUN, Claims, Scratch, scratch_for
 from quantforge.silence import quiet
 
 TOKENIZER_FILES = (
@@ -74,6 +74,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    claims: Claims = ONLY_RUN,
 ) -> Model:
     """Load the network and its tokenizer; in float32 on the CPU into scratch files, unless small.
 
@@ -84,6 +85,7 @@ def load_model(
         dtype: dtype of the weights in memory.
         device: where the network goes.
         trust_remote_code: let transformers run Python code that the folder contains.
+        claims: on disk and memory, of what is done with the network.
 
     Raises:
         InputError: unknown architecture, quantized, missing, unexpected, misshapen, truncated or
@@ -96,7 +98,9 @@ def load_model(
     _check_class(folder, config, trust_remote_code)
     streams = dtype == torch.float32 and torch.device(device).type == "cpu"
     auto = _auto_class(config)
-    module, loading, scratch = _built(folder, auto, dtype, trust_remote_code, streams=streams)
+    module, loading, scratch = _built(
+        folder, auto, dtype, trust_remote_code, claims if streams else None
+    )
     _check_loading(folder, module, loading)
     check_finite(module, str(source.location))
     give_linears(module, scratch=scratch)
@@ -113,12 +117,18 @@ def load_model(
 
 
 def _built(
-    folder: Path, auto: Any, dtype: torch.dtype, trust_remote_code: bool, *, streams: bool
+    folder: Path, auto: Any, dtype: torch.dtype, trust_remote_code: bool, claims: Claims | None
 ) -> tuple[nn.Module, dict[str, Any], Scratch]:
-    """The network, what transformers says of its weights, and where they are."""
+    """The network, what transformers says of its weights, and where they are.
+
+    Without `claims` it is in memory.
+    """
+    places, scratch = None, IN_MEMORY
     # A folder's own code may read its weights in its own way.
-    places = stored_tensors(weight_files(folder)) if streams and not trust_remote_code else None
-    scratch = IN_MEMORY if places is None else scratch_for(float_bytes(places))
+    if claims is not None and not trust_remote_code:
+        places = stored_tensors(weight_files(folder))
+    if claims is not None and places is not None:
+        scratch = scratch_for(float_bytes(places), claims)
     with malformed(f"{folder} cannot be loaded"), quiet():
         if places is not None and scratch.on_disk:
             return *build(folder, auto, read_tensors(places, scratch)), scratch

@@ -19,6 +19,7 @@ from quantforge.estimate import (
     states_bytes,
 )
 from quantforge.load.huggingface import from_module
+from quantforge.parallel import Share
 from quantforge.recipe import Recipe
 from quantforge.testing import markov_tokens, tiny_llama
 from quantforge.types import CalibrationSet
@@ -123,14 +124,20 @@ def test_a_run_that_memory_cannot_hold_is_refused_with_what_to_change(
 ):
     chosen = recipe(rounding={"steps": 1})
     wanted = added_bytes(Shape.of(model, calibration, chosen), chosen)
-    monkeypatch.setattr(module, "available_bytes", lambda: wanted)
+    monkeypatch.setattr(module, "available_bytes", lambda processes: wanted // processes)
     require_memory(model, calibration, chosen)
-    monkeypatch.setattr(module, "available_bytes", lambda: None)
+    monkeypatch.setattr(module, "available_bytes", lambda _: None)
     require_memory(model, calibration, chosen)
-    monkeypatch.setattr(module, "available_bytes", lambda: wanted - 1)
+    monkeypatch.setattr(module, "available_bytes", lambda processes: 2 * wanted // processes - 1)
+    monkeypatch.setattr(model, "share", Share(count=2, here=2))
+    with pytest.raises(ResourceError, match=r"each of 2 processes, .* start fewer processes"):
+        require_memory(model, calibration, chosen)
+    monkeypatch.setattr(model, "share", Share(count=2))  # the other one is on another machine
+    require_memory(model, calibration, chosen)
+    monkeypatch.setattr(module, "available_bytes", lambda _: wanted - 1)
     with pytest.raises(ResourceError, match=r"sequences lower or set quantize\.rounding\.steps=0"):
         require_memory(model, calibration, chosen)
-    monkeypatch.setattr(module, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(module, "available_bytes", lambda _: 1000)
     with pytest.raises(ResourceError, match=r"0\.00 GB are left: .* or leave training out"):
         require_memory(model, calibration, recipe(training={"tokens": 1}))
 

@@ -76,7 +76,7 @@ def run(order, rank):
         os.dup2(os.open(f"{order['said']}.{rank}.{kind}", os.O_WRONLY | os.O_CREAT), number)
     code = 1
     try:
-        main(order["words"])
+        main(order["words"] + order["last"] * (rank == order["count"] - 1))
     except SystemExit as end:
         code = end.code
     sys.stdout.flush()
@@ -121,7 +121,7 @@ def command(tmp_path_factory):
     with server:
         assert server.stdout.readline() == "ready\n"
 
-        def run(*words, count=2, cache, disturb=None):
+        def run(*words, count=2, cache, disturb=None, last=()):
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = str(probe.getsockname()[1])
@@ -131,7 +131,7 @@ def command(tmp_path_factory):
                 (cache / "native").symlink_to(cache_root() / "native", target_is_directory=True)
             order = {
                 "words": list(map(str, words)), "count": count, "cache": str(cache), "port": port,
-                "said": str(said), "disturb": disturb,
+                "said": str(said), "disturb": disturb, "last": list(last),
             }  # fmt: skip
             print(json.dumps(order), file=server.stdin, flush=True)
             codes = json.loads(server.stdout.readline())
@@ -239,6 +239,25 @@ def test_an_error_of_one_rank_is_said_once_and_ends_all(command, words, tmp_path
     assert codes == [code, code]
     assert err == [[line], []]
     assert list(tmp_path.glob("*out*")) == []
+
+
+def test_ranks_that_were_given_other_things_are_refused(command, alone, checkpoint, text, tmp_path):
+    """Where nothing is searched, and where a network is evaluated."""
+    settled = [
+        "search.solver=uniform", "search.bits=[4]", "search.group_sizes=[32]",
+        "quantize.method=rtn", "quantize.tuning.steps=0", "quantize.rounding.steps=0",
+        "calibration.sequences=20", "calibration.sequence_length=32",
+    ]  # fmt: skip
+    words = ["quantize", checkpoint, "--calibration", text, "-o", tmp_path / "out"]
+    words += [word for one in settled for word in ("--set", one)]
+    codes, _, err = command(*words, cache=tmp_path, last=["--seed", "1"])
+    assert codes == [2, 2]
+    assert err[0][0].startswith("error: process 1 of this run has another model, text, config")
+    assert not (tmp_path / "out").exists()
+    words = ["eval", alone, "--text", text, "--windows", 2, "--window-length", 24]
+    codes, _, err = command(*words, cache=tmp_path, last=["--windows", "3"])
+    assert codes == [2, 2]
+    assert err[0][0].startswith("error: process 1 of this run has another reference, text or prec")
 
 
 def test_commands_of_one_process_are_refused(command, alone, tmp_path):

@@ -13,7 +13,15 @@ import torch
 from quantforge import scratch as module
 from quantforge.errors import ResourceError
 from quantforge.memory import _status, anonymous_bytes, available_bytes
-from quantforge.scratch import COPIES, IN_MEMORY, SMALL_BYTES, Scratch, scratch_for
+from quantforge.scratch import (
+    COPIES,
+    IN_MEMORY,
+    ONLY_RUN,
+    SMALL_BYTES,
+    Claims,
+    Scratch,
+    scratch_for,
+)
 from quantforge.testing import random_weight
 from quantforge.types import QuantSpec
 
@@ -106,7 +114,7 @@ def room(tmp_path, monkeypatch):
     def say(disk, memory):
         usage = shutil.disk_usage(tmp_path)._replace(free=disk)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        monkeypatch.setattr(module, "available_bytes", lambda: memory)
+        monkeypatch.setattr(module, "available_bytes", lambda processes: memory // processes)
 
     return say
 
@@ -124,6 +132,30 @@ def test_small_networks_stay_in_memory_and_others_go_where_there_is_room(room, c
     room(wanted - 1, wanted - 1)
     with pytest.raises(ResourceError, match=r"takes 0.08 GB of scratch .* QUANTFORGE_CACHE"):
         scratch_for(size)
+
+
+def test_a_network_that_is_only_run_takes_its_own_size(room):
+    size = 2 * SMALL_BYTES
+    room(size, 0)
+    made = scratch_for(size, ONLY_RUN)
+    assert (made.on_disk, made.run_bytes) == (True, size)
+    room(size - 1, size - 1)
+    with pytest.raises(ResourceError, match=r"takes 0.03 GB of scratch files in the cache"):
+        scratch_for(size, ONLY_RUN)
+
+
+def test_all_processes_of_a_machine_are_counted(room):
+    """The first one looks at an empty disk, the others when their networks may have their room."""
+    size = 2 * SMALL_BYTES
+    for first, wanted in ((True, 3 * int(2.5 * size)), (False, 3 * int(2.5 * size) - 2 * size)):
+        claims = Claims(copies=2.5, processes=3, first=first)
+        room(wanted, 0)
+        assert scratch_for(size, claims).run_bytes == int(2.5 * size)
+        room(wanted - 1, 3 * int(2.5 * size))
+        assert scratch_for(size, claims) is IN_MEMORY
+        room(wanted - 1, 3 * int(2.5 * size) - 1)
+        with pytest.raises(ResourceError, match="scratch files for each of 3 processes"):
+            scratch_for(size, claims)
 
 
 def test_a_disk_that_is_full_is_said_when_a_file_is_made(room, monkeypatch):
@@ -151,9 +183,11 @@ def test_available_memory_knows_the_limit_of_data():
 
     free = available_bytes()
     assert free > 100 * MIB
+    assert available_bytes(4) < free / 3
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + 64 * MIB, limits[1]))
         assert 32 * MIB < available_bytes() <= 64 * MIB
+        assert 32 * MIB < available_bytes(2) <= 64 * MIB  # a limit is each process's own
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
