@@ -13,17 +13,20 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from quantforge.scratch import IN_MEMORY, Scratch
+
 
 class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, [rows, heads, length, features], as views of reserved tensors.
 
     Args:
         capacity: the longest length.
+        scratch: where they are, on the CPU.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, scratch: Scratch = IN_MEMORY) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._capacity = capacity
+        self._capacity, self._scratch = capacity, scratch
         self._reserved: tuple[Tensor, ...] = ()
 
     def update(
@@ -38,7 +41,7 @@ class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
             rows, heads, _length, _features = key_states.shape
             self._reserved = tuple(
-                states.new_empty(rows, heads, self._capacity, states.shape[-1])
+                self._reserve(states, (rows, heads, self._capacity, states.shape[-1]))
                 for states in (key_states, value_states)
             )
         start = self.get_seq_length()
@@ -50,8 +53,14 @@ class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.keys, self.values = (reserved[..., :end, :] for reserved in self._reserved)
         return self.keys, self.values
 
+    def _reserve(self, states: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of any values, of the states' kind."""
+        if self._scratch.on_disk and states.device.type == "cpu":
+            return self._scratch.empty(shape, states.dtype)
+        return states.new_empty(shape)
 
-def reserved_cache(config: Any, capacity: int) -> DynamicCache:
+
+def reserved_cache(config: Any, capacity: int, scratch: Scratch = IN_MEMORY) -> DynamicCache:
     """An empty cache for a network of this configuration.
 
     Layers that look at all tokens get reserved memory; those with a sliding window keep
@@ -60,9 +69,11 @@ def reserved_cache(config: Any, capacity: int) -> DynamicCache:
     Args:
         config: the network's.
         capacity: tokens a row, prompt included.
+        scratch: where keys and values are, on the CPU.
     """
     cache = DynamicCache(config=config)
     cache.layers = [
-        ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
+        ReservedLayer(capacity, scratch) if type(layer) is DynamicLayer else layer
+        for layer in cache.layers
     ]
     return cache

@@ -5,7 +5,9 @@ every CPython. "self" is sampled from the model: half of it after the opening of
 its chat template, half after a single random token, as in data-free quantization (LLM-QAT, Liu et
 al. 2023). Sampling is a batched decode with a key-value cache in bfloat16, in pieces of
 `PIECE_LENGTH` tokens, because the cost of attention to the cache grows with the length; for one
-query a row, plain matrix products are twice as fast on CPUs as the fused attention kernel.
+query a row, plain matrix products are twice as fast on CPUs as the fused attention kernel. The
+rounded weights and the cache are where the float network is: of a large one in scratch files, since
+both grow with depth.
 """
 
 from __future__ import annotations
@@ -173,7 +175,7 @@ def _new_cache(model: Model, capacity: int) -> Any:
     from quantforge.load.key_value_cache import reserved_cache
 
     network: Any = model.module
-    return reserved_cache(network.config, capacity)
+    return reserved_cache(network.config, capacity, model.scratch)
 
 
 def _step_function(model: Model) -> Callable[[Tensor, Any], Tensor]:
@@ -185,7 +187,15 @@ def _step_function(model: Model) -> Callable[[Tensor, Any], Tensor]:
     parameters = dict(model.module.named_parameters())
     device = next(iter(parameters.values())).device
     dtype = torch.bfloat16 if _fast_bfloat16(device) else torch.float32
-    weights = {name: tensor.detach().to(dtype) for name, tensor in parameters.items()}
+    scratch = model.scratch
+    weights = {
+        name: tensor.detach()
+        if tensor.dtype == dtype
+        else scratch.empty(tensor.shape, dtype).copy_(tensor.detach())
+        if scratch.on_disk
+        else tensor.detach().to(dtype)
+        for name, tensor in parameters.items()
+    }
     path = model.architecture.blocks.rpartition(".")[0]
     body: Any = model.module.get_submodule(path)
     inside = {n.removeprefix(f"{path}."): w for n, w in weights.items() if n.startswith(f"{path}.")}

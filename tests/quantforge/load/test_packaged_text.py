@@ -1,3 +1,4 @@
+import sys
 import threading
 
 import pytest
@@ -14,7 +15,9 @@ from quantforge.load.packaged_text import (
     sampled_tokens,
 )
 from quantforge.load.text import DEFAULT_TEXT, CalibrationConfig, calibration_set
+from quantforge.memory import anonymous_bytes, trim_heap
 from quantforge.progress import Monitor
+from quantforge.scratch import IN_MEMORY, Scratch
 from quantforge.testing import markov_tokens, tiny_llama, train
 
 SMALL = {"sequences": 16, "sequence_length": 32}
@@ -60,6 +63,32 @@ def test_a_prompt_gives_the_logits_of_a_plain_pass_and_the_head_sees_one_positio
     for logits, position in zip(found, (7, 8, 11), strict=True):
         torch.testing.assert_close(logits, expected[:, position], rtol=0, atol=0.1)  # bfloat16
     assert expected.std() > 1.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_large_networks_copy_and_cache_are_in_scratch_files(tmp_path):
+    """The same tokens, and less memory than the rounded weights and the cache take."""
+    model = from_module(tiny_llama(hidden=256, intermediate=1024, blocks=8, vocabulary=64))
+    weights = 2 * sum(one.numel() for one in model.module.parameters())
+    rows, taken = [], []
+    for scratch in (IN_MEMORY, Scratch(tmp_path)):
+        model.scratch = scratch
+        held: list[int] = []
+
+        def look(_event, held=held):
+            trim_heap()
+            held.append(anonymous_bytes())
+
+        trim_heap()
+        before = anonymous_bytes()
+        rows.append(sampled_tokens(model, 300, seed=0, monitor=Monitor(progress=look)))
+        taken.append(max(held) - before)
+    assert torch.equal(rows[0], rows[1])
+    assert taken[1] < 0.5 * weights
+    assert taken[1] < taken[0] - (
+        0.7 * weights if packaged_text._fast_bfloat16(model.device) else 0
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sampling_leaves_the_model_as_it_was(model):
