@@ -25,7 +25,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +124,10 @@ def remembered(path: Path, look: Callable[[], Refined], share: Share = ALONE) ->
     text = share.exchange(facts={"text": text})[0].facts["text"]
     with suppress(ValueError, KeyError, TypeError, InputError):
         kept = json.loads(text)
+        plan = plan_from_dict(kept["plan"])
+        order = {name: plan.assignment[name] for name in kept["order"]}  # JSON's is by name
         return Refined(
-            plan=plan_from_dict(kept["plan"]),
+            plan=replace(plan, assignment=order),
             rounds=tuple(RefinementRound(**one) for one in kept["rounds"]),
         )
     found = look()
@@ -134,7 +136,8 @@ def remembered(path: Path, look: Callable[[], Refined], share: Share = ALONE) ->
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         rounds = [asdict(one) for one in found.rounds]
-        write_json(path, {"plan": plan_to_dict(found.plan), "rounds": rounds})
+        kept = {"plan": plan_to_dict(found.plan), "order": list(found.plan.assignment)}
+        write_json(path, {**kept, "rounds": rounds})
     return found
 
 

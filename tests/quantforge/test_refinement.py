@@ -3,6 +3,7 @@
 import copy
 import itertools
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -290,6 +291,7 @@ def test_what_refinement_does_not_go_with_is_said():
 def test_what_was_found_is_read_back_and_a_broken_file_is_made_again(tmp_path):
     loss = Quadratic(0)
     plan = search(loss.sensitivity, Budget.parse("2.5bit"), SearchConfig())
+    plan = replace(plan, assignment=dict(reversed(plan.assignment.items())))  # not by name
     one = RefinementRound(plans=3, layers=1, before=0.2, after=1 / 7, stderr=0.01)
     path, looks = tmp_path / "refined" / "a.json", []
 
@@ -304,6 +306,7 @@ def test_what_was_found_is_read_back_and_a_broken_file_is_made_again(tmp_path):
     assert remembered(path, look).rounds == (one,)
     assert len(looks) == 3
     assert remembered(path, look).plan == plan
+    assert list(remembered(path, look).plan.assignment) == list(plan.assignment)
     assert len(looks) == 3
 
 
