@@ -14,12 +14,18 @@ The state with the least error on sequences that are not trained on is kept, the
 included: this never makes a block worse on them. Training may end early when such states no longer
 come (`patience`); the step sizes fall as if it did not, so that what is kept does not depend on it
 until then.
+
+A step sees few sequences, one by default, so several processes do not share these. They share the
+layers: each has the latents and the gradients of a run of them, and gets the other weights from
+whoever has theirs. The forward pass is everybody's; the backward pass of a process ends at its
+first layer, so the last runs are longer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -169,11 +175,10 @@ def refine_block(
     Returns:
         layer path → the weight with the least error on the held-out batches, which may be `start`.
     """
-    names = {name: f"{name}.weight" for name in start}
     best = dict(start)
     pieces, product = task.pieces(config.batch), product_dtype(task.precision)
-    least = task.held_out_error({names[n]: w.dequantize(product) for n, w in start.items()})
-    trained = {name: TrainableWeight.start(floats[name], start[name]) for name in start}
+    least = task.held_out_error(_dequantized(start, product))
+    trained = _Shared(floats, start, task.share)
     order: list[int] = []
     waited = 0
     for step in range(config.steps):
@@ -182,17 +187,98 @@ def refine_block(
         if not order:
             order = torch.randperm(len(pieces), generator=generator).tolist()
         with frozen(task.block), torch.enable_grad():
-            weights = {names[name]: one.weight(product) for name, one in trained.items()}
-            loss = task.common_error(weights, pieces[order.pop()])
-        torch.autograd.backward(loss)
+            loss = task.common_error(trained.weights(product), pieces[order.pop()])
+        if loss.requires_grad:  # else this process has no layer
+            torch.autograd.backward(loss)
         remaining = 1.0 - step / config.steps
-        for one in trained.values():
+        for one in trained.own.values():
             one.step(config.latent_step * remaining, config.scale_step * remaining, config.momentum)
         if (step + 1) % config.check_every == 0 or step + 1 == config.steps:
-            reached = {name: one.finish() for name, one in trained.items()}
-            rounded = {names[name]: one.dequantize(product) for name, one in reached.items()}
-            error = task.held_out_error(rounded)
+            reached = trained.finish()
+            error = task.held_out_error(_dequantized(reached, product))
             waited = 0 if error < least else waited + 1
             if error < least:
                 best, least = reached, error
     return best
+
+
+class _Shared:
+    """The layers of a block while their rounding is learned, each in one process.
+
+    Attributes:
+        own: layer path → what this process learns.
+    """
+
+    def __init__(
+        self, floats: Mapping[str, Tensor], start: Mapping[str, QuantizedWeight], share: Share
+    ) -> None:
+        self._start, self._share = start, share
+        first, last = layer_runs([w.codes.numel() for w in start.values()], share.count)[share.rank]
+        self.own = {
+            name: TrainableWeight.start(floats[name], start[name])
+            for name in list(start)[first:last]
+        }
+
+    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Parameter path → weight as it stands; own ones are leaves that collect gradients."""
+        own = {f"{name}.weight": one.weight(dtype) for name, one in self.own.items()}
+        if self._share.count == 1:
+            return own
+        given = self._share.joined({name: one.detach() for name, one in own.items()})
+        found = {}
+        for name, begun in self._start.items():
+            path = f"{name}.weight"
+            found[path] = own[path] if path in own else given[path].to(begun.codes.device)
+        return found
+
+    def finish(self) -> dict[str, QuantizedWeight]:
+        """Layer path → the integers and scales that were learned, of all processes."""
+        own = {name: one.finish() for name, one in self.own.items()}
+        if self._share.count == 1:
+            return own
+        given = self._share.joined(
+            {f"{n}.codes": one.codes for n, one in own.items()}
+            | {f"{n}.scale": one.scale for n, one in own.items()}
+        )
+        found = {}
+        for name, begun in self._start.items():
+            device = begun.codes.device
+            codes, scale = (given[f"{name}.{kind}"].to(device) for kind in ("codes", "scale"))
+            found[name] = replace(begun, codes=codes, scale=scale)
+        return found
+
+
+def _dequantized(weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Parameter path → weight of layers in a block."""
+    return {f"{name}.weight": one.dequantize(dtype) for name, one in weights.items()}
+
+
+def layer_runs(sizes: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """Runs of a block's layers for so many processes, first and one after the last; maybe empty.
+
+    The dearest process is as cheap as can be: one with layers makes their gradients and takes the
+    backward pass through all layers behind its first.
+
+    Args:
+        sizes: weights of the layers, in forward order.
+        count: of processes.
+    """
+    behind = [sum(sizes[place:]) for place in range(len(sizes) + 1)]
+
+    @cache
+    def best(first: int, left: int) -> tuple[int, tuple[int, ...]]:
+        """Cost of the dearest of `left` processes for layers from `first` on, and their ends."""
+        if first == len(sizes):
+            return 0, (first,) * left
+        through = behind[first + 1]
+        if left == 1:
+            return through + behind[first], (len(sizes),)
+        found = []
+        for end in range(first, len(sizes) + 1):
+            rest, ends = best(end, left - 1)
+            own = through + behind[first] - behind[end] if end > first else 0
+            found.append((max(own, rest), (end, *ends)))
+        return min(found)
+
+    ends = best(0, count)[1]
+    return list(zip((0, *ends[:-1]), ends, strict=True))
