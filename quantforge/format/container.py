@@ -16,6 +16,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -283,7 +284,8 @@ class ContainerWriter:
                 self._assemble()
         finally:
             for size, spool in self._spools.items():
-                spool.close()
+                with suppress(OSError):  # a full disk: said already, and the others close too
+                    spool.close()
                 self._spool_path(size).unlink(missing_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> str:
