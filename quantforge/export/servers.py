@@ -60,7 +60,8 @@ class ServerRule:
         levels: it reads ternary and balanced grids, which are in our own format.
         refuses: classes of networks for whose layers it has no packed ones.
         renames: classes of networks whose layers it knows by other names than transformers does,
-            which are those of our folders.
+            which are those of our folders. vLLM's mixtral.py has `block_sparse_moe.experts.0.w1`
+            to `w3`, as the hub's checkpoints, and no way from `mlp.experts.0.gate_proj`.
     """
 
     name: str

@@ -11,6 +11,7 @@ from quantforge.calibrate.backward import backward_blocks
 from quantforge.calibrate.fisher import weight_gradients
 from quantforge.capture import BlockWalk, stage_grams
 from quantforge.errors import InputError, UsageError
+from quantforge.export.servers import SERVERS, network_problems
 from quantforge.load.huggingface import from_module, load_model
 from quantforge.load.source import resolve_source
 from quantforge.methods.gptq import gptq
@@ -188,7 +189,10 @@ def test_starved_experts_are_rounded_and_others_compensated(method, monkeypatch)
             assert not starved or f": {count} calibration tokens reached it" in one.report.note
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "name",
+    [one if one == "qwen2_moe" else pytest.param(one, marks=pytest.mark.full) for one in MIXTURES],
+)
 def test_mixed_bits_are_searched_written_read_and_announced(name, tmp_path, monkeypatch):
     for place in (capture, delivery):
         monkeypatch.setattr(place, "LEAST_TOKENS", 10_000)
@@ -229,6 +233,13 @@ def test_mixed_bits_are_searched_written_read_and_announced(name, tmp_path, monk
     assert not any("stacked" in line or "different specs" in line for line in found)
     other_names = [line for line in found if "by the names of the hub's checkpoints" in line]
     assert len(other_names) == (name == "mixtral")
+
+
+def test_vllm_knows_mixtrals_experts_by_other_names():
+    names = {one: {"architectures": [type(network(one)).__name__]} for one in MIXTURES}
+    found = {one: network_problems(SERVERS["vllm"], config, 1) for one, config in names.items()}
+    assert [len(found[one]) for one in MIXTURES] == [one == "mixtral" for one in MIXTURES]
+    assert "by the names of the hub's checkpoints" in found["mixtral"][0]
 
 
 @EVERY
