@@ -12,8 +12,8 @@ its exact sum (BRECQ, QDrop), which costs fewer bits' worth of error and more me
 is added and also read by a layer is rounded either way. A shared grid of the operands, as some
 runtimes want, would be as wide as the wider one; two rescalings cost nothing beside a convolution.
 
-Layers whose outputs are added without anything between share a spec (HAWQ-V3's down-sampling
-convolutions): `fused_group`.
+A down-sampling convolution shares a spec with the convolution beside it, which reads the same
+input, as in HAWQ-V3's published tables (its text says otherwise): `fused_group`.
 """
 
 from __future__ import annotations
@@ -125,10 +125,10 @@ def tied_layers(graph: fx.Graph) -> dict[str, str]:
     """Layer name → name of the first layer that it is tied to."""
     tied = {str(node.target): str(node.target) for node in graph.nodes if is_layer(node)}
     for node in graph.nodes:
-        if not is_residual(node):
+        if not is_residual(node) or not all(is_layer(one) for one in node.args[:2]):
             continue
-        added = [one for one in node.args[:2] if isinstance(one, fx.Node)]
-        if all(is_layer(one) for one in added):
-            first, second = sorted((str(one.target) for one in added), key=list(tied).index)
-            tied[second] = tied[first]
+        for added in node.args[:2]:
+            beside = [one for one in added.args[0].users if is_layer(one) and one is not added]
+            if beside:
+                tied[str(added.target)] = tied[str(beside[0].target)]
     return tied

@@ -147,7 +147,7 @@ def test_residual_blocks_are_blocks_and_their_shortcuts_are_tied():
     for block in network.blocks:
         assert segment(network, block)  # needs nothing but its source
     groups = {layer.name: layer.fused_group for layer in network.layers}
-    assert groups["3.down.0"] == "3.two"
+    assert groups["3.down.0"] == "3.one"
     assert groups["2.two"] == "2.two"
 
 
