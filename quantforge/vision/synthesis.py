@@ -47,7 +47,7 @@ class Synthesis:
     """How pictures are made.
 
     Attributes:
-        steps: of Adam; of 64 pictures for EfficientNet-Lite0 one takes about two seconds of a core.
+        steps: of Adam; one takes about three seconds of a core for 64 pictures of 224 × 224.
         batch: pictures whose statistics are matched together.
         rate: of Adam, relative to the deviation that a coefficient starts with; it falls to 0 as a
             cosine.
@@ -104,6 +104,34 @@ def statistics_error(network: VisionNetwork, inputs: Tensor) -> Tensor:
     return made.error()
 
 
+class _Moments(torch.autograd.Function):
+    """[n, channels, ..] → variance and mean of every channel.
+
+    With its slope written out, 2 (x - mean) / count and 1 / count, it takes a third of the time of
+    `torch.var_mean`, which would be most of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both [channels]."""
+        rows = x.movedim(1, -1).reshape(-1, x.shape[1])
+        mean = rows.mean(0)
+        square = torch.linalg.vector_norm(rows, dim=0).square() / len(rows)
+        ctx.save_for_backward(x, mean)
+        return (square - mean.square()).clamp_min(0), mean
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+        """Of the sum of both."""
+        x, mean = ctx.saved_tensors
+        of_variance, of_mean = slopes
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        count = x.numel() / x.shape[1]
+        slope = 2 * of_variance / count
+        shift = of_mean / count - slope * mean
+        return torch.addcmul(shift.view(shape), x, slope.view(shape))
+
+
 class _Matching(fx.Interpreter):
     """The float network, which notes how far its layers' statistics are from those of training."""
 
@@ -117,8 +145,7 @@ class _Matching(fx.Interpreter):
         made = super().run_node(n)
         if n.op == "call_module" and n.target in self._wanted:
             mean, deviation = self._wanted[str(n.target)]
-            values = made.transpose(0, 1).flatten(1)
-            variance, average = torch.var_mean(values, dim=1, correction=0)
+            variance, average = _Moments.apply(made)  # type: ignore[no-untyped-call]
             # The root's slope has no bound at 0, where dead channels are.
             off = (average - mean).square() + ((variance + TINY).sqrt() - deviation).square()
             self._errors.append(off.mean() / deviation.square().mean().clamp_min(TINY))

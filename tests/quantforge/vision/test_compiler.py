@@ -93,7 +93,7 @@ def test_a_target_of_accuracy_is_met_with_fewer_bits_than_uniform():
 def test_reconstruction_is_kept_where_held_out_pictures_gain():
     one = job(
         search={"bits": [2], "solver": "uniform"}, reconstruction={"steps": 100, "batch": 16},
-        count=256,
+        weights={"feedback": "nearest"}, count=256,
     )  # fmt: skip
     plan = one.find(Budget.parse("4bit")).plan
     made = one.finish(plan)

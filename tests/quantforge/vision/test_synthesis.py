@@ -12,7 +12,7 @@ from quantforge.errors import CancelledError
 from quantforge.progress import Monitor
 from quantforge.vision.building import build
 from quantforge.vision.network import Preprocessing, VisionNetwork
-from quantforge.vision.synthesis import Synthesis, statistics_error, synthesise
+from quantforge.vision.synthesis import Synthesis, _Moments, statistics_error, synthesise
 
 PREPARE = Preprocessing(size=(16, 12), mean=(0.5, 0.4, 0.3), deviation=(0.2, 0.25, 0.5))
 
@@ -64,6 +64,23 @@ def test_the_error_is_the_formula(tiny):
             parts.append(off)
         errors.append(sum(parts) / sum(float(d) ** 2 for d in deviation))
     assert float(statistics_error(tiny, x)) == pytest.approx(sum(errors) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 4, 6), (3, 4, 5, 6)])
+def test_moments_and_their_slopes_are_those_of_autograd(shape):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    sides = [d for d in range(len(shape)) if d != 1]
+    expected = torch.var_mean(x, dim=sides, correction=0)
+    made = _Moments.apply(x)
+    weights = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    slopes = []
+    for one, other in zip(made, expected, strict=True):
+        assert torch.allclose(one, other)
+    for pair in (made, expected):
+        total = (pair[0] * weights[0]).sum() + (pair[1] * weights[1]).sum()
+        slopes.append(torch.autograd.grad(total, x)[0])
+    assert torch.allclose(*slopes)
 
 
 def test_pictures_come_to_have_the_statistics(tiny):
