@@ -12,6 +12,7 @@ using namespace quantforge;
 namespace {
 
 constexpr int64_t CHUNK_BYTES = 1 << 19;  // of gathered rows: half of a core's second cache
+constexpr int64_t ENOUGH = 64;             // positions a thread, to pay for decoding the weight
 
 Places places_of(const int64_t* n) {
   return Places{n[0], n[1], n[2],  n[3],  n[4],  n[5],  n[6],     n[7],        n[8],
@@ -55,6 +56,94 @@ struct Panels {
   int64_t first(int64_t panel) const { return panel * tiles / count; }
 };
 
+struct Work {
+  const uint8_t* x;
+  const Places& places;
+  const Run* runs;
+  const IntegerWeight& weight;
+  const Epilogue& to;
+  Panels panels;
+
+  int64_t stride() const { return places.direct ? places.channels : places.row_bytes; }
+  int64_t chunk(int64_t positions) const {
+    return std::min(positions, std::max<int64_t>(64, CHUNK_BYTES / stride()));
+  }
+};
+
+// Decodes a panel of a part; `held` says which one `space` has.
+void hold_panel(const Work& work, int64_t part, int64_t panel, Words* space, int64_t& held) {
+  const int64_t index = part * work.panels.count + panel;
+  if (held == index) return;
+  const int64_t tile = work.panels.first(panel), tiles = work.panels.first(panel + 1) - tile;
+  for (int64_t v = 0; v < tiles; ++v)
+    decode_any(work.weight, part * work.panels.tiles + tile + v, space + v, tiles);
+  held = index;
+}
+
+// Positions [first, last) of one panel; `rows` is where position `first` starts.
+void panel_product(const Work& work, int64_t part, int64_t panel, const Words* space,
+                   const uint8_t* rows, int64_t first, int64_t last) {
+  const int64_t tile = work.panels.first(panel), tiles = work.panels.first(panel + 1) - tile;
+  const int64_t channel = tile * LANES, out_part = work.places.out_part;
+  const Target target{part * work.panels.tiles + tile, part * out_part + channel,
+                      out_part - channel};
+  any_rows(tiles, work.weight, Rows{rows, work.stride()}, space, work.places.zero, work.to, target,
+           first, last - first);
+}
+
+// Memory for gathered rows; what no run covers counts as padding.
+uint8_t* room_for_rows(const Work& work, Space<uint8_t>& space, int64_t count) {
+  if (work.places.direct) return nullptr;
+  uint8_t* rows = space.start(count * work.stride());
+  std::memset(rows, work.places.zero, count * work.stride());
+  return rows;
+}
+
+// Positions [first, last) by one thread alone: it waits for nobody.
+void alone(const Work& work, int64_t first, int64_t last, Words* panel_space) {
+  static thread_local Space<uint8_t> gathered;
+  const int64_t chunk = work.chunk(last - first);
+  uint8_t* rows = room_for_rows(work, gathered, chunk);
+  int64_t held = -1;
+  for (int64_t part = 0; part < work.places.parts; ++part)
+    for (int64_t from = first; from < last; from += chunk) {
+      const int64_t until = std::min(from + chunk, last);
+      if (rows)
+        gather(work.places, work.runs, work.x, from, until, part * work.places.in_part, rows);
+      const uint8_t* start = rows ? rows : work.x + from * work.stride();
+      for (int64_t panel = 0; panel < work.panels.count; ++panel) {
+        hold_panel(work, part, panel, panel_space, held);
+        panel_product(work, part, panel, panel_space, start, from, until);
+      }
+    }
+}
+
+// All positions by all threads of a team: they share the rows, and each has its own panels, so that
+// none is decoded twice unless there are fewer panels than threads.
+void together(const Work& work, uint8_t* rows, Words* panel_space) {
+  const int64_t team = omp_get_num_threads(), positions = work.places.positions();
+  const int64_t shares = team / std::gcd(work.panels.count, team), stride = work.stride();
+  int64_t held = -1;
+  for (int64_t part = 0; part < work.places.parts; ++part) {
+    if (rows) {
+#pragma omp for schedule(static)
+      for (int64_t share = 0; share < team; ++share) {
+        const int64_t from = share * positions / team, until = (share + 1) * positions / team;
+        gather(work.places, work.runs, work.x, from, until, part * work.places.in_part,
+               rows + from * stride);
+      }
+    }
+    const uint8_t* start = rows ? rows : work.x;
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < work.panels.count * shares; ++task) {
+      const int64_t panel = task / shares, share = task % shares;
+      const int64_t from = share * positions / shares, until = (share + 1) * positions / shares;
+      hold_panel(work, part, panel, panel_space, held);
+      panel_product(work, part, panel, panel_space, start + from * stride, from, until);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -69,63 +158,31 @@ int qf_convolution_instructions() {
 #endif
 }
 
-// out = x convolved with the weight. All threads gather the rows of a chunk of positions, then take
-// pairs of a panel and a share of the chunk.
+// out = x convolved with the weight. Threads take positions of their own where there are many, and
+// output channels where there are few.
 void qf_convolve(const uint8_t* x, const int64_t* place_numbers, const int64_t* run_numbers,
                  const int64_t* weight_numbers, const void* const* weight_arrays,
                  const int64_t* numbers, const float* floats, const void* const* arrays,
                  int threads, void* out) {
   const Places places = places_of(place_numbers);
-  const Run* runs = reinterpret_cast<const Run*>(run_numbers);
   const IntegerWeight weight = weight_of(weight_numbers, weight_arrays);
   const Epilogue to = epilogue_of(numbers, floats, arrays, out);
-  const Panels panels(places.out_part);
+  const Work work{x,  places, reinterpret_cast<const Run*>(run_numbers), weight,
+                  to, Panels(places.out_part)};
   const int64_t positions = places.positions();
-  const int64_t stride = places.direct ? places.channels : places.row_bytes;
-  const int64_t chunk = std::min(positions, std::max<int64_t>(64, CHUNK_BYTES / stride));
+  const bool many = positions >= ENOUGH * threads;
   static thread_local Space<uint8_t> gathered;
-  uint8_t* rows = nullptr;
-  if (!places.direct) {
-    rows = gathered.start(chunk * stride);
-    std::memset(rows, places.zero, chunk * stride);  // what no run covers counts as padding
-  }
+  uint8_t* rows = many ? nullptr : room_for_rows(work, gathered, positions);
   const int64_t a_panel = weight.units * SLOTS * MOST_TILES;
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Space<Words> decoded;
     Words* panel_space = decoded.start(a_panel);
-    const int64_t team = omp_get_num_threads();
-    const int64_t shares = team / std::gcd(panels.count, team);
-    for (int64_t part = 0; part < places.parts; ++part) {
-      int64_t held = -1;
-      for (int64_t first = 0; first < positions; first += chunk) {
-        const int64_t count = std::min(chunk, positions - first);
-        if (!places.direct) {
-#pragma omp for schedule(static)
-          for (int64_t share = 0; share < team; ++share) {
-            const int64_t from = share * count / team, until = (share + 1) * count / team;
-            gather(places, runs, x, first + from, first + until, part * places.in_part,
-                   rows + from * stride);
-          }
-        }
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < panels.count * shares; ++task) {
-          const int64_t panel = task / shares, share = task % shares;
-          const int64_t from = share * count / shares, until = (share + 1) * count / shares;
-          const int64_t tile = panels.first(panel), tiles = panels.first(panel + 1) - tile;
-          const int64_t own = part * panels.tiles + tile;
-          if (held != panel) {
-            for (int64_t v = 0; v < tiles; ++v) decode_any(weight, own + v, panel_space + v, tiles);
-            held = panel;
-          }
-          const uint8_t* start = places.direct ? x + first * stride : rows;
-          const Rows some{start + from * stride, stride};
-          const int64_t channel = tile * LANES;
-          const Target target{own, part * places.out_part + channel, places.out_part - channel};
-          any_rows(tiles, weight, some, panel_space, places.zero, to, target, first + from,
-                   until - from);
-        }
-      }
+    const int64_t team = omp_get_num_threads(), own = omp_get_thread_num();
+    if (many) {
+      alone(work, own * positions / team, (own + 1) * positions / team, panel_space);
+    } else {
+      together(work, rows, panel_space);
     }
   }
 }
