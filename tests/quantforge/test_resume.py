@@ -6,7 +6,9 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from contextlib import ExitStack
+from itertools import cycle, pairwise
 
 import pytest
 
@@ -37,10 +39,26 @@ THOROUGH = {
     "search.asymmetric": True,
 }
 
-# Loads the libraries once and forks for every run, which says what it reports to and dies when it
-# is told to: at a step of a stage, at the checkpoint's verification, or after some seconds.
+# Every stage that there is.
+EVERYTHING = THOROUGH | {
+    "calibration.sequences": 12,
+    "calibration.sequence_length": 32,
+    "calibrate.gradient_sequences": 5,
+    "quantize.token_weighting": 0.5,
+    "search.refine": 1,
+    "training.block_steps": 2,
+    "training.tokens": 256,
+    "training.batch": 2,
+    "training.evaluate_every": 128,
+}
+KILLS = 30
+LAST = "export and report"  # what comes after the last step that is told
+
+# Loads the libraries once and forks for every run. A run says what it reports, and dies when it is
+# told to: at a step of a stage or at the checkpoint's verification by itself, so many seconds after
+# so many reports by this process, whatever it is doing then.
 SERVER = """
-import json, os, signal, sys, threading
+import json, os, signal, sys, time
 import torch, transformers, transformers.models.llama.modeling_llama
 import quantforge, quantforge.delivery, quantforge.load.huggingface
 from quantforge.cli.outcome import explain
@@ -48,31 +66,53 @@ from quantforge.cli.outcome import explain
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def run(order):
-    kill, events = order.pop("kill"), open(order.pop("events"), "w")
+def run(order, pipe):
+    kill, events, began = order.pop("kill"), open(order.pop("events"), "w"), time.monotonic()
+    times = open(events.name + "-times", "w")
 
     def progress(event):
+        print(time.monotonic() - began, file=times, flush=True)
+        os.write(pipe, b".")
         print(json.dumps([event.stage, event.done, event.message]), file=events, flush=True)
         if kill == [event.stage, event.done]:
             die()
 
     if kill == ["export"]:
         quantforge.delivery.verify_checkpoint = die
-    if kill and kill[0] == "seconds":
-        threading.Timer(kill[1], die).start()
     try:
         getattr(quantforge, order.pop("call"))(**order, progress=progress)
+        print(time.monotonic() - began, file=times, flush=True)
     except Exception as error:
         print(json.dumps(["error", *explain(error)]), file=events, flush=True)
         os._exit(1)
     os._exit(0)
 
+def ended(child, pipe, reports, seconds):
+    while reports and os.read(pipe, 1):
+        reports -= 1
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return status
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
 print("ready", flush=True)
 for line in sys.stdin:
+    order, (read, write) = json.loads(line), os.pipe()
     child = os.fork()
     if child == 0:
-        run(json.loads(line))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        run(order, write)
+    os.close(write)
+    kill = order["kill"] or [""]
+    if kill[0] == "moment":
+        status = ended(child, read, *kill[1:])
+    else:
+        status = os.waitpid(child, 0)[1]
+    os.close(read)
+    print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
 
@@ -119,6 +159,7 @@ def call(cache, checkpoint, told, tmp_path_factory):
             lines = (folder / "events").read_text().splitlines()
             return code, [json.loads(line) for line in lines]
 
+        run.times = folder / "events-times"
         yield run
 
 
@@ -144,7 +185,11 @@ def resumptions(events):
     ]
 
 
-@pytest.fixture(scope="module", params=[{}, THOROUGH], ids=["default", "thorough"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param({}, marks=pytest.mark.full), THOROUGH],
+    ids=["default", "thorough"],
+)
 def chain(request, call, cache, tmp_path_factory):
     """One command, killed again and again; its output beside that of an uninterrupted run."""
     work, settings = tmp_path_factory.mktemp("work"), request.param
@@ -243,20 +288,45 @@ def test_a_damaged_entry_is_passed_over_with_one_line(call, cache, told, tmp_pat
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
+def moments(events, times, seed):
+    """Stages in turn, each with a moment in it: so many reports, and so many seconds after them.
+
+    What leads to a report belongs to the report's stage.
+    """
+    stages = [stage for stage, _, _ in events] + [LAST]
+    spans = [end - start for start, end in pairwise([0.0, *times])]
+    generator = random.Random(seed)
+    for stage in cycle(dict.fromkeys(stages)):
+        places = [place for place, one in enumerate(stages) if one == stage]
+        (place,) = generator.choices(places, [spans[one] for one in places])
+        yield stages, place, generator.uniform(0.0, spans[place])
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("settings", [{}, THOROUGH], ids=["default", "thorough"])
-def test_thirty_random_moments(call, tmp_path, settings):
-    """Every run is killed after a random time, until one comes through; again and again."""
-    code, _ = call(tmp_path / "whole", settings=settings, fresh=True)
+@pytest.mark.timeout(7200)
+def test_thirty_random_moments_of_all_stages(call, tmp_path):
+    """Run anew, killed from outside at a moment; then the same command."""
+    code, events = call(tmp_path / "whole", settings=EVERYTHING, fresh=True)
+    assert code == 0, events
     expected = hashes(tmp_path / "whole")
-    moments, killed = random.Random(0), 0
-    while killed < 30:
-        kill = ["seconds", moments.uniform(0.1, 6.0)]
-        fresh = killed % 3 == 0  # the others go on from wherever the last was killed
-        code, _ = call(tmp_path / "out", settings=settings, fresh=fresh, kill=kill, force=True)
-        assert code in (-9, 0)
-        killed += code == -9
-        if code == -9:
-            code, _ = call(tmp_path / "out", settings=settings, force=True)
-            assert code == 0
+    # The times are those of a second run: the first one builds and reads what stays.
+    code, events = call(tmp_path / "out", settings=EVERYTHING, fresh=True)
+    assert code == 0, events
+    assert hashes(tmp_path / "out") == expected
+    plan = moments(events, [float(line) for line in call.times.read_text().split()], seed=0)
+    wanted = {
+        "load", "candidates", "gradients", "quantize", "train blocks", "tune scales", "train", LAST,
+    }  # fmt: skip
+    killed: Counter[str] = Counter()
+    while killed.total() < KILLS or not wanted <= set(killed):
+        stages, reports, seconds = next(plan)
+        kill = ["moment", reports, seconds]
+        code, seen = call(tmp_path / "out", settings=EVERYTHING, fresh=True, kill=kill, force=True)
+        assert code in (-9, 0), seen
+        if code == -9:  # a run may be faster than the one that was measured
+            killed[stages[len(seen)]] += 1
+            code, seen = call(tmp_path / "out", settings=EVERYTHING, force=True)
+            assert code == 0, seen
         assert hashes(tmp_path / "out") == expected
+        assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+    print(dict(killed))
