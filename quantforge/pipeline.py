@@ -117,7 +117,9 @@ def quantize(
         ResourceError: memory or the disk are too small for the run, or ran out.
     """
     monitor = Monitor(progress=progress, cancel=cancel)
-    if _is_vision(model, settings, plan, device):
+    if _is_vision(
+        model, settings, plan, device, language=trust_remote_code or tokenizer is not None
+    ):
         return vision.quantize(
             model, budget=budget, calibration=calibration, output=output, effort=effort,
             seed=seed, settings=settings, force=force, monitor=monitor,
@@ -184,7 +186,9 @@ def plan(
     `quantize`, and, if there was a search, `sensitivity.json`.
     """
     monitor = Monitor(progress=progress, cancel=cancel)
-    if _is_vision(model, settings, plan, device):
+    if _is_vision(
+        model, settings, plan, device, language=trust_remote_code or tokenizer is not None
+    ):
         return vision.plan(
             model, budget=budget, calibration=calibration, output=output, effort=effort,
             seed=seed, settings=settings, force=force, monitor=monitor,
@@ -277,9 +281,22 @@ def pareto(
 
 
 def _is_vision(
-    model: Source, settings: Mapping[str, Any] | None, plan: GivenPlan | None, device: str
+    model: Source,
+    settings: Mapping[str, Any] | None,
+    plan: GivenPlan | None,
+    device: str,
+    *,
+    language: bool,
 ) -> bool:
     """Whether a call is about a convolutional network.
+
+    Args:
+        model: of the call, like the next three.
+        settings: recipe keys.
+        plan: the user's own.
+        device: to compute on.
+        language: whether it has what only language models take: a tokenizer, or leave to run a
+            model's own code.
 
     Raises:
         UsageError: it asks for what is of the other kind.
@@ -294,6 +311,11 @@ def _is_vision(
         raise UsageError("a plan of one's own is for language models: give a budget instead")
     if device != "cpu":
         raise UsageError(f"convolutional networks are compiled on the cpu: leave {device} out")
+    if language:
+        raise UsageError(
+            "convolutional networks have no tokenizer and run no code of their own: leave "
+            "tokenizer and --trust-remote-code out"
+        )
     return True
 
 

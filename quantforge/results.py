@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,26 @@ class Metric:
     def head(self) -> str:
         """Name and unit, for the head of a column."""
         return f"{self.name} ({self.unit.strip()})" if self.unit else self.name
+
+
+class Loss(Protocol):
+    """What every measurement of a network says."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the pieces that were measured: windows of text, pictures."""
+
+    @property
+    def loss_stderr(self) -> float:
+        """Its standard error over them."""
+
+    @property
+    def windows(self) -> int:
+        """How many pieces."""
+
+    @property
+    def metric(self) -> Metric:
+        """What the loss is."""
 
 
 METRICS: Mapping[str, Metric] = {

@@ -28,7 +28,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 from scipy.special import stdtrit
 
 from quantforge.errors import BudgetError, InputError, UsageError
-from quantforge.results import Metric, Quality, TargetOutcome
+from quantforge.results import Loss, Quality, TargetOutcome
 from quantforge.search.budget import Target
 
 RESOLUTION = Fraction(1, 100)
@@ -70,26 +70,6 @@ class Planned(Protocol):
         """Equal for plans that make the same network."""
 
 
-class Measured(Protocol):
-    """What is asked of a measurement."""
-
-    @property
-    def windows(self) -> int:
-        """How many pieces were measured: windows of text, pictures."""
-
-    @property
-    def loss(self) -> float:
-        """Mean over them."""
-
-    @property
-    def loss_stderr(self) -> float:
-        """Standard error over them."""
-
-    @property
-    def metric(self) -> Metric:
-        """What the loss is."""
-
-
 @runtime_checkable
 class Classified(Protocol):
     """A measurement of single predictions."""
@@ -115,7 +95,7 @@ class Met(Generic[P]):
     outcomes: tuple[TargetOutcome, ...]
 
 
-def bound(target: Target, quality: Measured, reference_nll: Sequence[float]) -> Bound:
+def bound(target: Target, quality: Loss, reference_nll: Sequence[float]) -> Bound:
     """How far a measured network is from the float one, by what a target looks at.
 
     Args:
@@ -155,7 +135,7 @@ def _mean_of(values: Sequence[float]) -> Bound:
 def meet(
     targets: Sequence[Target],
     find: Callable[[Fraction], P],
-    measure: Callable[[P], Measured],
+    measure: Callable[[P], Loss],
     reference_nll: Sequence[float],
     *,
     bits: tuple[Fraction, Fraction],
@@ -177,9 +157,9 @@ def meet(
         BudgetError: even the plan of the most bits is outside, or there is none.
         InputError: there are too few held-out windows.
     """
-    known: dict[Hashable, Measured] = {}
+    known: dict[Hashable, Loss] = {}
 
-    def measured(plan: P) -> Measured:
+    def measured(plan: P) -> Loss:
         if plan.identity not in known:
             known[plan.identity] = measure(plan)
         return known[plan.identity]
@@ -250,7 +230,7 @@ def _predicted(
 def _outcomes(
     targets: Sequence[Target],
     plan: Planned,
-    quality: Measured,
+    quality: Loss,
     reference_nll: Sequence[float],
     plans: int,
 ) -> tuple[TargetOutcome, ...]:
@@ -273,7 +253,7 @@ def _outcomes(
 
 
 def _unreachable(
-    targets: Sequence[Target], plan: Planned, quality: Measured, reference_nll: Sequence[float]
+    targets: Sequence[Target], plan: Planned, quality: Loss, reference_nll: Sequence[float]
 ) -> str:
     """Names the target that the plan of the most bits misses, and by what."""
     bounds = [(target, bound(target, quality, reference_nll)) for target in targets]

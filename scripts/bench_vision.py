@@ -25,7 +25,7 @@ from torch import Tensor
 
 from quantforge.types import QuantSpec
 from quantforge.vision.runtime import VisionRuntime
-from quantforge.vision.stand_ins import (
+from quantforge.vision.testing import (
     EfficientNetLike,
     ResNetLike,
     described,

@@ -179,15 +179,20 @@ def plan_rows(
 
 def calibration_of(options: argparse.Namespace, network: Any) -> tuple[Pictures, Pictures]:
     """What is fitted on, and what choices are made on."""
-    total = options.count + options.count // 2
+    held = options.count // 2
     if options.synthetic:
-        inputs = synthesise(network, total, seed=options.seed).inputs
+        inputs = synthesise(network, options.count + held, seed=options.seed).inputs
+        parts = inputs[: options.count], inputs[options.count :]
     else:
-        some, _ = gathered(options.calibration, "*", 5, network.preprocessing, options.seed)
+        some, origin = gathered(options.calibration, "*", 5, network.preprocessing, options.seed)
         generator = torch.Generator().manual_seed(options.seed)
-        inputs = some[torch.randperm(len(some), generator=generator)[:total]]
-    print(f"{len(inputs)} calibration inputs", flush=True)
-    parts = inputs[: options.count], inputs[options.count :]
+        shuffled = torch.randperm(origin[-1] + 1, generator=generator)
+        last = set(shuffled[: len(shuffled) // 3].tolist())  # no picture is in both
+        rows: list[list[int]] = [[], []]
+        for row in torch.randperm(len(some), generator=generator).tolist():
+            rows[origin[row] in last].append(row)
+        parts = some[rows[0][: options.count]], some[rows[1][:held]]
+    print(f"{len(parts[0])} calibration inputs, {len(parts[1])} held out", flush=True)
     fitting, held_out = (Pictures(inputs=x, labels=None, description="calibration") for x in parts)
     return fitting, held_out
 

@@ -168,7 +168,7 @@ def from_module(module: nn.Module, *, name: str = "in-memory", tokenizer: Any = 
         kind="memory",
         location="",
         name=name,
-        fingerprint=_module_fingerprint(module),
+        fingerprint=module_fingerprint(module),
         description=f"{type(module).__name__} in memory",
     )
     return Model(
@@ -345,14 +345,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def _module_fingerprint(module: nn.Module) -> str:
+def module_fingerprint(module: nn.Module) -> str:
+    """SHA-256 of a network's tensors, names and configuration."""
     import hashlib
 
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_raw_bytes(tensor))
-    return fingerprint(model_config(module), digest.hexdigest())
+    form = model_config(module) if hasattr(module, "config") else type(module).__name__
+    return fingerprint(form, digest.hexdigest())
 
 
 def _raw_bytes(tensor: Tensor) -> bytes:

@@ -25,27 +25,11 @@ from quantforge.report.numbers import (
     significant,
     with_error,
 )
-from quantforge.results import CurvePoint, LayerReport, Metric
+from quantforge.results import CurvePoint, LayerReport, Loss, Metric
 
 WIDTH = 820
 _LABEL_WIDTH = 6.3
 """Mean width of a label's character at the figures' 11 px, in px."""
-
-
-class Loss(Protocol):
-    """What is drawn of a measurement."""
-
-    @property
-    def loss(self) -> float:
-        """Mean."""
-
-    @property
-    def loss_stderr(self) -> float:
-        """Its standard error."""
-
-    @property
-    def metric(self) -> Metric:
-        """What it is."""
 
 
 class Measured(Protocol):

@@ -41,7 +41,7 @@ def render(report: Report) -> str:
     body = "\n".join(
         (
             _header(report),
-            _warnings(report.warnings),
+            warning_section(report.warnings),
             _headline(report),
             _decisions(report),
             _curve(report),
@@ -78,7 +78,8 @@ def _header(report: Report) -> str:
     )
 
 
-def _warnings(warnings: Sequence[str]) -> str:
+def warning_section(warnings: Sequence[str]) -> str:
+    """The warnings as a list; nothing if there are none."""
     if not warnings:
         return ""
     items = "".join(f"<li>{escape(line)}</li>" for line in warnings)
@@ -107,12 +108,17 @@ def _headline(report: Report) -> str:
             f"{significant(ratio)} times smaller than {size(sizes.reference_bytes)} in 16 bits",
         ),
     )
+    return tile_row(tiles, quality.text)
+
+
+def tile_row(tiles: Iterable[tuple[str, str, str]], below: str) -> str:
+    """Name, value and detail of every tile, and a line below them."""
     inside = "".join(
         f'<div class="tile"><dt>{escape(name)}</dt><dd class="value">{escape(value)}</dd>'
         f'<dd class="detail">{escape(detail)}</dd></div>'
         for name, value, detail in tiles
     )
-    return f'<dl class="tiles">{inside}</dl>\n<p class="soft">{escape(quality.text)}</p>'
+    return f'<dl class="tiles">{inside}</dl>\n<p class="soft">{escape(below)}</p>'
 
 
 def _further_tiles(quality: AnyQuality) -> tuple[tuple[str, str, str], ...]:

@@ -69,18 +69,22 @@ def quantize(
     """Compile a convolutional network; see `quantforge.pipeline.quantize`."""
     target, recipe, limit = _asked(model, budget, calibration, effort, settings)
     folder = None if output is None else Path(output)
-    if folder is None and not isinstance(model, nn.Module):
+    if folder is None:
+        if isinstance(model, nn.Module):
+            raise UsageError(
+                "a network in memory needs an output folder here; "
+                "quantforge.vision.entry.compile_network hands the integers back instead"
+            )
         folder = target.output(limit.text)
-    stage = nullcontext() if folder is None else staging(folder, force=force)
-    with stage as staged:
+    with staging(folder, force=force) as staged:
         opened, job = _job(model, target, recipe, calibration, seed, monitor)
         found = job.find(limit)
         made = job.finish(found.plan)
-        report = _report(opened, job, found, made, recipe)
-        if staged is not None:
-            written = write_vision(made.quantized, staged)
-            report = replace(report, output=str(folder), weight_bytes=written)
-            _documents(report, found.plan, staged)
+        written = write_vision(made.quantized, staged)
+        report = replace(
+            _report(opened, job, found, made), output=str(folder), weight_bytes=written
+        )
+        _documents(report, found.plan, staged)
     return replace(report, timings=dict(job.timings))
 
 
@@ -113,7 +117,7 @@ def compile_network(
     opened, job = _job(module, target, recipe, given, seed, monitor)
     found = job.find(limit)
     made = job.finish(found.plan)
-    return made.quantized, _report(opened, job, found, made, recipe)
+    return made.quantized, _report(opened, job, found, made)
 
 
 def plan(
@@ -136,9 +140,9 @@ def plan(
     with nullcontext() if folder is None else reserved(folder):
         opened, job = _job(model, target, recipe, calibration, seed, monitor)
         found = job.find(limit)
-        start = job.one_pass(found.plan)
-        made = Finished(quantized=start, quality=job.measure(start))
-        report = _report(opened, job, found, made, recipe)
+        quality = job.quality_of(found.plan)
+        made = Finished(quantized=job.one_pass(found.plan), quality=quality)
+        report = _report(opened, job, found, made)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "plan.json", plan_to_dict(found.plan))
@@ -204,7 +208,7 @@ def _job(
         network=opened.network, fitting=fitting, held_out=held_out, recipe=recipe, seed=seed,
         monitor=monitor,
     )  # fmt: skip
-    return opened, job
+    return opened, job.equalised()
 
 
 def _part(every: Pictures, rows: slice, description: str) -> Pictures:
@@ -212,9 +216,7 @@ def _part(every: Pictures, rows: slice, description: str) -> Pictures:
     return Pictures(inputs=every.inputs[rows], labels=labels, description=description)
 
 
-def _report(
-    opened: Opened, job: VisionJob, found: Found, made: Finished, recipe: VisionRecipe
-) -> VisionReport:
+def _report(opened: Opened, job: VisionJob, found: Found, made: Finished) -> VisionReport:
     chosen = found.plan
     searched = bool(found.curve)
     column = {spec: index for index, spec in enumerate(job.table.specs)} if searched else {}
@@ -233,7 +235,7 @@ def _report(
                 spec="kept" if spec is None else str(spec),
                 activation_bits=chosen.widths.get(job.reads[layer.name]),
                 weights=layer.numel,
-                macs=job.macs[layer.name],
+                macs=job.costs.macs[layer.name],
                 predicted_loss=lost,
             )
         )
@@ -247,7 +249,7 @@ def _report(
         stored_bits=chosen.stored_bits,
         code_bits=chosen.code_bits,
         operations=chosen.operations,
-        float_operations=job.whole_operations,
+        float_operations=job.costs.whole_operations,
         predicted_loss=chosen.predicted_loss,
         quality=made.quality,
         curve=found.curve,
@@ -255,9 +257,9 @@ def _report(
         training=made.training,
         blocks=(0 if made.undone else sum(one.kept for one in made.blocks), len(made.blocks)),
         weight_bytes=0,
-        float_bytes=job.float_bytes,
+        float_bytes=job.costs.float_bytes,
         calibration=job.fitting.description,
-        settings=recipe.model_dump(mode="json"),
+        settings=job.recipe.model_dump(mode="json"),
         warnings=tuple(_warnings(job, found, made)),
     )
 
@@ -266,12 +268,8 @@ def _warnings(job: VisionJob, found: Found, made: Finished) -> list[str]:
     said = []
     if made.undone and made.before is not None:
         said.append("learned rounding did not lower the held-out KL: the network is without it")
-    for plan in (one for one in found.curve if one.name == "plan"):
-        said += [
-            f"{point.name} is no larger and has a lower held-out KL than the plan"
-            for point in found.curve
-            if point.stored_bits <= plan.stored_bits and point.quality.kl < plan.quality.kl
-        ]
+    if found.curve and found.plan.solver == "uniform" and not found.targets:
+        said.append("a uniform network within the budget was nearer than the plan, and was taken")
     if len(job.held_out) < 16:
         said.append(f"only {len(job.held_out)} held-out pictures: figures are uncertain")
     return said

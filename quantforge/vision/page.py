@@ -6,7 +6,13 @@ from collections import Counter
 from html import escape
 
 from quantforge.report.figures import size_curve
-from quantforge.report.html import figure_section, html_table, page
+from quantforge.report.html import (
+    figure_section,
+    html_table,
+    page,
+    tile_row,
+    warning_section,
+)
 from quantforge.report.numbers import percent, significant, size, with_error
 from quantforge.vision.outcome import VisionPoint, VisionReport
 from quantforge.vision.quality import METRIC, VisionQuality
@@ -17,7 +23,7 @@ def render(report: VisionReport) -> str:
     parts = (
         f"<header><h1>{escape(report.model)}, quantized to a budget of {escape(report.budget)}</h1>"
         f'\n<p class="soft source">{escape(report.source)}</p></header>',
-        _warnings(report),
+        warning_section(report.warnings),
         _headline(report),
         _how(report),
         _curve(report),
@@ -25,13 +31,6 @@ def render(report: VisionReport) -> str:
         _layers(report),
     )
     return page(f"{report.model} at {report.stored_bits:.2f} bits", "\n".join(parts))
-
-
-def _warnings(report: VisionReport) -> str:
-    if not report.warnings:
-        return ""
-    items = "".join(f"<li>{escape(line)}</li>" for line in report.warnings)
-    return f'<section class="warnings" role="note"><h2>Warnings</h2><ul>{items}</ul></section>'
 
 
 def _headline(report: VisionReport) -> str:
@@ -76,12 +75,7 @@ def _headline(report: VisionReport) -> str:
                 f"{significant(ratio)} times smaller than {size(report.float_bytes)} in float32",
             )
         )
-    inside = "".join(
-        f'<div class="tile"><dt>{escape(name)}</dt><dd class="value">{escape(value)}</dd>'
-        f'<dd class="detail">{escape(detail)}</dd></div>'
-        for name, value, detail in tiles
-    )
-    return f'<dl class="tiles">{inside}</dl>\n<p class="soft">{escape(quality.pictures)}</p>'
+    return tile_row(tiles, quality.pictures)
 
 
 def _how(report: VisionReport) -> str:

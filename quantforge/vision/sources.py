@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from quantforge.errors import InputError, UsageError
 from quantforge.files import fingerprint
 from quantforge.load.fetch import fetch_packaged
-from quantforge.load.source import PackagedModel, content_hash
+from quantforge.load.huggingface import module_fingerprint
+from quantforge.load.source import HUB_ID, PackagedModel, content_hash, hub_folder
 from quantforge.load.weights import read_json_object, weight_files
 from quantforge.progress import Monitor
 from quantforge.recipe import Target
@@ -90,7 +91,10 @@ def open_source(recipe: VisionRecipe, target: Target, *, monitor: Monitor) -> Op
         raise InputError("the recipe names no model; give one with --model")
     if is_zoo_name(recipe.model):
         return _zoo(recipe.model, recipe, monitor)
-    return _folder(Path(recipe.model), recipe, monitor)
+    path = Path(recipe.model).expanduser()
+    if not path.is_dir() and HUB_ID.fullmatch(recipe.model):
+        path = hub_folder(recipe.model)
+    return _folder(path, recipe, monitor)
 
 
 def _folder(path: Path, recipe: VisionRecipe, monitor: Monitor) -> Opened:
@@ -160,7 +164,7 @@ def open_memory(module: nn.Module, pictures: Tensor, *, operands: bool) -> Opene
         size=(height, width), mean=(0.0,) * channels, deviation=(1.0,) * channels
     )
     network = build(
-        module, preprocessing, name=name, fingerprint=fingerprint("memory", name),
+        module, preprocessing, name=name, fingerprint=module_fingerprint(module),
         channels=channels, operands=operands,
     )  # fmt: skip
     return Opened(network=network, description=f"{name} in memory")

@@ -19,7 +19,7 @@ from quantforge.vision.checkpoint import load_network, load_vision, save_vision
 from quantforge.vision.graph_file import ALLOWED
 from quantforge.vision.network import Simulation
 from quantforge.vision.runtime import VisionRuntime
-from quantforge.vision.stand_ins import described, quantized, traced
+from quantforge.vision.testing import described, quantized, traced
 
 aten = torch.ops.aten
 

@@ -1,5 +1,7 @@
 """The stages put together on a small network: plans, limits, policies, targets."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -10,9 +12,13 @@ from quantforge.testing import tiny_convolutional
 from quantforge.types import QuantSpec
 from quantforge.vision import compiler
 from quantforge.vision.compiler import VisionJob
+from quantforge.vision.network import QuantizedNetwork, Simulation
 from quantforge.vision.pictures import Pictures
+from quantforge.vision.quality import compare
 from quantforge.vision.recipe import VisionRecipe
 from quantforge.vision.reconstruction import BlockReport
+from quantforge.vision.search import uniform_plans
+from quantforge.vision.sensitivity import candidates
 
 
 def pictures(count, seed, network=None):
@@ -50,6 +56,59 @@ def test_a_budget_of_bits_is_kept_and_no_worse_than_uniform():
     assert by_name["uniform 8b-pc-a8"].quality.kl < 0.2 * by_name["uniform 3b-pc-a8"].quality.kl
 
 
+def test_the_last_layers_losses_are_measured_and_exact():
+    one = job()
+    last, row = one.network.layers[-1], one.table.loss[-1]
+    reference = one.reference
+    tried = candidates(one.network, one.batches, one.table.specs, one.compensation)
+    for column, spec in enumerate(one.table.specs):
+        weights = {last.name: tried.weights[last.name, spec]}
+        biases = {last.name: one.network.layer(last.name).bias}
+        made = QuantizedNetwork(network=one.network, weights=weights, biases=biases, grids={})
+        logits = Simulation(made).run(one.held_out.inputs)
+        expected = compare(logits, reference, pictures="").kl
+        assert float(row[column]) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+def test_a_nearer_uniform_network_within_the_budget_is_taken(monkeypatch):
+    one = job()
+    budget = Budget.parse("4.6bit")
+    plan = one.find(budget).plan
+    fitting = max(
+        (p for p in uniform_plans(one.table, {}) if p.stored_bits <= 4.6),
+        key=lambda p: p.stored_bits,
+    )
+    real = one.quality_of
+
+    def quality_of(asked):
+        found = real(asked)
+        return replace(found, kl=0.0) if asked.identity == fitting.identity else found
+
+    monkeypatch.setattr(one, "quality_of", quality_of)
+    taken = one.find(budget).plan
+    assert plan.identity != fitting.identity
+    assert taken.identity == fitting.identity
+    assert (taken.budget, taken.solver) == ("4.6bit", "uniform")
+
+
+def test_equalisation_is_kept_where_uniform_networks_gain():
+    """Channels of very different ranges, which one scale a tensor of activations cannot hold."""
+    one = job(weights={"equalise": True}, activations={"bits": [4]})
+    first, second = (one.network.layer(name) for name in ("stem", "down"))
+    stretch = torch.logspace(-2, 2, len(first.weight))
+    first.weight.mul_(stretch.view(-1, 1, 1, 1))
+    first.bias.mul_(stretch)
+    second.weight.div_(stretch.view(2, 1, -1, 1, 1).expand(2, 4, 4, 1, 1).reshape(8, 4, 1, 1))
+    made = one.equalised()
+    assert made.network is not one.network
+    x = one.held_out.inputs
+    assert torch.allclose(made.network.graph(x), one.network.graph(x), rtol=1e-3, atol=1e-4)
+    plan = uniform_plans(made.table, {})[-1]
+    assert made.quality_of(plan).kl < 0.5 * one.quality_of(plan).kl
+    plain = job()
+    assert plain.equalised() is plain
+
+
 def test_edges_have_their_own_spec_and_are_not_counted():
     one = job(search={"edges": "8b-pc"}, activations={"bits": [4, 6], "edges": 8})
     plan = one.find(Budget.parse("4.6bit")).plan
@@ -66,7 +125,7 @@ def test_edges_have_their_own_spec_and_are_not_counted():
 def test_bit_operations_and_bytes_are_limits():
     one = job(activations={"bits": [4, 8], "edges": None})
     half = one.find(Budget.parse("bops:-50%")).plan
-    assert half.operations <= 0.5 * one.whole_operations
+    assert half.operations <= 0.5 * one.costs.whole_operations
     assert len(set(half.widths.values()) | {s.bits for s in half.assignment.values()}) > 1
     small = one.find(Budget.parse("3kB")).plan
     file = sum(

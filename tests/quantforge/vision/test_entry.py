@@ -13,6 +13,7 @@ from quantforge.vision.checkpoint import load_network, load_vision
 from quantforge.vision.entry import compile_network, takes
 from quantforge.vision.network import Simulation
 from quantforge.vision.outcome import VisionReport
+from quantforge.vision.sources import open_memory
 
 FAST = {"calibration.count": 24, "calibration.held_out": 16, "reconstruction.steps": 10}
 
@@ -117,8 +118,20 @@ def test_a_network_in_memory_comes_with_its_pictures():
     assert report.quality.count == 16
     assert set(made.weights) == {"0", "3", "7"}
     assert takes(module)
+    with pytest.raises(UsageError, match="needs an output folder"):
+        pipeline.quantize(module, budget="4bit", calibration=x)
     with pytest.raises(UsageError, match="needs its pictures"):
-        pipeline.quantize(module, budget="4bit")
+        pipeline.plan(module, budget="4bit")
+
+
+def test_networks_of_one_class_have_keys_of_their_own():
+    x = torch.randn(4, 1, 12, 12)
+    keys = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        keys.add(open_memory(module.eval(), x, operands=True).network.fingerprint)
+    assert len(keys) == 2
 
 
 @pytest.mark.parametrize(
@@ -131,6 +144,7 @@ def test_a_network_in_memory_comes_with_its_pictures():
         ({"budget": "4bit", "settings": {"calibration.held_out": 48}}, InputError, "too few"),
         ({"budget": "4bit", "settings": {"activations.bits": [9]}}, UsageError, "activations.bits"),
         ({"budget": "4bit", "device": "cuda"}, UsageError, "on the cpu"),
+        ({"budget": "4bit", "trust_remote_code": True}, UsageError, "--trust-remote-code"),
         ({"budget": "4bit", "plan": {"a": "4b-pc"}}, UsageError, "plan of one's own"),
     ],
 )

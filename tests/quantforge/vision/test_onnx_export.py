@@ -14,7 +14,7 @@ from quantforge.types import QuantSpec
 from quantforge.vision.network import QuantizedNetwork
 from quantforge.vision.onnx_export import export_onnx, onnx_model, positive
 from quantforge.vision.runtime import VisionRuntime
-from quantforge.vision.stand_ins import (
+from quantforge.vision.testing import (
     EfficientNetLike,
     ResNetLike,
     described,

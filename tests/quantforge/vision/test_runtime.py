@@ -13,7 +13,7 @@ from quantforge.types import QuantSpec
 from quantforge.vision.network import QuantizedNetwork, Simulation
 from quantforge.vision.packed_layers import CodedLayer, WeightOnlyLayer
 from quantforge.vision.runtime import Coded, VisionRuntime
-from quantforge.vision.stand_ins import (
+from quantforge.vision.testing import (
     EfficientNetLike,
     ResNetLike,
     described,
