@@ -38,7 +38,6 @@ from quantforge.recipe import compose, resolve_target
 from quantforge.results import AnyQuality, SizeReport, TaskScore
 from quantforge.runtime.decode import Decoder, obstacle
 from quantforge.runtime.load import load as load_packed
-from quantforge.scratch import Claims
 from quantforge.types import LayerInfo
 
 Progress = Callable[[ProgressEvent], None]
@@ -295,11 +294,9 @@ def _reference(
 ) -> tuple[Tensor, str, AnyReference]:
     """Windows of a text, their description, and what the float model says; it is freed again."""
     recipe = compose(resolve_target(name))
-    with share.main_first():  # it fills the cache
-        model = load_source(
-            recipe, device, trust_remote_code=trust_remote_code, monitor=monitor,
-            claims=_claims(share),
-        )  # fmt: skip
+    model = load_source(
+        recipe, device, trust_remote_code=trust_remote_code, monitor=monitor, share=share
+    )
     where = DEFAULT_EVALUATION if text is None else str(text)
     windows, length = shape
     framed = model.architecture.encodes
@@ -359,17 +356,10 @@ def _network(
         texts = [one.read_text(encoding="utf-8") if one.is_file() else "" for one in files]
         return module, shape_of(module), fingerprint(*texts)
     recipe = compose(resolve_target(path))
-    with share.main_first():  # it fills the cache
-        model = load_source(
-            recipe, device, trust_remote_code=trust_remote_code, monitor=monitor,
-            claims=_claims(share),
-        )  # fmt: skip
+    model = load_source(
+        recipe, device, trust_remote_code=trust_remote_code, monitor=monitor, share=share
+    )
     return model.module, model.architecture, model.source.fingerprint
-
-
-def _claims(share: Share) -> Claims:
-    """Of a network that is only run."""
-    return Claims(processes=share.here, first=share.main)
 
 
 def _with_tokenizer(

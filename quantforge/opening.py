@@ -28,7 +28,7 @@ from quantforge.planning import loadable_vocabulary, require_reachable, require_
 from quantforge.progress import Monitor
 from quantforge.recipe import Recipe, Target, compose, resolve_target
 from quantforge.runtime.load import checked_device
-from quantforge.scratch import COPIES, Claims
+from quantforge.scratch import COPIES
 from quantforge.search.budget import Budget
 from quantforge.search.settled import needed_budget
 from quantforge.search.solvers import solver_for
@@ -149,11 +149,10 @@ def open_job(
     if isinstance(model, nn.Module):
         loaded = from_module(model, tokenizer=tokenizer)
     else:
-        with share.main_first():  # it fills the cache
-            loaded = load_source(
-                recipe, device, trust_remote_code=trust_remote_code, monitor=monitor,
-                claims=Claims(copies=COPIES, processes=share.here, first=share.main),
-            )  # fmt: skip
+        loaded = load_source(
+            recipe, device, trust_remote_code=trust_remote_code, monitor=monitor, copies=COPIES,
+            share=share,
+        )  # fmt: skip
     loaded.share = share
     require_answerable(loaded, recipe, limit)
     folder = loaded.source.path if loaded.source.kind == "folder" else None

@@ -12,7 +12,8 @@ libraries, calibration and a copy of the float weights to go back to.
 
 Variants (`--tokens`; 0 leaves them out): the plan is searched and compensated once, and everything
 up to tuning is taken from one journal, so that all variants start from the same integers, scales
-and norms, and train on the same sequences in the same order. A variant is a name and settings of
+and norms, and train on the same sequences in the same order. Where blocks are trained by themselves
+(`block_steps`), tuning comes after that and is made anew. A variant is a name and settings of
 `training` as JSON; those in VARIANTS come by themselves unless `--only` is given. Columns: held-out
 KL of the start and of the best state, the step that was best, what rounding costs at the end,
 seconds of training, and per text KL with its standard error and the paired difference to tuning
@@ -196,6 +197,13 @@ def measure_speed(job: Job, teacher: HiddenTeacher, options: argparse.Namespace)
     return {"ratios": ratios, "turns": {k: [asdict(x) for x in v] for k, v in ways.items()}}
 
 
+def start_over(journal: Journal, *, blocks: bool) -> None:
+    """Forget what a variant before this one noted; with `blocks` tuning too."""
+    for stem in ("training*", *(("tuning*",) if blocks else ())):
+        for path in (journal.folder or Path()).glob(f"{stem}.safetensors"):
+            path.unlink()
+
+
 def variant_row(
     job: Job,
     plan: BitPlan,
@@ -205,8 +213,6 @@ def variant_row(
     options: argparse.Namespace,
 ) -> tuple[dict[str, Any], dict[str, Quality]]:
     """Train one variant from the journal's start; the network is float again afterwards."""
-    for path in (journal.folder or Path()).glob("training*.safetensors"):
-        path.unlink()
     before = dict(job.timings)
     with parameters_restored(job):
         for _ in job.quantize(plan, measured, journal):
@@ -257,10 +263,13 @@ def measure_variants(
     plan = job.search(measured, Budget.parse(options.budget)).plan
     journal = Journal(Path(options.journal))
     base: dict[str, Quality] = {}
+    trained_blocks = False
     for name, changes in ((BASE, None), *variants.items()):
         job.training = None
         config = TrainingConfig() if changes is None else TrainingConfig(**shared | changes)
         job.recipe = job.recipe.model_copy(update={"training": config})
+        start_over(journal, blocks=config.block_steps > 0 or trained_blocks)
+        trained_blocks = config.block_steps > 0
         row, qualities = variant_row(job, plan, measured, journal, texts, options)
         base = base or qualities
         show_row(name, row, qualities, base)

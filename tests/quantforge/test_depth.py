@@ -92,6 +92,16 @@ for quantforge.scratch.SMALL_BYTES in (1 << 40, small):
     print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 ROOM = 200 << 20
+# Under a limit that counts the interpreter and its libraries.
+CAPPED = """
+import resource, sys
+from quantforge.cli import main
+
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+main()
+"""
+DEEP = 100
 
 
 @linux
@@ -120,4 +130,31 @@ def test_a_network_larger_than_the_limit_of_data_goes_through(tmp_path, text):
     assert said == ["ended 5", "ended 0"], ended.stdout + ended.stderr
     assert "cannot be loaded" in ended.stderr
     assert "allocate memory" in ended.stderr
+    assert (output / "model.safetensors").stat().st_size < shard / 6
+
+
+@linux
+@pytest.mark.full
+def test_every_method_goes_through_under_a_limit_below_the_one_shard(tmp_path, text):
+    """The limit is of the whole process, libraries included; every stage runs, none is cut short.
+
+    Three quarters of the float32 weights, in one file: compensation, learned rounding, refinement
+    of the plan and tuning see a block at a time.
+    """
+    folder = save_tiny_checkpoint(tmp_path / "net", steps=0, blocks=1)
+    module = tiny_llama(hidden=512, intermediate=1536, blocks=DEEP, vocabulary=256)
+    module.save_pretrained(folder, max_shard_size="1TB")
+    shard = (folder / "model.safetensors").stat().st_size
+    limit = shard * 3 // 4
+    output, options = tmp_path / "out", []
+    for key, value in SETTINGS.items():
+        options += ["--set", f"{key}={value}"]
+    ended = subprocess.run(
+        [
+            sys.executable, "-c", CAPPED, str(limit), "quantize", str(folder), "--budget", "3bit",
+            "--output", str(output), "--calibration", str(text), *options,
+        ],
+        check=False, capture_output=True, text=True, timeout=5400,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
     assert (output / "model.safetensors").stat().st_size < shard / 6
