@@ -187,7 +187,7 @@ def calibration_of(options: argparse.Namespace, network: Any) -> tuple[Pictures,
         some, origin = gathered(options.calibration, "*", 5, network.preprocessing, options.seed)
         generator = torch.Generator().manual_seed(options.seed)
         shuffled = torch.randperm(origin[-1] + 1, generator=generator)
-        last = set(shuffled[: len(shuffled) // 3].tolist())  # no picture is in both
+        last = set(shuffled[: len(shuffled) // 4].tolist())  # no picture is in both
         rows: list[list[int]] = [[], []]
         for row in torch.randperm(len(some), generator=generator).tolist():
             rows[origin[row] in last].append(row)

@@ -124,7 +124,9 @@ class Chooser:
     def _fits(self, plan: VisionPlan, limits: Limits) -> bool:
         bits = plan.stored_bits * planned_weights(self.table.layers)
         file = sum(file_cost(x, s) for x in self.table.layers if (s := plan.assignment[x.name]))
-        return bits <= limits.bits and file <= limits.file and plan.operations <= limits.operations
+        small = bits <= limits.bits and file <= limits.file
+        in_time = plan.seconds is None or plan.seconds <= limits.seconds
+        return small and in_time and plan.operations <= limits.operations
 
     def _meet(self, budget: Budget, uniform: Sequence[VisionPlan]) -> Met[VisionPlan]:
         """The plan of fewest bits whose measured network is inside the targets.

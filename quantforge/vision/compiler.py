@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from quantforge.errors import UsageError
 from quantforge.progress import Monitor
 from quantforge.results import TargetOutcome, TrainingOutcome
 from quantforge.search.budget import Budget, Target
@@ -26,8 +27,9 @@ from quantforge.types import LayerInfo, QuantSpec
 from quantforge.vision.choosing import Chooser, Found
 from quantforge.vision.compensation import CompensationConfig, quantize_layers
 from quantforge.vision.correction import correct_biases
-from quantforge.vision.costs import Costs, beside_bytes, file_cost, multiplications
+from quantforge.vision.costs import WHOLE, Costs, beside_bytes, file_cost, multiplications
 from quantforge.vision.equalisation import equalised_if_better
+from quantforge.vision.latency import layer_seconds
 from quantforge.vision.network import QuantizedNetwork, Simulation, VisionNetwork
 from quantforge.vision.pictures import Pictures
 from quantforge.vision.quality import VisionQuality, compare, logits_of
@@ -267,18 +269,26 @@ class VisionJob:
             self.reference, self.reference, pictures="", labels=self.held_out.labels
         ).scores
 
-    @property
-    def chooser(self) -> Chooser:
-        """What finds plans and judges networks."""
+    def find(self, budget: Budget) -> Found:
+        """The plan within a budget, and the uniform networks beside it; see `Chooser.find`.
+
+        Raises:
+            UsageError: it limits the times of several batches.
+        """
+        table, costs = self.table, self.costs
+        if budget.latency:
+            batches = {limit.context or 1 for limit in budget.latency}
+            if len(batches) > 1:
+                raise UsageError(f"{budget.text}: give the times of one batch")
+            with self._timed("time layers"):
+                seconds = layer_seconds(self.network, (*table.specs, WHOLE), batch=batches.pop())
+            table = replace(table, seconds=seconds[:, :-1])
+            costs = replace(costs, whole_seconds=float(seconds[:, -1, 0].sum()))
         return Chooser(
-            name=self.network.name, table=self.table, costs=self.costs, edges=self.edges,
+            name=self.network.name, table=table, costs=costs, edges=self.edges,
             solver=self.recipe.search.solver, quality_of=self.quality_of,
             right=self.right,
-        )  # fmt: skip
-
-    def find(self, budget: Budget) -> Found:
-        """The plan within a budget, and the uniform networks beside it; see `Chooser.find`."""
-        return self.chooser.find(budget)
+        ).find(budget)  # fmt: skip
 
     def one_pass(self, plan: VisionPlan) -> QuantizedNetwork:
         """A plan's network, compensated and with corrected biases, without reconstruction."""

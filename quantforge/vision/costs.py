@@ -79,12 +79,15 @@ class Costs:
         macs: layer name → multiplications of one picture.
         reads: layer name → its input's grid.
         beside: bytes that a file has beside integers and scales.
+        whole_seconds: that all layers take with 8-bit weights and activations, where times were
+            measured: what "latency:-25%" is less than.
     """
 
     layers: tuple[LayerInfo, ...]
     macs: Mapping[str, int]
     reads: Mapping[str, str]
     beside: int
+    whole_seconds: float = math.nan
 
     @property
     def whole_operations(self) -> int:
@@ -112,12 +115,15 @@ class Costs:
                 raise UsageError(f"{budget.text}: a convolutional network keeps no keys and values")
             share = limit.amount * self.float_bytes if limit.kind == "share" else limit.amount
             file = min(file, float(share * 8) - 8 * self.beside)
-        if budget.latency:
-            raise UsageError(
-                f"{budget.text}: latency is of language models; give bops:-50% or a size"
-            )
+        seconds = [
+            float(x.amount) * (self.whole_seconds if x.kind == "latency-share" else 1.0)
+            for x in budget.latency
+        ]
         most = [
             float(x.amount * (self.whole_operations if x.kind == "operations-share" else 1))
             for x in budget.operations
         ]
-        return Limits(bits=bits, file=file, operations=min(most, default=math.inf))
+        return Limits(
+            bits=bits, file=file, operations=min(most, default=math.inf),
+            seconds=min(seconds, default=math.inf),
+        )  # fmt: skip

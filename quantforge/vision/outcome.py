@@ -67,6 +67,7 @@ class VisionReport:
         code_bits: average code bits, likewise.
         operations: bit operations of one picture.
         float_operations: the same of 8-bit weights and activations, for comparison.
+        seconds: that all layers take for a batch; None where the budget limits no time.
         predicted_loss: nats a picture.
         quality: held-out quality of the finished network.
         curve: uniform networks and the plan, without block reconstruction.
@@ -91,6 +92,7 @@ class VisionReport:
     code_bits: float
     operations: int
     float_operations: int
+    seconds: float | None
     predicted_loss: float | None
     quality: VisionQuality
     curve: tuple[VisionPoint, ...]

@@ -47,6 +47,8 @@ class Table:
         reads: layer name → its input's grid.
         macs: layer name → multiplications of one picture.
         file: [layers, specs] bits in a file; None counts none.
+        seconds: [layers, specs, 2] of a batch, on codes and on numbers, see `latency`; None
+            limits no time.
     """
 
     layers: tuple[LayerInfo, ...]
@@ -58,6 +60,7 @@ class Table:
     reads: Mapping[str, str]
     macs: Mapping[str, int]
     file: Tensor | None = None
+    seconds: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,7 @@ class VisionPlan:
         predicted_loss: predicted KL to the float network, in nats a picture; None if not searched.
         gap: no plan within the budget is predicted to lose less by more than this.
         solver: what found it.
+        seconds: that all layers take for a batch; None where the budget limits no time.
     """
 
     assignment: Mapping[str, QuantSpec | None]
@@ -85,6 +89,7 @@ class VisionPlan:
     predicted_loss: float | None
     gap: float | None = None
     solver: str = "integer-program"
+    seconds: float | None = None
 
     @property
     def identity(self) -> Hashable:
@@ -100,11 +105,13 @@ class Limits:
         bits: stored bits of all planned weights.
         file: bits of all layers' integers and scales in a file.
         operations: bit operations of one picture.
+        seconds: of all layers for a batch.
     """
 
     bits: float = math.inf
     file: float = math.inf
     operations: float = math.inf
+    seconds: float = math.inf
 
 
 def operations(
@@ -152,7 +159,22 @@ def make_plan(
         predicted_loss=lost,
         gap=gap,
         solver=solver,
+        seconds=_seconds(table, assignment, widths),
     )
+
+
+def _seconds(
+    table: Table, assignment: Mapping[str, QuantSpec | None], widths: Mapping[str, int]
+) -> float | None:
+    """That a plan's layers take; None where no times were measured."""
+    if table.seconds is None:
+        return None
+    column, total = {spec: index for index, spec in enumerate(table.specs)}, 0.0
+    for row, layer in enumerate(table.layers):
+        spec, bits = assignment[layer.name], widths.get(table.reads[layer.name], FLOAT_BITS)
+        if spec is not None:
+            total += float(table.seconds[row, column[spec], int(bits == FLOAT_BITS)])
+    return total
 
 
 def search(table: Table, limits: Limits, *, budget: str) -> VisionPlan:
@@ -166,7 +188,7 @@ def search(table: Table, limits: Limits, *, budget: str) -> VisionPlan:
     count = len(table.layers)
     items = count + len(table.grids)
     loss = np.full((items, len(pairs)), np.inf)
-    costs = np.zeros((3, items, len(pairs)))
+    costs = np.zeros((4, items, len(pairs)))
     loss[:count] = table.loss.numpy()[:, spec_of]
     for row, layer in enumerate(table.layers):
         fits = np.isfinite(loss[row])
@@ -176,12 +198,15 @@ def search(table: Table, limits: Limits, *, budget: str) -> VisionPlan:
         costs[1, row] = table.macs[layer.name] * bits * np.array(table.widths)[width_of]
     if table.file is not None:
         costs[2, :count] = table.file.numpy()[:, spec_of]
+    if table.seconds is not None:
+        on_numbers = np.array([int(bits == FLOAT_BITS) for bits in table.widths])[width_of]
+        costs[3, :count] = table.seconds.numpy()[:, spec_of, on_numbers]
     # A grid's candidates are those of the first spec: the others would be the same once more.
     loss[count:, : len(table.widths)] = table.activation_loss.numpy()
     choice = integer_program(
         loss,
         costs,
-        [limits.bits, limits.operations, limits.file],
+        [limits.bits, limits.operations, limits.file, limits.seconds],
         agreements=[*_tied(table, spec_of), *_read(table, width_of)],
         time_limit=SECONDS,
     ).choice
@@ -229,11 +254,12 @@ def _unreachable(
 ) -> str:
     """Says what the cheapest plan takes."""
     least = np.where(np.isfinite(loss), costs, np.inf).min(axis=2)[:, : len(table.layers)]
+    times = "" if table.seconds is None else f", and {1e3 * least[3].sum():.3g} ms in layers"
     floor = math.ceil(float(least[0].sum()) / planned_weights(table.layers) * 1000) / 1000
     return (
         f"budget {budget} cannot be met: plans take at least {floor:.3f} stored bits a weight, "
         f"{math.ceil(least[2].sum() / 8)} bytes of integers and scales and {least[1].sum():.3g} "
-        "bit operations a picture; raise the budget or allow narrower widths"
+        f"bit operations a picture{times}; raise the budget or allow narrower widths"
     )
 
 
