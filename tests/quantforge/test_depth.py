@@ -135,6 +135,7 @@ def test_a_network_larger_than_the_limit_of_data_goes_through(tmp_path, text):
 
 @linux
 @pytest.mark.full
+@pytest.mark.timeout(5400)
 def test_every_method_goes_through_under_a_limit_below_the_one_shard(tmp_path, text):
     """The limit is of the whole process, libraries included; every stage runs, none is cut short.
 
