@@ -53,7 +53,8 @@ ALLOWED = frozenset(
             "group_norm matmul bmm mm addmm baddbmm linear scaled_dot_product_attention "
             "upsample_nearest2d upsample_bilinear2d chunk unbind pixel_shuffle roll "
             "linalg_vector_norm _softmax prelu "
-            "channel_shuffle native_group_norm feature_dropout minimum maximum adaptive_max_pool2d",
+            "channel_shuffle native_group_norm feature_dropout minimum maximum adaptive_max_pool2d "
+            "adaptive_avg_pool1d avg_pool1d",
             "default",
         ),
         ("add sub mul div add_ sub_ mul_ div_ slice split", "Tensor"),

@@ -252,9 +252,38 @@ def test_what_is_traced_is_the_same_and_can_be_saved(name, tmp_path):
     assert survives(network, tmp_path / "saved") < 0.1
 
 
-def test_a_wide_linear_layer_is_saved():
-    wide = nn.Sequential(nn.Upsample(size=(160, 160)), nn.Flatten(), nn.Linear(76_800, 2))
-    assert described(wide).layers[0].in_features == 76_800
+def test_a_wide_linear_layer_is_saved(tmp_path):
+    network = described(
+        nn.Sequential(nn.Upsample(size=(160, 160)), nn.Flatten(), nn.Linear(76_800, 2))
+    )
+    assert network.layers[0].in_features == 76_800
+    assert survives(network, tmp_path / "saved") < 0.1
+
+
+def test_windows_of_pictures_are_saved():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[2, 2], window_size=4,
+        num_labels=5,
+    )  # fmt: skip
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = transformers.SwinForImageClassification(config)
+
+        def forward(self, pictures):
+            return self.model(pixel_values=pictures).logits
+
+    module = Logits().eval()
+    preprocessing = Preprocessing(size=(16, 16), mean=(0.0,) * 3, deviation=(1.0,) * 3)
+    network = build(module, preprocessing, name="test", fingerprint="0")
+    pictures = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        expected = module(pictures)
+        assert float((network.graph(pictures) - expected).abs().max()) < 1e-5
+    targets = {str(node.target) for node in network.graph.graph.nodes}
+    assert not targets & {"aten.view.default", "aten.sym_size.int", "<built-in function mul>"}
 
 
 @pytest.mark.parametrize(
