@@ -8,9 +8,10 @@ from torch import nn
 from quantforge.errors import InputError
 from quantforge.types import LayerInfo
 from quantforge.vision.blocks import find_blocks
+from quantforge.vision.folding import STATISTICS
 from quantforge.vision.network import Preprocessing, VisionNetwork, weight_matrix
 from quantforge.vision.sites import find_sites, is_layer, tied_layers
-from quantforge.vision.tracing import STATISTICS, traced
+from quantforge.vision.tracing import traced
 
 
 def build(
@@ -25,7 +26,8 @@ def build(
     """Trace a classifier and describe it.
 
     Args:
-        module: takes pictures alone and returns logits.
+        module: takes pictures alone and returns logits; a softmax or log_softmax at its end is
+            left out, which changes no prediction.
         preprocessing: of its pictures; gives their size.
         name: for people.
         fingerprint: of what it was made from.
@@ -33,7 +35,7 @@ def build(
         operands: round what residual additions add, see `sites`.
 
     Raises:
-        InputError: it cannot be traced, or has no layers.
+        InputError: it cannot be traced or saved, gives no logits, or has no layers.
     """
     example = torch.zeros(2, channels, *preprocessing.size)
     graph = traced(module, example)

@@ -62,6 +62,7 @@ TENSORS_NAME = "model.safetensors"
 _LONGEST_GRAPH = 64_000_000  # bytes
 _LARGEST_SIDE = 8192
 _SCALES = (torch.bfloat16, torch.float16)
+_CONSTANTS = (torch.float32, torch.int64, torch.int32, torch.bool)
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
@@ -257,17 +258,14 @@ def _network(text: Mapping[str, Any], tensors: _Tensors) -> QuantizedNetwork:
         if weight is not None:
             weights[name], biases[name] = weight, bias
     wanted = [row["target"] for row in text["nodes"] if row["op"] == "get_attr"]
-    constants = {
-        name: tensors.take(name, None, (torch.float32, torch.int64))
-        for name in dict.fromkeys(wanted)
-    }
+    constants = {name: tensors.take(name, None, _CONSTANTS) for name in dict.fromkeys(wanted)}
     if tensors.left:
         raise ValueError(f"the tensor {tensors.left[0]!r} belongs to nothing")
     graph = graph_from_json(text["nodes"], root_of(layers, constants))
     known = {node.name for node in graph.graph.nodes}
     called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
-    if sorted(called) != sorted(layers):
-        raise ValueError("its graph does not call every layer once")
+    if set(called) != set(layers):
+        raise ValueError("its graph does not call every layer")
     preprocessing = _preprocessing(text["preprocessing"])
     channels = _whole(text["channels"], 1, 1 << 12)
     shapes_of(graph, channels, preprocessing.size)

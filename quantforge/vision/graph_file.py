@@ -25,11 +25,19 @@ MOST_NUMBERS = 1 << 28  # of a tensor, at one picture
 _LARGEST = 1 << 31
 _TO_THE_END = (1 << 63) - 1  # of a slice
 _LONGEST_TEXT = 32
-_LARGEST_LAYER_NUMBER = 1 << 16
+_MOST_CHANNELS = 1 << 24
+_LARGEST_KERNEL_NUMBER = 1 << 16
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
-_PATH = re.compile(r"[A-Za-z0-9_]{1,200}(\.[A-Za-z0-9_]{1,200}){0,31}")
-_DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
+_PATH = re.compile(r"[A-Za-z0-9_-]{1,200}(\.[A-Za-z0-9_-]{1,200}){0,31}")
+_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
 _GETITEM = "getitem"
+MODULE = "quantforge_module"  # in a node's meta: path of the module that it was traced from
 
 # Names of overloads of torch.ops.aten.
 ALLOWED = frozenset(
@@ -45,13 +53,16 @@ ALLOWED = frozenset(
             "group_norm matmul bmm mm addmm baddbmm linear scaled_dot_product_attention "
             "upsample_nearest2d upsample_bilinear2d chunk unbind pixel_shuffle roll "
             "linalg_vector_norm _softmax prelu "
-            "channel_shuffle native_group_norm feature_dropout minimum maximum", "default",
+            "channel_shuffle native_group_norm feature_dropout minimum maximum adaptive_max_pool2d "
+            "adaptive_avg_pool1d avg_pool1d",
+            "default",
         ),
         ("add sub mul div add_ sub_ mul_ div_ slice split", "Tensor"),
         ("add sub mul div rsub", "Scalar"),
         ("pow", "Tensor_Scalar"),
         ("flatten", "using_ints"),
-        ("transpose select softmax", "int"),
+        ("transpose select softmax unbind sym_size", "int"),
+        ("max min", "dim"),
         ("squeeze mean sum", "dim dims dim_IntList"),
         ("split split_with_sizes", "sizes default"),
         ("upsample_nearest2d upsample_bilinear2d", "vec"),
@@ -75,7 +86,11 @@ def node_to_json(node: fx.Node) -> dict[str, Any]:
         else:
             target = target.removeprefix("aten.")
             if target not in ALLOWED:
-                raise UsageError(f"{node.name} calls {node.target}, which is not saved; rewrite it")
+                called = getattr(node.target, "__name__", "") if "<" in target else node.target
+                where = f" in {node.meta[MODULE]!r}" if node.meta.get(MODULE) else ""
+                raise UsageError(
+                    f"{node.name}{where} calls {called}, which is not saved; rewrite it"
+                )
     elif node.op not in ("placeholder", "call_module", "get_attr", "output"):
         raise UsageError(f"{node.name} is a {node.op}, which a canonical graph does not have")
     return {
@@ -242,7 +257,7 @@ def layer_from_json(path: str, row: Any) -> nn.Module:
     if set(row) != fields:
         raise ValueError(f"{path} does not have the fields {sorted(fields)}")
     for name in fields & {"in", "out", "groups"}:
-        _count(path, name, row[name], 1)
+        _count(path, name, row[name], 1, _MOST_CHANNELS)
     if kind == "Linear":
         return nn.Linear(row["in"], row["out"], device="meta")
     for name, least in pairs.items():
@@ -261,8 +276,10 @@ def layer_from_json(path: str, row: Any) -> nn.Module:
     return layer
 
 
-def _count(path: str, name: str, value: Any, least: int) -> None:
-    if type(value) is not int or not least <= value <= _LARGEST_LAYER_NUMBER:
+def _count(
+    path: str, name: str, value: Any, least: int, most: int = _LARGEST_KERNEL_NUMBER
+) -> None:
+    if type(value) is not int or not least <= value <= most:
         raise ValueError(
             f"{path} has {name} {str(value)[:40]!r}, not a whole number from {least} up"
         )
@@ -355,3 +372,14 @@ def _on_meta(graph: fx.GraphModule) -> nn.Module:
     }
     buffers = {path: one.to("meta") for path, one in graph.named_buffers()}
     return root_of(layers, buffers)
+
+
+def check_saved(graph: fx.GraphModule, channels: int, size: tuple[int, int]) -> None:
+    """Write a graph and read it again, without its numbers.
+
+    Raises:
+        UsageError: it cannot be written.
+        ValueError: it cannot be read.
+    """
+    rows = [node_to_json(node) for node in graph.graph.nodes]
+    shapes_of(graph_from_json(rows, _on_meta(graph)), channels, size)

@@ -16,6 +16,12 @@ MOVING = frozenset({
     "alias", "clone", "contiguous", "detach", "expand", "flatten", "permute", "reshape", "slice",
     "select", "squeeze", "t", "transpose", "unsqueeze", "view", "_unsafe_view", "_reshape_copy",
 })  # fmt: skip
+# Their values are some of those of their first argument, so they are on its grid. Those beyond
+# `MOVING` return several tensors, or have a kernel of their own for codes or none.
+SELECTING = MOVING | {
+    "channel_shuffle", "chunk", "max_pool2d", "max_pool2d_with_indices", "pixel_shuffle", "split",
+    "split_with_sizes", "upsample_nearest2d",
+}  # fmt: skip
 
 
 def operator_name(node: fx.Node) -> str:

@@ -25,18 +25,10 @@ import torch
 from torch import fx
 
 from quantforge.vision.network import Site, VisionNetwork
+from quantforge.vision.operators import SELECTING, operator_name
 
 aten = torch.ops.aten
 
-MOVING = {
-    aten.max_pool2d.default, aten.max_pool2d_with_indices.default, aten.flatten.using_ints,
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int,
-    aten.permute.default, aten.slice.Tensor, aten.select.int, aten.expand.default,
-    aten.unsqueeze.default, aten.squeeze.dims, aten.squeeze.dim, aten.split.Tensor,
-    aten.split_with_sizes.default, aten.chunk.default, aten.pixel_shuffle.default,
-    aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec, aten.channel_shuffle.default,
-    operator.getitem,
-}  # fmt: skip
 PADDING = {aten.pad.default, aten.constant_pad_nd.default}
 ADDITIONS = {aten.add.Tensor}
 CONCATENATIONS = {aten.cat.default, aten.concat.default}
@@ -55,8 +47,10 @@ def is_residual(node: fx.Node) -> bool:
 
 def _moves(node: fx.Node) -> bool:
     """Whether a node's values are those of its first argument, and maybe zeros."""
-    if node.target in MOVING:
+    if operator_name(node) in SELECTING:
         return True
+    if node.target is operator.getitem:  # of a tuple; what computes one is no site itself
+        return isinstance(node.args[0], fx.Node) and _moves(node.args[0])
     if node.target not in PADDING:
         return False
     mode = node.args[2] if len(node.args) > 2 else "constant"

@@ -107,7 +107,7 @@ def test_every_allowed_operator_computes_and_nothing_else() -> None:
         found = getattr(getattr(torch.ops.aten, short, None), overload, None)
         if found is not None:
             returns = str(found._schema).rpartition("->")[2]
-            assert "Tensor" in returns, name
+            assert "Tensor" in returns or name == "sym_size.int", name
     banned = (
         "rand",
         "load",
