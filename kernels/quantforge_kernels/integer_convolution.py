@@ -120,15 +120,16 @@ def integer_sums(x: Tensor, zero: int, weight: IntegerWeight) -> Tensor:
     """
     places, differences = weight.places, weight.differences()
     groups, width = differences.shape[1:]
+    (top, left), (bottom, right) = places.padding, places.ends
+    padded = functional.pad(x.double() - zero, (left, right, top, bottom))
     made = []
     for group in range(groups):
         rows = torch.zeros(weight.out_channels, groups, width, dtype=torch.float64)
         rows[:, group] = differences[:, group].double()
         kernel = rows.view(weight.out_channels, -1, *places.kernel)
         sums = functional.conv2d(
-            x.double() - zero, kernel, None, places.stride, places.padding, places.dilation,
-            places.groups,
-        )  # fmt: skip
+            padded, kernel, None, places.stride, 0, places.dilation, places.groups
+        )
         made.append(sums.round().long())
     return torch.stack(made, 2)
 
@@ -191,7 +192,7 @@ def _dense(weight: IntegerWeight, scale: Tensor) -> _Order:
 
     own = weight.zero is not None and shift is None
     zeros = by_lane(centre, middle).unsqueeze(-1).expand(-1, -1, -1, SLOT).contiguous()
-    plain = places.kernel == places.stride == (1, 1) and places.padding == (0, 0)
+    plain = places.kernel == places.stride == (1, 1) and places.padding == places.ends == (0, 0)
     straight = bool((order.flatten() == torch.arange(order.numel())).all())
     return _Order(
         depthwise=False,
