@@ -40,6 +40,10 @@ SHAPES = [
     (70, 70, 7, 6, Places(kernel=(5, 5), stride=(2, 2), padding=(2, 2), groups=70)),
     (65, 65, 8, 9, Places(kernel=(3, 2), padding=(2, 1), dilation=(2, 2), groups=65)),
     (3, 3, 8, 8, Places(kernel=(7, 7), padding=(3, 3), groups=3)),
+    # rows of outputs that share what is interleaved: four, three and two
+    (70, 70, 7, 6, Places(kernel=(5, 5), padding=(2, 2), groups=70)),
+    (20, 20, 8, 5, Places(kernel=(2, 3), groups=20)),
+    (20, 20, 9, 9, Places(kernel=(6, 3), stride=(2, 1), padding=(2, 1), groups=20)),
     # padded on some sides more than on others
     (3, 32, 8, 10, Places(kernel=(3, 3), stride=(2, 2), after=(1, 1))),
     (5, 9, 6, 7, Places(kernel=(3, 2), padding=(0, 2), after=(3, 0))),

@@ -120,7 +120,7 @@ void qf_add_codes(const uint8_t* a, const uint8_t* b, int64_t count, const float
   each_vector(count, threads, [&](int64_t index) {
     const Floats first = to_floats(codes_at(a, index) - zeros[0]) * scales[0];
     const Floats second = to_floats(codes_at(b, index) - zeros[1]) * scales[1];
-    store_bytes(codes + index, nearest(clamped(first + second, low, high)) + zero, LANES);
+    store_bytes(codes + index, nearest(clamped(first + second, low, high), zero), LANES);
   });
 }
 

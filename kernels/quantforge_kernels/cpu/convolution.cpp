@@ -198,23 +198,30 @@ void qf_depthwise(const uint8_t* x, const int64_t* place_numbers, const int64_t*
   const IntegerWeight weight = weight_of(weight_numbers, weight_arrays);
   const Epilogue to = epilogue_of(numbers, floats, arrays, out);
   const int64_t blocks = (places.channels + BLOCK - 1) / BLOCK;
-  const int64_t rows = places.batch * places.out_height;
+  const int64_t shared = kernel.shared_rows(places.stride_down);
+  const int64_t a_picture = (places.out_height + shared - 1) / shared;
+  const int64_t tasks = places.batch * a_picture;  // of a block
   const int64_t reach = (kernel.kernel_width - 1) * kernel.dilation_across + 1;
   const int64_t needed = (places.out_width - 1) * places.stride_across + reach;
-  const int64_t a_weight = weight.units * SLOTS;
+  const int64_t a_weight = weight.units * SLOTS, slots = kernel.slots();
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Space<Words> space;
-    Words* weights = space.start(a_weight + needed * kernel.row_groups() * VECTORS);
+    Words* decoded = space.start(a_weight + shared * slots + needed * kernel.row_groups() * VECTORS);
+    Words* weights = decoded + a_weight;
     int64_t held = -1;
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < blocks * rows; ++task) {
-      const int64_t block = task / rows, row = task % rows;
+    for (int64_t task = 0; task < blocks * tasks; ++task) {
+      const int64_t block = task / tasks, part = task % tasks;
       if (held != block) {
-        decode_any(weight, block, weights, 1);
+        decode_any(weight, block, decoded, 1);
+        for (int64_t row = 0; row < shared; ++row)
+          move_down(kernel, decoded, row * places.stride_down, weights + row * slots);
         held = block;
       }
-      depthwise_row(places, kernel, x, weight, weights, to, row, block, weights + a_weight);
+      const int64_t down = part % a_picture * shared;
+      depthwise_rows(places, kernel, x, weight, weights, to, part / a_picture, down,
+                     std::min(shared, places.out_height - down), block, weights + shared * slots);
     }
   }
 }

@@ -62,16 +62,16 @@ QF_INLINE Integers clamped(Integers value, int32_t low, int32_t high) {
   return value > high ? integers_of(high) : value;
 }
 
-// The nearest integer, ties to even, of |value| < 2^22.
-QF_INLINE Integers nearest(Floats value) {
-  return (Integers)(value + 12582912.0f) - 0x4b400000;
+// The nearest integer, ties to even, of |value| < 2^22, and `added` to it.
+QF_INLINE Integers nearest(Floats value, int32_t added = 0) {
+  return (Integers)(value + 12582912.0f) + (added - 0x4b400000);
 }
 
 // Codes of float numbers on the output's grid.
 QF_INLINE Integers codes_of(Floats value, const Epilogue& to) {
   const float low = static_cast<float>(to.least - to.zero);
   const float high = static_cast<float>(to.most - to.zero);
-  return nearest(clamped(value * to.inverse, low, high)) + to.zero;
+  return nearest(clamped(value * to.inverse, low, high), to.zero);
 }
 
 QF_INLINE void store_bytes(uint8_t* target, Integers codes, int64_t count) {
