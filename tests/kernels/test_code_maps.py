@@ -100,5 +100,5 @@ def test_what_does_not_fit_is_refused():
         add_codes(codes(4), GRIDS[0], codes(5), GRIDS[0], GRIDS[0])
     with pytest.raises(ValueError, match="more than half"):
         largest_codes(codes(1, 4, 5, 5), Places(kernel=(2, 2), padding=(2, 2)))
-    with pytest.raises(ValueError, match="before and .* after differ"):
+    with pytest.raises(ValueError, match=r"before and .* after differ"):
         largest_codes(codes(1, 4, 5, 5), Places(kernel=(2, 2), after=(1, 1)))
