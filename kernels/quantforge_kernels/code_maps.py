@@ -171,8 +171,11 @@ def largest_codes(x: Tensor, places: Places, *, native_code: bool = True) -> Ten
     """The largest code of every window of [batch, channels, height, width]; padding never is.
 
     Raises:
-        ValueError: padding is more than half a window, or a window larger than the image.
+        ValueError: padding is more than half a window or not of all sides alike, or a window is
+            larger than the image.
     """
+    if places.ends != places.padding:
+        raise ValueError(f"padding {places.padding} before and {places.ends} after differ")
     pairs = zip(places.kernel, places.padding, strict=True)
     if any(2 * padding > kernel for kernel, padding in pairs):
         raise ValueError(f"padding {places.padding} is more than half of {places.kernel}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,15 +121,16 @@ def integer_sums(x: Tensor, zero: int, weight: IntegerWeight) -> Tensor:
     """
     places, differences = weight.places, weight.differences()
     groups, width = differences.shape[1:]
+    (top, left), (bottom, right) = places.padding, places.ends
+    padded = functional.pad(x.double() - zero, (left, right, top, bottom))
     made = []
     for group in range(groups):
         rows = torch.zeros(weight.out_channels, groups, width, dtype=torch.float64)
         rows[:, group] = differences[:, group].double()
         kernel = rows.view(weight.out_channels, -1, *places.kernel)
         sums = functional.conv2d(
-            x.double() - zero, kernel, None, places.stride, places.padding, places.dilation,
-            places.groups,
-        )  # fmt: skip
+            padded, kernel, None, places.stride, 0, places.dilation, places.groups
+        )
         made.append(sums.round().long())
     return torch.stack(made, 2)
 
@@ -191,7 +193,7 @@ def _dense(weight: IntegerWeight, scale: Tensor) -> _Order:
 
     own = weight.zero is not None and shift is None
     zeros = by_lane(centre, middle).unsqueeze(-1).expand(-1, -1, -1, SLOT).contiguous()
-    plain = places.kernel == places.stride == (1, 1) and places.padding == (0, 0)
+    plain = places.kernel == places.stride == (1, 1) and places.padding == places.ends == (0, 0)
     straight = bool((order.flatten() == torch.arange(order.numel())).all())
     return _Order(
         depthwise=False,
@@ -269,6 +271,8 @@ class IntegerConvolution:
     _library: ctypes.CDLL | None = field(init=False)
     _order: _Order | None = field(init=False, default=None)
     _arrays: tuple[Tensor | None, ...] = field(init=False, default=())
+    _call: tuple[Any, ...] | None = field(init=False, default=None)
+    _last: tuple[Any, ...] | None = field(init=False, default=None)  # of the last images' shape
 
     def __post_init__(self) -> None:
         weight = self.weight
@@ -324,47 +328,60 @@ class IntegerConvolution:
                 f"x must be uint8 [batch, {self.channels}, height, width], got {x.dtype} "
                 f"{tuple(x.shape)}"
             )
-        height, width = self.places.size(x.shape[2], x.shape[3])
         if self._order is None or self._library is None:
             assert self.weight is not None
             sums = integer_sums(x, self.zero, self.weight)
             scale = self.weight.scale.float() * torch.tensor(self.scale, dtype=torch.float32)
             made = finished(sums, scale, self.bias, self.output)
             return made.contiguous(memory_format=torch.channels_last)
-        x = x.contiguous(memory_format=torch.channels_last)
-        kind = torch.float32 if isinstance(self.output, Floats) else torch.uint8
-        made = torch.empty(
-            (x.shape[0], self.out_channels, height, width), dtype=kind,
-            memory_format=torch.channels_last,
-        )  # fmt: skip
-        if made.numel():
-            self._run(self._library, self._order, x, made)
-        return made
+        return self._run(self._library, self._order, x)
 
-    def _run(self, library: ctypes.CDLL, order: _Order, x: Tensor, made: Tensor) -> None:
-        places, output = self.places, self.output
-        parts = places.groups
-        numbers = (
-            x.shape[0], x.shape[2], x.shape[3], self.channels, made.shape[2], made.shape[3],
-            *places.stride, *places.padding, parts, self.channels // parts,
-            self.out_channels // parts, order.row_bytes, len(order.runs), order.direct, self.zero,
-        )  # fmt: skip
-        kernel = order.runs
-        if order.depthwise:
-            kernel = torch.tensor([*places.kernel, *places.dilation])
+    def _constant(self, order: _Order) -> tuple[Any, ...]:
+        """What a call passes beside images and threads; made once, since making it takes time."""
+        output, places = self.output, self.places
         grid = (0, 0, 0) if isinstance(output, Floats) else (output.zero, output.least, output.most)
         inverse = 1.0 / output.scale if isinstance(output, Codes) else 0.0
         limits = (output.low, output.high) if isinstance(output, Floats) else (0.0, 0.0)
         held = (order.codes, order.zeros, order.sums, order.shifts, order.scales)
-        run = library.qf_depthwise if order.depthwise else library.qf_convolve
-        run(
-            native.pointer(x), (ctypes.c_int64 * 17)(*numbers), native.pointer(kernel),
-            (ctypes.c_int64 * 4)(*order.numbers), (ctypes.c_void_p * 5)(*map(_address, held)),
+        kernel: Any = native.pointer(order.runs)
+        if order.depthwise:
+            kernel = (ctypes.c_int64 * 4)(*places.kernel, *places.dilation)
+        return (
+            kernel, (ctypes.c_int64 * 4)(*order.numbers),
+            (ctypes.c_void_p * 5)(*map(_address, held)),
             (ctypes.c_int64 * 5)(_KINDS[type(output)], *grid, self.out_channels),
             (ctypes.c_float * 3)(inverse, *limits),
             (ctypes.c_void_p * 4)(*map(_address, self._arrays)),
-            ctypes.c_int(torch.get_num_threads()), native.pointer(made),
         )  # fmt: skip
+
+    def _sizes(self, shape: tuple[int, ...], order: _Order) -> tuple[tuple[int, ...], Any]:
+        """Shape of the result of images of a shape, and the numbers that a call passes."""
+        places, parts = self.places, self.places.groups
+        result = (shape[0], self.out_channels, *places.size(shape[2], shape[3]))
+        numbers = (
+            shape[0], shape[2], shape[3], self.channels, result[2], result[3],
+            *places.stride, *places.padding, parts, self.channels // parts,
+            self.out_channels // parts, order.row_bytes, len(order.runs), order.direct, self.zero,
+        )  # fmt: skip
+        return result, (ctypes.c_int64 * 17)(*numbers)
+
+    def _run(self, library: ctypes.CDLL, order: _Order, x: Tensor) -> Tensor:
+        shape = tuple(x.shape)
+        if self._last is None or self._last[0] != shape:
+            self._last = (shape, *self._sizes(shape, order))
+        if self._call is None:
+            self._call = self._constant(order)
+        _, result, sizes = self._last
+        x = x.contiguous(memory_format=torch.channels_last)
+        kind = torch.float32 if isinstance(self.output, Floats) else torch.uint8
+        made = torch.empty(result, dtype=kind, memory_format=torch.channels_last)
+        if made.numel():
+            run = library.qf_depthwise if order.depthwise else library.qf_convolve
+            run(
+                ctypes.c_void_p(x.data_ptr()), sizes, *self._call,
+                torch.get_num_threads(), ctypes.c_void_p(made.data_ptr()),
+            )  # fmt: skip
+        return made
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -28,7 +28,8 @@ class Places:
     Attributes:
         kernel: height and width.
         stride: of the output over the input, down and across.
-        padding: zeros around the input, likewise.
+        padding: zeros above and left of the input.
+        after: zeros below and right of it; None for as many.
         dilation: distance of the kernel's places, likewise.
         groups: parts of the channels that are convolved apart.
     """
@@ -38,14 +39,21 @@ class Places:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    after: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        pairs = ((self.kernel, 1), (self.stride, 1), (self.dilation, 1), (self.padding, 0))
+        padding = ((self.padding, 0), (self.ends, 0))
+        pairs = ((self.kernel, 1), (self.stride, 1), (self.dilation, 1), *padding)
         for pair, least in pairs:
             if len(pair) != 2 or any(type(one) is not int or one < least for one in pair):
                 raise ValueError(f"{pair} is no pair of whole numbers from {least} up")
         if self.groups < 1:
             raise ValueError(f"groups must be positive, got {self.groups}")
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Zeros below and right."""
+        return self.padding if self.after is None else self.after
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output of an input of that size.
@@ -56,7 +64,7 @@ class Places:
         sides = []
         for axis, side in enumerate((height, width)):
             reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
-            room = side + 2 * self.padding[axis] - reach
+            room = side + self.padding[axis] + self.ends[axis] - reach
             if room < 0:
                 raise ValueError(f"a kernel that reaches over {reach} places is larger than {side}")
             sides.append(room // self.stride[axis] + 1)

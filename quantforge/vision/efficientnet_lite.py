@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,18 +149,21 @@ class EfficientNetLite(nn.Module):
     Args:
         member: factors of width and depth.
         classes: logits.
+        stages: before scaling.
     """
 
-    def __init__(self, member: Member, *, classes: int = 1000) -> None:
+    def __init__(
+        self, member: Member, *, classes: int = 1000, stages: Sequence[Stage] = STAGES
+    ) -> None:
         super().__init__()
         self.stem = NormedConvolution(3, STEM, kernel=3, stride=2)
         self.blocks = nn.ModuleList()
         inputs = STEM
-        for place, stage in enumerate(STAGES):
+        for place, stage in enumerate(stages):
             outputs = scaled_channels(stage.channels, member.width)
             scaled = math.ceil(stage.repeats * member.depth)
             # The first and the last stage keep their depth, as stem and head keep their width.
-            repeats = stage.repeats if place in (0, len(STAGES) - 1) else scaled
+            repeats = stage.repeats if place in (0, len(stages) - 1) else scaled
             for number in range(repeats):
                 stride = stage.stride if number == 0 else 1
                 self.blocks.append(

@@ -9,7 +9,7 @@ from typing import Any
 from quantforge_kernels.integer_layout import Places
 from torch import fx
 
-from quantforge.vision.packed_layers import pair
+from quantforge.vision.packed_layers import Margins, pair
 
 # Of codes as of numbers: they move values and change none.
 MOVING = frozenset({
@@ -77,6 +77,28 @@ def added(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if isinstance(first, fx.Node) and isinstance(second, fx.Node):
         return first, second
     return None
+
+
+def zeros_added(node: fx.Node) -> list[int] | None:
+    """The sides of a padding with 0, the last dimension's first; None for anything else."""
+    name = operator_name(node)
+    if name not in ("constant_pad_nd", "pad"):
+        return None
+    constant = name != "pad" or argument(node, 2, "mode", "constant") == "constant"
+    value = argument(node, 2 if name == "constant_pad_nd" else 3, "value")
+    sides = argument(node, 1, "pad")
+    if not constant or value not in (None, 0) or any(type(one) is not int for one in sides):
+        return None
+    return list(sides)
+
+
+def margins(node: fx.Node) -> Margins | None:
+    """What a padding with 0 puts around images; None for anything else, and for one that cuts."""
+    sides = zeros_added(node)
+    if sides is None or len(sides) > 4 or min(sides, default=0) < 0:
+        return None
+    left, right, top, bottom = [*sides, 0, 0, 0, 0][:4]
+    return Margins(before=(top, left), after=(bottom, right))
 
 
 def pooled(node: fx.Node) -> Places | None:

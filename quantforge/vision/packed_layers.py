@@ -8,6 +8,7 @@ is numbers or codes. One whose input has none decodes its weight and takes its i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from quantforge_kernels.convolution import qconv2d
@@ -27,6 +28,17 @@ from quantforge.vision.network import ActivationGrid, kernel_of
 _LARGEST_SUM = (1 << 31) - 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Margins:
+    """Zeros around images: down and across, before and after."""
+
+    before: tuple[int, int] = (0, 0)
+    after: tuple[int, int] = (0, 0)
+
+
+NO_MARGINS = Margins()
+
+
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """Down and across, from one number for both or from two (or a sequence of one)."""
     if isinstance(value, int):
@@ -34,8 +46,12 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
     return int(value[0]), int(value[-1])
 
 
-def places_of(layer: Any) -> Places:
+def places_of(layer: Any, margins: Margins = NO_MARGINS) -> Places:
     """Where a `Conv2d` or a `Linear` reads.
+
+    Args:
+        layer: float.
+        margins: further zeros around its images.
 
     Raises:
         UsageError: the layer pads with something else than zeros on both sides alike.
@@ -47,8 +63,10 @@ def places_of(layer: Any) -> Places:
             f"a convolution pads with {layer.padding_mode} {layer.padding}; make it a padding of "
             "zeros in numbers first"
         )
+    down, across = pair(layer.padding)
+    before, after = ((down + more[0], across + more[1]) for more in (margins.before, margins.after))
     return Places(
-        kernel=pair(layer.kernel_size), stride=pair(layer.stride), padding=pair(layer.padding),
+        kernel=pair(layer.kernel_size), stride=pair(layer.stride), padding=before, after=after,
         dilation=pair(layer.dilation), groups=layer.groups,
     )  # fmt: skip
 
@@ -92,13 +110,16 @@ def dyadic_output(
     )  # fmt: skip
 
 
-def integer_weight(layer: Any, weight: QuantizedWeight) -> IntegerWeight:
+def integer_weight(
+    layer: Any, weight: QuantizedWeight, margins: Margins = NO_MARGINS
+) -> IntegerWeight:
     """The weight as the kernels take it."""
     linear = isinstance(layer, nn.Linear)
     return IntegerWeight(
         words=pack(weight.codes, weight.spec.bits), scale=weight.scale, zero=weight.zero,
         bits=weight.spec.bits, group_size=weight.spec.group_size,
-        channels=layer.in_features if linear else layer.in_channels, places=places_of(layer),
+        channels=layer.in_features if linear else layer.in_channels,
+        places=places_of(layer, margins),
     )  # fmt: skip
 
 
@@ -111,6 +132,7 @@ class CodedLayer(nn.Module):
         bias: [out] float32.
         source: grid of the input.
         output: what is made of the sums.
+        margins: zeros around images beside the layer's own padding.
         native_code: whether to use the C++ where it can be built.
     """
 
@@ -122,13 +144,15 @@ class CodedLayer(nn.Module):
         source: ActivationGrid,
         output: Output,
         *,
+        margins: Margins = NO_MARGINS,
         native_code: bool = True,
     ) -> None:
         super().__init__()
         self.images = not isinstance(layer, nn.Linear)
         self.run = IntegerConvolution(
-            integer_weight(layer, weight), source.scale, source.zero, bias, output, native_code
-        )
+            integer_weight(layer, weight, margins), source.scale, source.zero, bias, output,
+            native_code,
+        )  # fmt: skip
 
     @property
     def stored_bytes(self) -> int:

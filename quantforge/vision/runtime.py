@@ -3,8 +3,9 @@
 Every node of the canonical graph becomes a step once, when the module is made. A tensor whose site
 has a grid is uint8 codes; a layer that reads codes multiplies integers and writes codes of its own
 site, or of the site of the activation function behind it, whose clamp is then part of the layer's
-rounding. Additions, max pooling, concatenation and what only moves values work on codes too.
-Everything else (global pooling, softmax, SiLU, ..) reads numbers and is rounded where it is a site.
+rounding. Zeros that are put around the images of a layer are part of its padding. Additions, max
+pooling, padding, concatenation and what only moves values work on codes too. Everything else
+(global pooling, softmax, SiLU, ..) reads numbers and is rounded where it is a site.
 A layer whose input has no grid runs with its weight alone packed.
 
 It equals `network.Simulation` but for the last bit of a float32 rescaling, which decides ties: a
@@ -17,17 +18,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from quantforge_kernels.code_maps import CodeGrid, add_codes, from_codes, largest_codes, to_codes
 from quantforge_kernels.integer_outputs import Output
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from quantforge.vision.network import ActivationGrid, QuantizedNetwork
-from quantforge.vision.operators import MOVING, added, clamp_of, operator_name, pooled
+from quantforge.vision.operators import (
+    MOVING,
+    added,
+    clamp_of,
+    margins,
+    operator_name,
+    pooled,
+    zeros_added,
+)
 from quantforge.vision.packed_layers import (
+    NO_MARGINS,
     CodedLayer,
+    Margins,
     WeightOnlyLayer,
     codes_output,
     dyadic_output,
@@ -147,6 +160,7 @@ class _Planner:
         }
         self.coded: dict[fx.Node, ActivationGrid] = {}  # nodes whose result is codes
         self.same: dict[fx.Node, fx.Node] = {}  # activation function → what computes it
+        self.around: dict[fx.Node, Margins] = {}  # paddings that the layers behind them do
 
     def steps(self) -> tuple[tuple[Step, ...], str]:
         """All steps, and the name of the last result."""
@@ -157,7 +171,7 @@ class _Planner:
             if node.op == "output":
                 result = self._name(node.args[0])
                 continue
-            if node in self.same:
+            if node in self.same or self._left_to_layers(node):
                 continue
             reads = [self._name(one) for one in node.all_input_nodes]
             if node.op == "placeholder":
@@ -214,12 +228,36 @@ class _Planner:
     def _input(self, node: Any) -> ActivationGrid | None:
         return self.coded.get(node)
 
+    def _takes_codes(self, node: fx.Node) -> bool:
+        """Whether a layer multiplies integers if it is given codes."""
+        name = str(node.target)
+        transposed = isinstance(self.quantized.network.layer(name), nn.ConvTranspose2d)
+        return name in self.quantized.weights and not transposed
+
+    def _left_to_layers(self, node: fx.Node) -> bool:
+        """Whether all that reads a padding with zeros are layers, which then do it themselves."""
+        around = margins(node)
+        grid = self._input(node.args[0]) if around else None
+        if around is None or grid is None or self.grids.get(node.name, grid) != grid:
+            return False
+        for user in node.users:
+            convolves = user.op == "call_module" and self._takes_codes(user)
+            if not convolves or isinstance(
+                self.quantized.network.layer(str(user.target)), nn.Linear
+            ):
+                return False
+        before: Any = node.args[0]
+        self.around[node], self.same[node] = around, self.same.get(before, before)
+        self._mark(node, grid)
+        return True
+
     def _layer(self, node: fx.Node) -> Callable[[dict[str, Any]], Any]:
         name, source = str(node.target), self._name(node.args[0])
         layer: Any = self.quantized.network.layer(name)
-        weight, grid = self.quantized.weights.get(name), self._input(node.args[0])
+        before: Any = node.args[0]
+        weight, grid = self.quantized.weights.get(name), self._input(before)
         key = f"{len(self.layers)}_{name.replace('.', '_')}"
-        if weight is None or grid is None or isinstance(layer, nn.ConvTranspose2d):
+        if weight is None or grid is None or not self._takes_codes(node):
             run: nn.Module = layer
             if weight is not None:
                 run = WeightOnlyLayer(layer, weight, self.quantized.biases[name])
@@ -234,7 +272,10 @@ class _Planner:
         if target is not None:
             codes = codes_output(target, *limits)
             output = dyadic_output(name, weight, bias, grid, codes) if self.dyadic else codes
-        coded = CodedLayer(layer, weight, bias, grid, output, native_code=self.native_code)
+        coded = CodedLayer(
+            layer, weight, bias, grid, output, margins=self.around.get(before, NO_MARGINS),
+            native_code=self.native_code,
+        )  # fmt: skip
         self.layers[key] = coded
         if target is None:
             return lambda values: coded(values[source].codes)
@@ -276,21 +317,25 @@ class _Planner:
             return None
         if grid not in (None, own):
             return None
-        limits, name = clamp_of(node), operator_name(node)
-        source = self._name(sources[0])
+        name, source = operator_name(node), self._name(sources[0])
         if name in MOVING or name == "cat" or (name == "dropout" and not node.args[2]):
             call = self._call(node, lambda value: value.codes)
             self._mark(node, own)
             return lambda values: Coded(call(values), own)
+        change = self._of_codes(node, own.zero)
+        if change is None:
+            return None
+        self._mark(node, own)
+        return lambda values: Coded(change(values[source].codes), own)
+
+    def _of_codes(self, node: fx.Node, zero: int) -> Callable[[Tensor], Tensor] | None:
+        """What is of codes as of numbers, if 0 is the code `zero`."""
         if (places := pooled(node)) is not None:
-            self._mark(node, own)
-            use = self.native_code
-            return lambda values: Coded(
-                largest_codes(values[source].codes, places, native_code=use), own
-            )
-        if limits == (0.0, float("inf")):
-            self._mark(node, own)
-            return lambda values: Coded(values[source].codes.clamp(min=own.zero), own)
+            return partial(largest_codes, places=places, native_code=self.native_code)
+        if (sides := zeros_added(node)) is not None:
+            return lambda codes: functional.pad(codes, sides, value=zero)
+        if clamp_of(node) == (0.0, float("inf")):
+            return lambda codes: codes.clamp(min=zero)
         return None
 
     def _on_numbers(

@@ -7,7 +7,8 @@ the grids that cover what some pictures give.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,14 @@ from torch import Tensor, fx, nn
 
 from quantforge.methods.rtn import minmax_grid, round_to_nearest
 from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec
+from quantforge.vision.building import build
+from quantforge.vision.efficientnet_lite import (
+    MEMBERS,
+    STAGES,
+    EfficientNetLite,
+    Stage,
+    lite_preprocessing,
+)
 from quantforge.vision.network import (
     ActivationGrid,
     Preprocessing,
@@ -25,58 +34,9 @@ from quantforge.vision.network import (
 )
 from quantforge.vision.operators import operator_name
 
-# Kernel, stride, growth, channels, repeats of EfficientNet-Lite0's stages.
-LITE_STAGES = (
-    (3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3),
-    (5, 2, 6, 192, 4), (3, 1, 6, 320, 1),
-)  # fmt: skip
 RESNET_STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))
 _EIGHT_BITS = QuantSpec(8)
 _ACTIVATIONS = ("relu", "relu6", "hardtanh", "hardswish", "silu", "sigmoid")
-
-
-class InvertedResidual(nn.Module):
-    """Expansion, depthwise, projection, ReLU6 between them, the input added where it fits."""
-
-    def __init__(self, kernel: int, stride: int, growth: int, channels: int, out: int) -> None:
-        super().__init__()
-        inner = channels * growth
-        self.expand = nn.Conv2d(channels, inner, 1) if growth > 1 else None
-        self.depthwise = nn.Conv2d(
-            inner, inner, kernel, stride=stride, padding=kernel // 2, groups=inner
-        )
-        self.project = nn.Conv2d(inner, out, 1)
-        self.residual = stride == 1 and channels == out
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, channels, height, width] → [batch, out, ..]."""
-        y = x if self.expand is None else _relu6(self.expand(x))
-        y = self.project(_relu6(self.depthwise(y)))
-        made: Tensor = torch.ops.aten.add.Tensor(x, y) if self.residual else y
-        return made
-
-
-class EfficientNetLike(nn.Module):
-    """EfficientNet-Lite0 in shape: 4.65 million weights."""
-
-    def __init__(self, stages: Collection[tuple[int, int, int, int, int]] = LITE_STAGES) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 32, 3, stride=2, padding=1)
-        blocks, channels = [], 32
-        for kernel, stride, growth, out, repeats in stages:
-            for index in range(repeats):
-                blocks.append(
-                    InvertedResidual(kernel, 1 if index else stride, growth, channels, out)
-                )
-                channels = out
-        self.blocks = nn.Sequential(*blocks)
-        self.top = nn.Conv2d(channels, 1280, 1)
-        self.head = nn.Linear(1280, 1000)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, 3, height, width] → [batch, 1000]."""
-        logits: Tensor = self.head(_pooled(_relu6(self.top(self.blocks(_relu6(self.stem(x)))))))
-        return logits
 
 
 class BasicBlock(nn.Module):
@@ -120,11 +80,6 @@ def _relu(x: Tensor) -> Tensor:
     return made
 
 
-def _relu6(x: Tensor) -> Tensor:
-    made: Tensor = torch.ops.aten.hardtanh.default(x, 0.0, 6.0)
-    return made
-
-
 def _pooled(x: Tensor) -> Tensor:
     made: Tensor = torch.ops.aten.flatten.using_ints(torch.ops.aten.mean.dim(x, [2, 3], True), 1)
     return made
@@ -132,15 +87,38 @@ def _pooled(x: Tensor) -> Tensor:
 
 def traced(network: nn.Module, seed: int = 0) -> fx.GraphModule:
     """The canonical graph of a network, its weights drawn anew."""
+    _draw(network, seed)
+    return fx.symbolic_trace(network.eval())
+
+
+def _draw(network: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-            shape = layer.weight.shape
             size = (2.0 / layer.weight[0].numel()) ** 0.5
-            layer.weight.data = torch.randn(shape, generator=generator) * size
-            assert layer.bias is not None
+            layer.weight.data = torch.randn(layer.weight.shape, generator=generator) * size
+        elif not isinstance(layer, nn.BatchNorm2d):
+            continue
+        if layer.bias is not None:
             layer.bias.data = torch.randn(layer.bias.shape, generator=generator) * 0.1
-    return fx.symbolic_trace(network.eval())
+
+
+def efficientnet(
+    size: int = 32, stages: Sequence[Stage] = STAGES, *, classes: int = 10, seed: int = 0
+) -> VisionNetwork:
+    """EfficientNet-Lite0 as a compiler sees it, its weights drawn anew.
+
+    Args:
+        size: of a picture's sides.
+        stages: of the network; fewer make it small.
+        classes: logits.
+        seed: of the weights.
+    """
+    name = "efficientnet-lite0"
+    network = EfficientNetLite(MEMBERS[name], classes=classes, stages=stages).eval()
+    _draw(network, seed)
+    preprocessing = replace(lite_preprocessing(name), size=(size, size))
+    return build(network, preprocessing, name=name, fingerprint="0" * 64)
 
 
 def described(

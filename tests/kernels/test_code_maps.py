@@ -28,7 +28,7 @@ def codes(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def check_all() -> None:
     for grid in GRIDS:
-        for shape in ((3,), (2, 37), (2, 3, 5, 7), (1, 8, 4, 4)):
+        for shape in ((3,), (2, 37), (2, 3, 5, 7), (1, 8, 4, 4), (2, 3, 131, 131)):
             x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 20
             x.view(-1)[:3] = torch.tensor([grid.scale / 2, grid.scale * 1.5, -grid.scale / 2])
             expected = to_codes(x, grid, native_code=False)
@@ -40,7 +40,7 @@ def check_all() -> None:
             assert torch.equal(from_codes(expected, grid), values)
             assert torch.equal(to_codes(values, grid), expected)
     out = CodeGrid(scale=0.75, zero=20, top=255)
-    for shape in ((5,), (3, 41), (2, 3, 5, 7), (1, 64, 30, 30)):
+    for shape in ((5,), (3, 41), (2, 3, 5, 7), (1, 64, 70, 70)):
         a, b = codes(*shape), codes(*shape, seed=1) % 16
         for dyadic in (False, True):
             for limits in ({}, {"least": 20, "most": 90}):
@@ -100,3 +100,5 @@ def test_what_does_not_fit_is_refused():
         add_codes(codes(4), GRIDS[0], codes(5), GRIDS[0], GRIDS[0])
     with pytest.raises(ValueError, match="more than half"):
         largest_codes(codes(1, 4, 5, 5), Places(kernel=(2, 2), padding=(2, 2)))
+    with pytest.raises(ValueError, match=r"before and .* after differ"):
+        largest_codes(codes(1, 4, 5, 5), Places(kernel=(2, 2), after=(1, 1)))

@@ -40,6 +40,16 @@ SHAPES = [
     (70, 70, 7, 6, Places(kernel=(5, 5), stride=(2, 2), padding=(2, 2), groups=70)),
     (65, 65, 8, 9, Places(kernel=(3, 2), padding=(2, 1), dilation=(2, 2), groups=65)),
     (3, 3, 8, 8, Places(kernel=(7, 7), padding=(3, 3), groups=3)),
+    # rows of outputs that share what is interleaved: four, three and two
+    (70, 70, 7, 6, Places(kernel=(5, 5), padding=(2, 2), groups=70)),
+    (20, 20, 8, 5, Places(kernel=(2, 3), groups=20)),
+    (20, 20, 9, 9, Places(kernel=(6, 3), stride=(2, 1), padding=(2, 1), groups=20)),
+    # padded on some sides more than on others
+    (3, 32, 8, 10, Places(kernel=(3, 3), stride=(2, 2), after=(1, 1))),
+    (5, 9, 6, 7, Places(kernel=(3, 2), padding=(0, 2), after=(3, 0))),
+    (4, 8, 5, 5, Places(padding=(1, 0), after=(0, 1))),
+    (70, 70, 8, 6, Places(kernel=(5, 5), stride=(2, 2), padding=(1, 1), after=(2, 2), groups=70)),
+    (20, 20, 6, 5, Places(kernel=(3, 3), padding=(2, 0), after=(0, 3), groups=20)),
 ]
 TARGETS = {"native": "native", "AVX2": "x86-64-v3", "portable": "x86-64"}
 
@@ -122,11 +132,13 @@ def test_groups_of_scales_equal_the_definition(group):
 
 
 def test_sums_are_those_of_a_loop_over_places():
-    places = Places(kernel=(2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2)
+    places = Places(
+        kernel=(2, 3), stride=(2, 1), padding=(1, 2), after=(2, 1), dilation=(1, 2), groups=2
+    )
     weight = made(4, 6, places, 4, group=3, symmetric=False)
     x, zero = pictures(4, 4, 5, batch=1), 50
     sums, rows = integer_sums(x, zero, weight), weight.differences().view(6, 2, 2, 3)
-    for out, down, across in itertools.product(range(6), range(3), range(5)):
+    for out, down, across in itertools.product(range(6), range(3), range(4)):
         expected = [0] * 4
         for channel, i, j in itertools.product(range(2), range(2), range(3)):
             y, z = 2 * down - 1 + i, across - 2 + 2 * j
@@ -284,6 +296,8 @@ def test_what_does_not_fit_is_refused():
         layer(torch.zeros(1, 8, 4, 4))
     with pytest.raises(ValueError, match="reaches over 3 places is larger than 2"):
         layer(pictures(8, 2, 4))
+    with pytest.raises(ValueError, match="no pair of whole numbers"):
+        Places(after=(0, -1))
     with pytest.raises(ValueError, match="bias must be"):
         IntegerConvolution(made(8, 6, Places(), 4), 1.0, 0, torch.zeros(5), Floats())
     with pytest.raises(ValueError, match="one scale a row"):

@@ -9,7 +9,8 @@ using namespace quantforge;
 
 namespace {
 
-constexpr int64_t PIECE = 1 << 14;  // numbers a task: a parallel loop of less does not pay
+constexpr int64_t PIECE = 1 << 14;   // numbers a task
+constexpr int64_t ENOUGH = 1 << 18;  // numbers: a parallel loop of less does not pay
 
 Integers codes_at(const uint8_t* from, int64_t index) {
   return extend(load<Bytes>(from + index));
@@ -19,13 +20,48 @@ Integers codes_at(const uint8_t* from, int64_t index) {
 // must not read what it writes.
 template <typename Function>
 void each_vector(int64_t count, int threads, Function function) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (count > 2 * PIECE)
+#pragma omp parallel for num_threads(threads) schedule(static) if (count > ENOUGH)
   for (int64_t first = 0; first < count; first += PIECE) {
     const int64_t last = std::min(first + PIECE, count);
     int64_t index = first;
     for (; index + LANES <= last; index += LANES) function(index);
     if (index < last) function(count - LANES);
   }
+}
+
+// Codes of `count` places of [channels, places] numbers, as [places, channels].
+void channels_to_codes(const float* x, int64_t channels, int64_t places, int64_t count,
+                       const Epilogue& to, uint8_t* codes) {
+  const float low = static_cast<float>(-to.zero), high = static_cast<float>(to.most - to.zero);
+  for (int64_t channel = 0; channel < channels; ++channel)
+    for (int64_t place = 0; place < count; ++place) {
+      float value = x[channel * places + place] * to.inverse;
+      value = value < low ? low : value;
+      value = value > high ? high : value;
+      const int code = static_cast<int>(__builtin_rintf(value)) + to.zero;
+      codes[place * channels + channel] = static_cast<uint8_t>(code);
+    }
+}
+
+// The same of three channels, 64 places at a time.
+void colours_to_codes(const float* x, int64_t places, int64_t count, const Epilogue& to,
+                      uint8_t* codes) {
+  constexpr int64_t AT_ONCE = 64;
+  int64_t place = 0;
+  for (; place + AT_ONCE <= count; place += AT_ONCE) {
+    uint8_t apart[3][AT_ONCE];
+    for (int64_t channel = 0; channel < 3; ++channel)
+      for (int64_t at = 0; at < AT_ONCE; at += LANES)
+        store_bytes(apart[channel] + at,
+                    codes_of(load<Floats>(x + channel * places + place + at), to), LANES);
+    uint8_t* target = codes + 3 * place;
+    for (int64_t at = 0; at < AT_ONCE; ++at) {
+      target[3 * at] = apart[0][at];
+      target[3 * at + 1] = apart[1][at];
+      target[3 * at + 2] = apart[2][at];
+    }
+  }
+  channels_to_codes(x + place, 3, places, count - place, to, codes + 3 * place);
 }
 
 }  // namespace
@@ -49,20 +85,21 @@ void qf_to_codes(const float* x, int64_t count, float inverse, int zero, int top
 // The same of images [batch, channels, places], whose codes become [batch, places, channels].
 void qf_to_last(const float* x, int64_t batch, int64_t channels, int64_t places, float inverse,
                 int zero, int top, int threads, uint8_t* codes) {
-  const float low = static_cast<float>(-zero), high = static_cast<float>(top - zero);
-#pragma omp parallel for num_threads(threads) schedule(static) if (batch > 1)
-  for (int64_t picture = 0; picture < batch; ++picture)
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      const float* from = x + (picture * channels + channel) * places;
-      uint8_t* to = codes + picture * channels * places + channel;
-      for (int64_t place = 0; place < places; ++place) {
-        float value = from[place] * inverse;
-        value = value < low ? low : value;
-        value = value > high ? high : value;
-        const int code = static_cast<int>(__builtin_rintf(value)) + zero;
-        to[place * channels] = static_cast<uint8_t>(code);
-      }
-    }
+  Epilogue to{};
+  to.inverse = inverse;
+  to.zero = zero;
+  to.most = top;
+  const int64_t pieces = (places + PIECE - 1) / PIECE;
+#pragma omp parallel for num_threads(threads) schedule(static) if (batch * pieces > 1)
+  for (int64_t task = 0; task < batch * pieces; ++task) {
+    const int64_t picture = task / pieces, first = task % pieces * PIECE;
+    const int64_t start = picture * channels * places;
+    const float* from = x + start + first;
+    uint8_t* target = codes + start + first * channels;
+    const int64_t count = std::min(PIECE, places - first);
+    channels == 3 ? colours_to_codes(from, places, count, to, target)
+                  : channels_to_codes(from, channels, places, count, to, target);
+  }
 }
 
 // x = (code - zero) · scale
@@ -83,7 +120,7 @@ void qf_add_codes(const uint8_t* a, const uint8_t* b, int64_t count, const float
   each_vector(count, threads, [&](int64_t index) {
     const Floats first = to_floats(codes_at(a, index) - zeros[0]) * scales[0];
     const Floats second = to_floats(codes_at(b, index) - zeros[1]) * scales[1];
-    store_bytes(codes + index, nearest(clamped(first + second, low, high)) + zero, LANES);
+    store_bytes(codes + index, nearest(clamped(first + second, low, high), zero), LANES);
   });
 }
 
@@ -93,7 +130,7 @@ void qf_add_dyadic(const uint8_t* a, const uint8_t* b, int64_t count, const int6
                    const int32_t* zeros, const int32_t* limits, int shift, int threads,
                    uint8_t* codes) {
   const int64_t half = int64_t{1} << (shift - 1);
-#pragma omp parallel for num_threads(threads) schedule(static) if (count > 2 * PIECE)
+#pragma omp parallel for num_threads(threads) schedule(static) if (count > ENOUGH)
   for (int64_t index = 0; index < count; ++index) {
     const int64_t first = (a[index] - zeros[0]) * multipliers[0];
     const int64_t sum = first + (b[index] - zeros[1]) * multipliers[1];

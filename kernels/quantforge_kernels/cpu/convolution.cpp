@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t CHUNK_BYTES = 1 << 19;  // of gathered rows: half of a core's second cache
 constexpr int64_t ENOUGH = 64;             // positions a thread, to pay for decoding the weight
+constexpr int64_t PIECES = 4;              // of a thread's share: a core that is busy takes fewer
 
 Places places_of(const int64_t* n) {
   return Places{n[0], n[1], n[2],  n[3],  n[4],  n[5],  n[6],     n[7],        n[8],
@@ -99,15 +100,18 @@ uint8_t* room_for_rows(const Work& work, Space<uint8_t>& space, int64_t count) {
   return rows;
 }
 
-// Positions [first, last) by one thread alone: it waits for nobody.
-void alone(const Work& work, int64_t first, int64_t last, Words* panel_space) {
+// Pieces of the positions by threads that work alone and take the next one when they are done.
+void alone(const Work& work, Words* panel_space) {
   static thread_local Space<uint8_t> gathered;
-  const int64_t chunk = work.chunk(last - first);
+  const int64_t team = omp_get_num_threads(), positions = work.places.positions();
+  const int64_t pieces = team == 1 ? 1 : PIECES * team;
+  const int64_t chunk = work.chunk(std::max((positions + pieces - 1) / pieces, ENOUGH));
   uint8_t* rows = room_for_rows(work, gathered, chunk);
   int64_t held = -1;
+#pragma omp for schedule(dynamic) collapse(2) nowait
   for (int64_t part = 0; part < work.places.parts; ++part)
-    for (int64_t from = first; from < last; from += chunk) {
-      const int64_t until = std::min(from + chunk, last);
+    for (int64_t from = 0; from < positions; from += chunk) {
+      const int64_t until = std::min(from + chunk, positions);
       if (rows)
         gather(work.places, work.runs, work.x, from, until, part * work.places.in_part, rows);
       const uint8_t* start = rows ? rows : work.x + from * work.stride();
@@ -178,12 +182,7 @@ void qf_convolve(const uint8_t* x, const int64_t* place_numbers, const int64_t* 
   {
     static thread_local Space<Words> decoded;
     Words* panel_space = decoded.start(a_panel);
-    const int64_t team = omp_get_num_threads(), own = omp_get_thread_num();
-    if (many) {
-      alone(work, own * positions / team, (own + 1) * positions / team, panel_space);
-    } else {
-      together(work, rows, panel_space);
-    }
+    many ? alone(work, panel_space) : together(work, rows, panel_space);
   }
 }
 
@@ -198,23 +197,31 @@ void qf_depthwise(const uint8_t* x, const int64_t* place_numbers, const int64_t*
   const IntegerWeight weight = weight_of(weight_numbers, weight_arrays);
   const Epilogue to = epilogue_of(numbers, floats, arrays, out);
   const int64_t blocks = (places.channels + BLOCK - 1) / BLOCK;
-  const int64_t rows = places.batch * places.out_height;
+  const int64_t shared = kernel.shared_rows(places.stride_down);
+  const int64_t a_picture = (places.out_height + shared - 1) / shared;
+  const int64_t tasks = places.batch * a_picture;  // of a block
   const int64_t reach = (kernel.kernel_width - 1) * kernel.dilation_across + 1;
   const int64_t needed = (places.out_width - 1) * places.stride_across + reach;
-  const int64_t a_weight = weight.units * SLOTS;
+  const int64_t a_weight = weight.units * SLOTS, slots = kernel.slots();
+  const int64_t piece = std::max<int64_t>(1, blocks * tasks / (PIECES * threads));
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Space<Words> space;
-    Words* weights = space.start(a_weight + needed * kernel.row_groups() * VECTORS);
+    Words* decoded = space.start(a_weight + shared * slots + needed * kernel.row_groups() * VECTORS);
+    Words* weights = decoded + a_weight;
     int64_t held = -1;
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < blocks * rows; ++task) {
-      const int64_t block = task / rows, row = task % rows;
+#pragma omp for schedule(dynamic, piece) nowait
+    for (int64_t task = 0; task < blocks * tasks; ++task) {
+      const int64_t block = task / tasks, part = task % tasks;
       if (held != block) {
-        decode_any(weight, block, weights, 1);
+        decode_any(weight, block, decoded, 1);
+        for (int64_t row = 0; row < shared; ++row)
+          move_down(kernel, decoded, row * places.stride_down, weights + row * slots);
         held = block;
       }
-      depthwise_row(places, kernel, x, weight, weights, to, row, block, weights + a_weight);
+      const int64_t down = part % a_picture * shared;
+      depthwise_rows(places, kernel, x, weight, weights, to, part / a_picture, down,
+                     std::min(shared, places.out_height - down), block, weights + shared * slots);
     }
   }
 }

@@ -3,7 +3,9 @@
 // Sixty-four channels at a time, as four vectors: lane l of vector v is channel
 // 16 (l / 4) + 4 v + l % 4, the order in which interleaving bytes within 128 bits leaves them. For a
 // row of outputs the input rows of the kernel are interleaved once, column by column; a product with
-// one column of the kernel is then one 8-bit dot product a vector.
+// one column of the kernel is then one 8-bit dot product a vector. A kernel whose rows leave bytes of
+// its lanes free (5 rows take 8) is moved down in them for the rows of outputs below, so that several
+// share what is interleaved.
 #pragma once
 
 #include "implicit.h"
@@ -18,7 +20,26 @@ struct Depthwise {
 
   int64_t row_groups() const { return (kernel_height + 3) / 4; }
   int64_t slots() const { return kernel_width * row_groups() * VECTORS; }
+  // Rows of outputs that find their input rows in the same lanes.
+  int64_t shared_rows(int64_t stride_down) const {
+    if (dilation_down > 1) return 1;
+    return (4 * row_groups() - kernel_height) / stride_down + 1;
+  }
 };
+
+// The kernel's rows `bytes` further down in their lanes; the rows it is moved over are zero.
+inline void move_down(const Depthwise& kernel, const Words* weights, int64_t bytes, Words* moved) {
+  const int64_t groups = kernel.row_groups(), whole = bytes / 4, bits = 8 * (bytes % 4);
+  for (int64_t tap = 0; tap < kernel.kernel_width; ++tap)
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t v = 0; v < VECTORS; ++v) {
+        const int64_t at = (tap * groups + group) * VECTORS + v, from = at - whole * VECTORS;
+        Words value = words_of(0);
+        if (group >= whole) value = weights[from] << bits;
+        if (bits > 0 && group > whole) value |= weights[from - VECTORS] >> (32 - bits);
+        moved[at] = value;
+      }
+}
 
 inline int64_t block_channel(int64_t vector, int64_t lane) {
   return 16 * (lane / 4) + 4 * vector + lane % 4;
@@ -143,11 +164,13 @@ void any_row(const Places& places, const Depthwise& kernel, const Words* weights
   }
 }
 
-// One row of outputs of one block of channels.
-inline void depthwise_row(const Places& places, const Depthwise& kernel, const uint8_t* x,
-                          const IntegerWeight& weight, const Words* weights, const Epilogue& to,
-                          int64_t row, int64_t block, Words* columns) {
-  const int64_t picture = row / places.out_height, down = row % places.out_height;
+// `count_rows` rows of outputs of one block of channels, from `down` on; `weights` has the kernel for
+// each of them.
+inline void depthwise_rows(const Places& places, const Depthwise& kernel, const uint8_t* x,
+                           const IntegerWeight& weight, const Words* weights, const Epilogue& to,
+                           int64_t picture, int64_t down, int64_t count_rows, int64_t block,
+                           Words* columns) {
+  const int64_t rows_read = kernel.kernel_height + (count_rows - 1) * places.stride_down;
   const int64_t count = std::min<int64_t>(BLOCK, places.channels - block * BLOCK);
   const uint8_t* image = x + picture * places.height * places.width * places.channels;
   const int64_t top = down * places.stride_down - places.padding_down;
@@ -162,25 +185,30 @@ inline void depthwise_row(const Places& places, const Depthwise& kernel, const u
       const uint8_t* rows[4];
       for (int64_t j = 0; j < 4; ++j) {
         const int64_t tap = 4 * group + j, y = top + tap * kernel.dilation_down;
-        const bool none = outside || tap >= kernel.kernel_height || y < 0 || y >= places.height;
+        const bool none = outside || tap >= rows_read || y < 0 || y >= places.height;
         rows[j] = none ? nullptr
                        : image + (y * places.width + column) * places.channels + block * BLOCK;
       }
       interleave(rows, count, zero, columns + (index * groups + group) * VECTORS);
     }
   }
-  const int64_t first = row * places.out_width;
   const int32_t* offsets = weight.sums;
-  switch (to.result) {
-    case Result::FLOATS:
-      return any_row<Result::FLOATS>(places, kernel, weights, columns, offsets, weight.scales, to,
-                                     block, first, count);
-    case Result::CODES:
-      return any_row<Result::CODES>(places, kernel, weights, columns, offsets, weight.scales, to,
-                                    block, first, count);
-    case Result::DYADIC:
-      return any_row<Result::DYADIC>(places, kernel, weights, columns, offsets, weight.scales, to,
-                                     block, first, count);
+  for (int64_t row = 0; row < count_rows; ++row, weights += kernel.slots()) {
+    const int64_t first = (picture * places.out_height + down + row) * places.out_width;
+    switch (to.result) {
+      case Result::FLOATS:
+        any_row<Result::FLOATS>(places, kernel, weights, columns, offsets, weight.scales, to, block,
+                                first, count);
+        break;
+      case Result::CODES:
+        any_row<Result::CODES>(places, kernel, weights, columns, offsets, weight.scales, to, block,
+                               first, count);
+        break;
+      case Result::DYADIC:
+        any_row<Result::DYADIC>(places, kernel, weights, columns, offsets, weight.scales, to, block,
+                                first, count);
+        break;
+    }
   }
 }
 

@@ -132,33 +132,76 @@ inline void scale_group(const IntegerWeight& weight, int64_t positions, int64_t 
   }
 }
 
-template <Result RESULT, bool SCALED>
-__attribute__((noinline)) void write_sums(const Sums& sums, const IntegerWeight& weight,
-                                          int64_t positions, int64_t tiles, const Epilogue& to,
-                                          const Target& target, int64_t position) {
+// Float numbers, tile by tile.
+template <bool SCALED>
+__attribute__((noinline)) void write_floats(const Sums& sums, const IntegerWeight& weight,
+                                            int64_t positions, int64_t tiles, const Epilogue& to,
+                                            const Target& target, int64_t position) {
   for (int64_t v = 0; v < tiles; ++v) {
     const int64_t tile = target.tile + v, channel = target.channel + v * LANES;
+    const int64_t bytes = sizeof(float) * std::min<int64_t>(target.channels - v * LANES, LANES);
     const Floats scale = load<Floats>(weight.scales + tile * weight.groups * LANES);
-    for (int64_t m = 0; m < positions; ++m)
-      write_tile<RESULT, SCALED>(sums.whole[m * tiles + v], sums.scaled[m * tiles + v], scale, to,
-                                 tile, (position + m) * to.stride + channel,
-                                 target.channels - v * LANES);
+    const Floats bias = load<Floats>(to.bias + tile * LANES);
+    for (int64_t m = 0; m < positions; ++m) {
+      const int64_t at = m * tiles + v;
+      const Floats value = (SCALED ? sums.scaled[at] : to_floats(sums.whole[at]) * scale) + bias;
+      const Floats inside = clamped(value, to.low, to.high);
+      std::memcpy(static_cast<float*>(to.out) + (position + m) * to.stride + channel, &inside, bytes);
+    }
   }
 }
 
-inline void write_any(const Sums& sums, const IntegerWeight& weight, int64_t positions,
-                      int64_t tiles, const Epilogue& to, const Target& target, int64_t position) {
-  constexpr Result FLOATS = Result::FLOATS, CODES = Result::CODES;
+// Codes, a position's tiles at once.
+template <int NV, bool SCALED>
+__attribute__((noinline)) void write_codes(const Sums& sums, const IntegerWeight& weight,
+                                           int64_t positions, const Epilogue& to,
+                                           const Target& target, int64_t position) {
+  Floats scale[NV], bias[NV];
+  for (int v = 0; v < NV; ++v) {
+    const int64_t tile = target.tile + v;
+    scale[v] = load<Floats>(weight.scales + tile * weight.groups * LANES);
+    bias[v] = load<Floats>(to.bias + tile * LANES);
+  }
+  uint8_t* out = static_cast<uint8_t*>(to.out) + position * to.stride + target.channel;
+  for (int64_t m = 0; m < positions; ++m, out += to.stride) {
+    Integers codes[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = m * NV + v;
+      const Floats value = SCALED ? sums.scaled[at] : to_floats(sums.whole[at]) * scale[v];
+      codes[v] = codes_of(value + bias[v], to);
+    }
+    store_tiles<NV>(out, codes, target.channels);
+  }
+}
+
+// Codes through integers alone.
+template <int NV>
+__attribute__((noinline)) void write_dyadic(const Sums& sums, int64_t positions, const Epilogue& to,
+                                            const Target& target, int64_t position) {
+  uint8_t* out = static_cast<uint8_t*>(to.out) + position * to.stride + target.channel;
+  for (int64_t m = 0; m < positions; ++m, out += to.stride) {
+    Integers codes[NV];
+    for (int v = 0; v < NV; ++v) {
+      const Integers code = dyadic(sums.whole[m * NV + v], to, (target.tile + v) * LANES);
+      codes[v] = clamped(code, to.least - to.zero, to.most - to.zero) + to.zero;
+    }
+    store_tiles<NV>(out, codes, target.channels);
+  }
+}
+
+template <int NV>
+void write_any(const Sums& sums, const IntegerWeight& weight, int64_t positions, const Epilogue& to,
+               const Target& target, int64_t position) {
+  const bool scaled = weight.groups > 1;
   if (to.result == Result::DYADIC) {
-    write_sums<Result::DYADIC, false>(sums, weight, positions, tiles, to, target, position);
-  } else if (weight.groups > 1) {
-    to.result == CODES
-        ? write_sums<CODES, true>(sums, weight, positions, tiles, to, target, position)
-        : write_sums<FLOATS, true>(sums, weight, positions, tiles, to, target, position);
+    write_dyadic<NV>(sums, positions, to, target, position);
+  } else if (to.result == Result::CODES) {
+    scaled ? write_codes<NV, true>(sums, weight, positions, to, target, position)
+           : write_codes<NV, false>(sums, weight, positions, to, target, position);
   } else {
-    to.result == CODES
-        ? write_sums<CODES, false>(sums, weight, positions, tiles, to, target, position)
-        : write_sums<FLOATS, false>(sums, weight, positions, tiles, to, target, position);
+    scaled ? write_floats<true>(sums, weight, positions, NV, to, target, position)
+           : write_floats<false>(sums, weight, positions, NV, to, target, position);
   }
 }
 
@@ -190,7 +233,7 @@ void some_positions(const IntegerWeight& weight, const Rows& rows, const Words* 
     }
     if (weight.groups > 1) scale_group(weight, M, NV, target.tile, group, sums);
   }
-  write_any(sums, weight, M, NV, to, target, position);
+  write_any<NV>(sums, weight, M, to, target, position);
 }
 
 template <int NV>

@@ -62,16 +62,16 @@ QF_INLINE Integers clamped(Integers value, int32_t low, int32_t high) {
   return value > high ? integers_of(high) : value;
 }
 
-// The nearest integer, ties to even, of |value| < 2^22.
-QF_INLINE Integers nearest(Floats value) {
-  return (Integers)(value + 12582912.0f) - 0x4b400000;
+// The nearest integer, ties to even, of |value| < 2^22, and `added` to it.
+QF_INLINE Integers nearest(Floats value, int32_t added = 0) {
+  return (Integers)(value + 12582912.0f) + (added - 0x4b400000);
 }
 
 // Codes of float numbers on the output's grid.
 QF_INLINE Integers codes_of(Floats value, const Epilogue& to) {
   const float low = static_cast<float>(to.least - to.zero);
   const float high = static_cast<float>(to.most - to.zero);
-  return nearest(clamped(value * to.inverse, low, high)) + to.zero;
+  return nearest(clamped(value * to.inverse, low, high), to.zero);
 }
 
 QF_INLINE void store_bytes(uint8_t* target, Integers codes, int64_t count) {
@@ -83,25 +83,23 @@ QF_INLINE void store_bytes(uint8_t* target, Integers codes, int64_t count) {
   }
 }
 
-// Sums of a tile, already without the input's zero, or numbers that were scaled by group.
-template <Result RESULT, bool SCALED>
-QF_INLINE void write_tile(Integers whole, Floats scaled, Floats scale, const Epilogue& to,
-                          int64_t tile, int64_t at, int64_t count) {
-  const int64_t index = tile * LANES;
-  if constexpr (RESULT == Result::DYADIC) {
-    const Integers code = clamped(dyadic(whole, to, index), to.least - to.zero, to.most - to.zero);
-    store_bytes(static_cast<uint8_t*>(to.out) + at, code + to.zero, count);
-  } else {
-    const Floats value =
-        (SCALED ? scaled : to_floats(whole) * scale) + load<Floats>(to.bias + index);
-    if constexpr (RESULT == Result::CODES) {
-      store_bytes(static_cast<uint8_t*>(to.out) + at, codes_of(value, to), count);
-    } else {
-      const Floats inside = clamped(value, to.low, to.high);
-      const int64_t bytes = sizeof(float) * std::min<int64_t>(count, LANES);
-      std::memcpy(static_cast<float*>(to.out) + at, &inside, bytes);
-    }
-  }
+// Codes of up to four tiles of channels that lie together.
+template <int NV>
+QF_INLINE void store_tiles(uint8_t* target, const Integers (&codes)[NV], int64_t count) {
+#if defined(__AVX512BW__)
+  __m512i tiles[4] = {};
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) tiles[v] = (__m512i)codes[v];
+  const __m512i low = _mm512_packs_epi32(tiles[0], tiles[1]);
+  const __m512i high = _mm512_packs_epi32(tiles[2], tiles[3]);
+  // Packing within 128 bits leaves four channels of every tile side by side.
+  const __m512i order = (__m512i)Words{0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+  const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
+  const int64_t kept = count < NV * LANES ? count : NV * LANES;
+  _mm512_mask_storeu_epi8(target, kept >= 64 ? ~__mmask64{0} : (__mmask64{1} << kept) - 1, bytes);
+#else
+  for (int v = 0; v < NV; ++v) store_bytes(target + v * LANES, codes[v], count - v * LANES);
+#endif
 }
 
 }  // namespace quantforge

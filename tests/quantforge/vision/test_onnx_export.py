@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from quantforge.errors import UsageError
 from quantforge.types import QuantSpec
+from quantforge.vision.efficientnet_lite import Stage
 from quantforge.vision.network import QuantizedNetwork
 from quantforge.vision.onnx_export import export_onnx, onnx_model, positive
 from quantforge.vision.runtime import VisionRuntime
 from quantforge.vision.testing import (
-    EfficientNetLike,
     ResNetLike,
     described,
+    efficientnet,
     quantized,
     traced,
     with_negative_scales,
@@ -26,6 +27,11 @@ from quantforge.vision.testing import (
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 aten = torch.ops.aten
+SMALL_STAGES = (Stage(1, 3, 1, 1, 16), Stage(2, 5, 2, 6, 24), Stage(1, 3, 2, 6, 40))
+SMALL = {
+    "efficientnet": lambda: efficientnet(stages=SMALL_STAGES),
+    "resnet": lambda: described(traced(ResNetLike(((64, 1),)))),
+}
 
 
 class Mixed(nn.Module):
@@ -124,10 +130,9 @@ def test_negative_scales_become_positive_and_nothing_changes(text: str) -> None:
 
 @pytest.mark.parametrize("kind", ["efficientnet", "resnet"])
 def test_the_real_shapes_give_our_predictions(kind: str) -> None:
-    stages = ((3, 1, 1, 16, 1), (5, 2, 6, 24, 2))
-    model = EfficientNetLike(stages) if kind == "efficientnet" else ResNetLike(((64, 1),))
+    network = SMALL[kind]()
     x = pictures(16)
-    compare(quantized(described(traced(model)), x, spec=QuantSpec(4)), x)
+    compare(quantized(network, x, spec=QuantSpec(4)), x)
 
 
 def test_containers_are_the_smallest_that_hold_the_codes(tmp_path: Path) -> None:

@@ -10,19 +10,25 @@ from torch import Tensor, fx, nn
 
 from quantforge.errors import UsageError
 from quantforge.types import QuantSpec
-from quantforge.vision.network import QuantizedNetwork, Simulation
+from quantforge.vision.efficientnet_lite import Stage
+from quantforge.vision.network import ActivationGrid, QuantizedNetwork, Simulation
 from quantforge.vision.packed_layers import CodedLayer, WeightOnlyLayer
 from quantforge.vision.runtime import Coded, VisionRuntime
 from quantforge.vision.testing import (
-    EfficientNetLike,
     ResNetLike,
     described,
+    efficientnet,
     quantized,
     traced,
     with_negative_scales,
 )
 
 aten = torch.ops.aten
+SMALL_STAGES = (Stage(1, 3, 1, 1, 16), Stage(2, 5, 2, 6, 24), Stage(1, 3, 2, 6, 40))
+SMALL = {
+    "efficientnet": lambda: efficientnet(stages=SMALL_STAGES),
+    "resnet": lambda: described(traced(ResNetLike(((64, 1),)))),
+}
 
 
 class Mixed(nn.Module):
@@ -48,6 +54,56 @@ class Mixed(nn.Module):
 def images(count: int = 4, size: int = 32, seed: int = 5) -> Tensor:
     noise = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.avg_pool2d(noise, 3, 1, 1) * 2
+
+
+class Padded(nn.Module):
+    """Zeros around images, not alike on all sides: before layers of every kind, and before others.
+
+    No activation function follows most layers, so that the code that means 0 lies in the middle.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 20, 3, stride=2)
+        self.halved = nn.Conv2d(20, 20, 5, stride=2, groups=20)
+        self.same = nn.Conv2d(20, 20, (2, 4), padding=(1, 0), groups=20)
+        self.dense = nn.Conv2d(20, 70, 3)
+        self.point = nn.Conv2d(70, 24, 1)
+        self.parts = nn.Conv2d(24, 24, (1, 3), stride=(1, 2), groups=2)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def pad(x: Tensor, sides: list[int]) -> Tensor:
+            made: Tensor = aten.constant_pad_nd.default(x, sides, 0.0)
+            return made
+
+        x = self.halved(pad(self.stem(pad(x, [0, 1, 0, 1])), [1, 2, 1, 2]))
+        x = self.dense(pad(aten.relu.default(self.same(pad(x, [2, 1]))), [2, 0, 0, 1]))
+        x = self.point(pad(x, [0, 1, 1, 0]))
+        both = aten.pad.default(x, [1, 0, 0, 1])  # read by a layer and by what is none
+        largest = aten.max_pool2d.default(both, [1, 3], [1, 2])
+        x = aten.add.Tensor(self.parts(both), largest)
+        return self.head(aten.flatten.using_ints(aten.mean.dim(x, [2, 3], True), 1))
+
+
+def on_powers_of_two(network: QuantizedNetwork) -> QuantizedNetwork:
+    """The same with scales and biases of which every product and sum is exact in float32."""
+
+    def power(scale: Tensor) -> Tensor:
+        return 2.0 ** scale.float().log2().ceil()
+
+    grids = {
+        name: ActivationGrid(
+            bits=grid.bits, scale=float(power(torch.tensor(grid.scale))), zero=grid.zero
+        )
+        for name, grid in network.grids.items()
+    }
+    weights = {
+        name: dataclasses.replace(weight, scale=power(weight.scale).bfloat16())
+        for name, weight in network.weights.items()
+    }
+    biases = {name: (bias * 1024).round() / 1024 for name, bias in network.biases.items()}
+    return dataclasses.replace(network, grids=grids, weights=weights, biases=biases)
 
 
 class Observed(Simulation):
@@ -157,10 +213,60 @@ def test_the_definition_in_torch_gives_the_same_without_a_compiler() -> None:
 
 @pytest.mark.parametrize("kind", ["efficientnet", "resnet"])
 def test_small_ones_of_the_real_shapes_equal_the_simulation(kind: str) -> None:
-    stages = ((3, 1, 1, 16, 1), (5, 2, 6, 24, 2))
-    model = EfficientNetLike(stages) if kind == "efficientnet" else ResNetLike(((64, 1),))
-    network, x = described(traced(model)), images()
-    compare(quantized(network, x, spec=QuantSpec(4)), x, 5e-3)
+    network = SMALL[kind]()
+    x = images()
+    made = quantized(network, x, spec=QuantSpec(4))
+    compare(made, x, 5e-3)
+    layers = VisionRuntime(made).layers.values()
+    assert all(isinstance(one, CodedLayer) for one in layers)
+
+
+@pytest.mark.parametrize("native_code", [True, False])
+@pytest.mark.parametrize("spec", ["8b-pc", "4b-pc", "3b-pc-asym", "8b-pc-asym", "4b-g4"])
+def test_zeros_around_images_belong_to_the_layers_that_read_them(
+    spec: str, native_code: bool
+) -> None:
+    x = images(3, 30)
+    made = quantized(described(traced(Padded())), x, spec=QuantSpec.parse(spec))
+    made = on_powers_of_two(made)
+    simulation, runtime = Observed(made), VisionRuntime(made, native_code=native_code)
+    assert all(isinstance(one, CodedLayer) for one in runtime.layers.values())
+    with torch.no_grad():
+        logits = simulation.run(x)
+    results, zeros = runtime.results(x), set()
+    for name in sites(made) & results.keys():
+        value = results[name]
+        assert torch.equal(value.codes, value.grid.codes(simulation.found[name])), name
+        zeros.add(value.grid.zero)
+    assert len(zeros - {0}) > 4
+    paddings = {name for name in results if "pad" in name}
+    assert paddings == {"pad_default"}  # one of six stays a step, on codes
+    assert isinstance(results["pad_default"], Coded)
+    assert float((results[runtime.result] - logits).abs().max()) < 1e-5
+
+
+def test_a_padding_stays_where_a_layer_reads_numbers() -> None:
+    class Small(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 8, 3)
+            self.value = value
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(aten.constant_pad_nd.default(x, [0, 1, 0, 1], self.value))
+            x = self.two(aten.constant_pad_nd.default(x, [1, 1, 1, 1], 0.0))
+            return aten.flatten.using_ints(x, 1)
+
+    x = images(2, 8)
+    for value, leave, numbers in ((0.5, (), {"one"}), (0.0, ("one",), {"two"}), (0.0, (), set())):
+        network = described(traced(Small(value)), leave=leave)
+        made = quantized(network, x)
+        with torch.no_grad():
+            apart = VisionRuntime(made)(x) - Simulation(made).run(x)
+        layers = VisionRuntime(made).layers
+        found = {key[2:] for key, one in layers.items() if isinstance(one, WeightOnlyLayer)}
+        assert found == numbers
+        assert float(apart.abs().max()) < 1e-2
 
 
 def test_memory_is_that_of_the_bits() -> None:
