@@ -16,14 +16,20 @@ from typing import Any
 
 from torch import nn
 
-from quantforge.benchmark import bench
 from quantforge.borrowing import in_float32, restored_on_error
-from quantforge.checking import check
-from quantforge.converting import convert
 from quantforge.delivery import deliver, dry_run
 from quantforge.errors import UsageError
 from quantforge.estimate import require_memory
-from quantforge.evaluation import evaluate, evaluate_tasks, generate, inspect, load
+from quantforge.folders import (
+    bench,
+    check,
+    convert,
+    evaluate,
+    evaluate_tasks,
+    generate,
+    inspect,
+    load,
+)
 from quantforge.frontier import frontier_report, write_frontier
 from quantforge.landscape import curvature
 from quantforge.models.linears import with_linears
