@@ -132,6 +132,11 @@ def _mean_of(values: Sequence[float]) -> Bound:
     )
 
 
+def is_inside(targets: Sequence[Target], quality: Loss, reference_nll: Sequence[float]) -> bool:
+    """Whether a measured network is inside all targets; see `bound`."""
+    return all(bound(one, quality, reference_nll).upper <= one.nats for one in targets)
+
+
 def meet(
     targets: Sequence[Target],
     find: Callable[[Fraction], P],
@@ -165,8 +170,7 @@ def meet(
         return known[plan.identity]
 
     def inside(plan: P) -> bool:
-        quality = measured(plan)
-        return all(bound(t, quality, reference_nll).upper <= t.nats for t in targets)
+        return is_inside(targets, measured(plan), reference_nll)
 
     low, high = bits
     found = _if_any(find, high)
@@ -189,8 +193,8 @@ def meet(
         if other.stored_bits < best.stored_bits and inside(other):
             best = other
             break
-    outcomes = _outcomes(targets, best, measured(best), reference_nll, len(known))
-    return Met(plan=best, outcomes=outcomes)
+    told = outcomes(targets, best, measured(best), reference_nll, len(known))
+    return Met(plan=best, outcomes=told)
 
 
 def _if_any(find: Callable[[Fraction], P], high: Fraction) -> Callable[[Fraction], P | None]:
@@ -227,13 +231,14 @@ def _predicted(
     return top
 
 
-def _outcomes(
+def outcomes(
     targets: Sequence[Target],
     plan: Planned,
     quality: Loss,
     reference_nll: Sequence[float],
     plans: int,
 ) -> tuple[TargetOutcome, ...]:
+    """How a plan's network meets the targets, found by measuring so many plans."""
     found = []
     for target in targets:
         one = bound(target, quality, reference_nll)

@@ -77,6 +77,19 @@ def quantize_layer(
     )  # fmt: skip
 
 
+def quantize_and_correct(
+    weight: Tensor, bias: Tensor, moments: Moments, spec: QuantSpec, config: CompensationConfig
+) -> tuple[QuantizedWeight, Tensor]:
+    """One layer's integers, and the bias [out] that goes with them."""
+    quantized = quantize_layer(weight, moments, spec, config)
+    if config.match_deviation:
+        quantized = matched_deviations(weight, quantized, moments)
+    if config.correct_bias:
+        matrix = quantized.dequantize()
+        bias = corrected_bias(weight, matrix, bias, moments.native_mean, moments.mean)
+    return quantized, bias
+
+
 def seen_somewhat(gram: Tensor) -> Tensor:
     """[groups, n, n] the grams with a little on the diagonal for inputs that were always zero.
 
@@ -122,15 +135,11 @@ def quantize_layers(
         for one, original in zip(inputs, originals, strict=True):
             made.add(one, original)
         moments = made.mean()
-        weight, bias = weight_matrix(module), module.bias.detach()
-        quantized = quantize_layer(weight, moments, spec, config)
-        if config.match_deviation:
-            quantized = matched_deviations(weight, quantized, moments)
-        matrix = quantized.dequantize()
-        if config.correct_bias:
-            bias = corrected_bias(weight, matrix, bias, moments.native_mean, moments.mean)
-        weights[layer.name] = quantized
-        stream.weights[layer.name], stream.biases[layer.name] = matrix, bias
+        weights[layer.name], bias = quantize_and_correct(
+            weight_matrix(module), module.bias.detach(), moments, spec, config
+        )
+        stream.weights[layer.name] = weights[layer.name].dequantize()
+        stream.biases[layer.name] = bias
         if on_layer is not None:
             on_layer(layer, moments)
     return QuantizedNetwork(

@@ -9,29 +9,26 @@ by block. Everything that is compared or chosen is measured on pictures that not
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from quantforge.errors import UsageError
 from quantforge.progress import Monitor
 from quantforge.results import TargetOutcome, TrainingOutcome
-from quantforge.search.allocate import planned_weights, stored_cost
-from quantforge.search.budget import Budget, Limit
-from quantforge.targets import Met, meet
+from quantforge.search.budget import Budget, Target
+from quantforge.targets import is_inside, outcomes
 from quantforge.types import LayerInfo, QuantSpec
+from quantforge.vision.choosing import Chooser, Found
 from quantforge.vision.compensation import CompensationConfig, quantize_layers
-from quantforge.vision.costs import Costs, multiplications
+from quantforge.vision.correction import correct_biases
+from quantforge.vision.costs import Costs, beside_bytes, file_cost, multiplications
 from quantforge.vision.equalisation import equalised_if_better
 from quantforge.vision.network import QuantizedNetwork, Simulation, VisionNetwork
-from quantforge.vision.outcome import VisionPoint
 from quantforge.vision.pictures import Pictures
 from quantforge.vision.quality import VisionQuality, compare, logits_of
 from quantforge.vision.ranges import Histogram, activation_grids, observe
@@ -39,10 +36,8 @@ from quantforge.vision.recipe import VisionRecipe
 from quantforge.vision.reconstruction import BlockReport, reconstruct
 from quantforge.vision.search import (
     FLOAT_BITS,
-    Limits,
     Table,
     VisionPlan,
-    search,
     uniform_plans,
 )
 from quantforge.vision.sensitivity import (
@@ -61,22 +56,6 @@ PROBE_BITS = 4  # of the uniform networks that judge equalisation, where they ca
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """A plan and what it was compared with.
-
-    Attributes:
-        plan: what is made.
-        curve: uniform networks, and the plan's, without reconstruction; empty where nothing was
-            searched.
-        targets: how the budget's targets were met.
-    """
-
-    plan: VisionPlan
-    curve: tuple[VisionPoint, ...] = ()
-    targets: tuple[TargetOutcome, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """A finished network.
 
@@ -85,19 +64,18 @@ class Finished:
         quality: of it, on held-out pictures.
         before: without reconstruction and training; None where there is none.
         blocks: what learning each block was worth.
+        reconstructed: whether that is in it.
         training: how training end to end went; None without.
+        targets: how it meets the budget's targets.
     """
 
     quantized: QuantizedNetwork
     quality: VisionQuality
     before: VisionQuality | None = None
     blocks: tuple[BlockReport, ...] = ()
+    reconstructed: bool = False
     training: TrainingOutcome | None = None
-
-    @property
-    def undone(self) -> bool:
-        """Whether reconstruction was of no use, and is not in it."""
-        return bool(self.blocks) and self.before is not None and self.quality.kl >= self.before.kl
+    targets: tuple[TargetOutcome, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -155,8 +133,8 @@ class VisionJob:
     def costs(self) -> Costs:
         """What plans are counted by."""
         return Costs(
-            layers=self.layers, fixed=self.edges, macs=multiplications(self.network),
-            reads=self.reads,
+            layers=self.layers, macs=multiplications(self.network), reads=self.reads,
+            beside=beside_bytes(self.network),
         )  # fmt: skip
 
     @property
@@ -166,7 +144,7 @@ class VisionJob:
             return {}
         spec = QuantSpec.parse(self.recipe.search.edges)
         ends = (self.network.layers[0], self.network.layers[-1])
-        return {one.name: spec for one in ends if spec.divides(one.in_features)}
+        return {one.name: spec for one in ends}
 
     @cached_property
     def table(self) -> Table:
@@ -180,7 +158,8 @@ class VisionJob:
             loss = torch.zeros(len(self.layers), len(specs), dtype=torch.float64)
             rounding = torch.zeros(len(grids), len(widths), dtype=torch.float64)
         else:
-            grids, loss, rounding = self._predicted(specs, widths)
+            rounded, loss, rounding = self._predicted(specs, widths)
+            grids = rounded or grids  # none is rounded where activations stay float
         loss = loss.clone()
         for row, layer in enumerate(self.layers):
             own = edges.get(layer.name)
@@ -198,6 +177,13 @@ class VisionJob:
             activation_loss=self._allowed(grids, widths, rounding),
             reads=self.reads,
             macs=self.costs.macs,
+            file=torch.tensor(
+                [
+                    [file_cost(x, s) if s.divides(x.in_features) else 0 for s in specs]
+                    for x in self.layers
+                ],
+                dtype=torch.float64,
+            ),
         )
 
     def _predicted(
@@ -274,79 +260,25 @@ class VisionJob:
             correct_bias=options.correct_bias,
         )  # fmt: skip
 
-    def find(self, budget: Budget) -> Found:
-        """The plan within a budget, and the uniform networks beside it.
-
-        Raises:
-            BudgetError: there is none.
-            UsageError: a part of the budget is not about classifiers.
-        """
-        for target in budget.targets:
-            if target.kind not in ("acc", "kl"):
-                raise UsageError(
-                    f"{target.text}: {self.network.name} is a classifier; give acc:-0.5% or kl:0.05"
-                )
-        limits = self.costs.limits(budget)
-        every = uniform_plans(self.table, self.edges)
-        fitting = [plan for plan in every if self._fits(plan, limits)]
-        if self.recipe.search.solver == "uniform":
-            if not fitting:
-                search(self.table, limits, budget=budget.text)  # says what the least is
-                raise UsageError(f"budget {budget.text}: no uniform plan is within it; search")
-            widest = max(fitting, key=lambda plan: plan.stored_bits)
-            return Found(plan=replace(widest, budget=budget.text, predicted_loss=None))
-        plan = search(self.table, limits, budget=budget.text)
-        curve = tuple(self._point(one) for one in every)
-        if budget.targets:
-            met = self._meet(budget, fitting)
-            return Found(plan=met.plan, curve=curve, targets=met.outcomes)
-        # Predictions may be wrong where measurements are not: never worse than uniform.
-        best = min((plan, *fitting), key=lambda one: self.quality_of(one).kl)
-        return Found(
-            plan=replace(best, budget=budget.text), curve=(*curve, self._point(plan, "plan"))
-        )
-
-    def _fits(self, plan: VisionPlan, limits: Limits) -> bool:
-        bits = plan.stored_bits * planned_weights(self.layers)
-        return bits <= limits.bits and plan.operations <= limits.operations
-
-    def _meet(self, budget: Budget, uniform: Sequence[VisionPlan]) -> Met[VisionPlan]:
-        """The plan of fewest bits whose measured network is inside the targets.
-
-        Args:
-            budget: with its targets.
-            uniform: plans within its limits that are taken if they need fewer bits.
-        """
-        weights = planned_weights(self.layers)
-        costs = [
-            [
-                stored_cost(layer, spec)
-                for spec, loss in zip(self.table.specs, row.tolist(), strict=True)
-                if math.isfinite(loss)
-            ]
-            for layer, row in zip(self.layers, self.table.loss, strict=True)
-            if not layer.fixed
-        ]
-        low = Fraction(sum(min(one) for one in costs), weights)
-        high = min(Fraction(sum(max(one) for one in costs), weights), budget.bits)
-
-        def find(bits: Fraction) -> VisionPlan:
-            limits = replace(budget, limits=(*budget.limits, Limit("bits", bits)))
-            return search(self.table, self.costs.limits(limits), budget=budget.text)
-
-        right = compare(
+    @cached_property
+    def right(self) -> Sequence[float]:
+        """Of every held-out picture 1 where the float network is right, else 0."""
+        return compare(
             self.reference, self.reference, pictures="", labels=self.held_out.labels
         ).scores
-        also = [replace(one, budget=budget.text) for one in uniform]
-        return meet(budget.targets, find, self.quality_of, right, bits=(low, high), also=also)
 
-    def _point(self, plan: VisionPlan, name: str = "") -> VisionPoint:
-        return VisionPoint(
-            name=name or plan.budget,
-            stored_bits=plan.stored_bits,
-            operations=plan.operations,
-            quality=self.quality_of(plan),
-        )
+    @property
+    def chooser(self) -> Chooser:
+        """What finds plans and judges networks."""
+        return Chooser(
+            name=self.network.name, table=self.table, costs=self.costs, edges=self.edges,
+            solver=self.recipe.search.solver, quality_of=self.quality_of,
+            right=self.right,
+        )  # fmt: skip
+
+    def find(self, budget: Budget) -> Found:
+        """The plan within a budget, and the uniform networks beside it; see `Chooser.find`."""
+        return self.chooser.find(budget)
 
     def one_pass(self, plan: VisionPlan) -> QuantizedNetwork:
         """A plan's network, compensated and with corrected biases, without reconstruction."""
@@ -394,22 +326,43 @@ class VisionJob:
         self.monitor.step("equalise", 1, 1, f"held-out KL {before:.4g} without, {after:.4g} with")
         return replace(self, network=network)
 
-    def finish(self, plan: VisionPlan) -> Finished:
-        """A plan's network, reconstructed and trained where that brings held-out KL down."""
+    def finish(
+        self, plan: VisionPlan, targets: Sequence[Target] = (), *, tried: int = 0
+    ) -> Finished:
+        """A plan's network, reconstructed and trained where that brings held-out KL down.
+
+        Args:
+            plan: of the network.
+            targets: that the network must be inside: what leaves them is not kept either.
+            tried: plans that were measured to find this one.
+        """
         start, before = self.one_pass(plan), self.quality_of(plan)
-        made, after, blocks = start, before, tuple[BlockReport, ...]()
+        made, after, blocks, kept = start, before, tuple[BlockReport, ...](), False
         if self.recipe.reconstruction.steps:
             learned, blocks = self._reconstructed(start)
-            quality = self.measure(learned)
-            if quality.kl < before.kl:
-                made, after = learned, quality
+            for one in (learned, self._corrected(learned)):
+                quality = self.measure(one)
+                if quality.kl < after.kl and is_inside(targets, quality, self.right):
+                    made, after, kept = one, quality, True
         outcome = None
         if self.recipe.training.steps:
-            made, outcome = self._trained(made)
-            after = self.measure(made)
+            trained, outcome = self._trained(made)
+            quality = self.measure(trained)
+            if outcome.kept and is_inside(targets, quality, self.right):
+                made, after = trained, quality
+            else:
+                outcome = replace(outcome, kept=False)
         return Finished(
-            quantized=made, quality=after, before=before, blocks=blocks, training=outcome
-        )
+            quantized=made, quality=after, before=before, blocks=blocks, reconstructed=kept,
+            training=outcome, targets=outcomes(targets, plan, after, self.right, tried),
+        )  # fmt: skip
+
+    def _corrected(self, quantized: QuantizedNetwork) -> QuantizedNetwork:
+        """With means and deviations given back once more: learned codes have moved them."""
+        if not self.compensation.correct_bias:
+            return quantized
+        deviations = self.compensation.match_deviation
+        return correct_biases(quantized, self.batches, deviations=deviations)
 
     def _reconstructed(
         self, start: QuantizedNetwork

@@ -58,14 +58,10 @@ def matched_deviations(
     Args:
         weight: [out, n] W.
         quantized: Ŵ.
-        moments: of the layer's inputs, of both streams.
-
-    Raises:
-        ValueError: the moments are of one stream only.
+        moments: of the layer's inputs; where they are of one stream it is both.
     """
-    if moments.native is None:
-        raise ValueError("deviations are matched on the moments of both streams")
-    wanted = output_variance(weight, moments.native, moments.native_mean)
+    native = moments.gram if moments.native is None else moments.native
+    wanted = output_variance(weight, native, moments.native_mean)
     found = output_variance(quantized.dequantize(), moments.gram, moments.mean)
     usable = (wanted > 0) & (found > 0)
     ratio = torch.where(usable, wanted / found.clamp_min(1e-300), 1.0).sqrt()

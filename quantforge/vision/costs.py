@@ -5,17 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from quantforge_kernels.layout import packed_words
 from torch import nn
 
 from quantforge.errors import UsageError
-from quantforge.search.allocate import planned_weights, stored_cost
+from quantforge.search.allocate import planned_weights
 from quantforge.search.budget import Budget
 from quantforge.types import LayerInfo, QuantSpec
 from quantforge.vision.network import VisionNetwork
-from quantforge.vision.search import FLOAT_BITS, Limits, operations
+from quantforge.vision.search import Limits, operations
 from quantforge.vision.streams import Stream
+
+SCALE_BITS, ZERO_BITS = 16, 8
+STORED = ("codes", "scale", "bias")  # of a layer
+# Of safetensors' header: a tensor's type, shape and place, and what is always there.
+ENTRY_BYTES, HEADER_BYTES = 88, 64
 
 
 def multiplications(network: VisionNetwork) -> dict[str, int]:
@@ -37,6 +44,29 @@ def multiplications(network: VisionNetwork) -> dict[str, int]:
     return found
 
 
+def file_cost(layer: LayerInfo, spec: QuantSpec) -> int:
+    """Bits of a layer's integers and scales in a file, where every row of codes fills words."""
+    rows, groups = layer.out_features, spec.groups(layer.in_features)
+    total = rows * (32 * packed_words(layer.in_features, spec.bits) + groups * SCALE_BITS)
+    if spec.symmetric:
+        return total
+    return total + rows * groups * ZERO_BITS + 8 * (ENTRY_BYTES + len(f"{layer.name}.zero"))
+
+
+def beside_bytes(network: VisionNetwork) -> int:
+    """Bytes at most that a file has beside integers and scales: biases, constants, its header."""
+    names = [f"{one.name}.{kind}" for one in network.layers for kind in STORED]
+    total = 4 * sum(layer.out_features for layer in network.layers)
+    for node in network.graph.graph.nodes:
+        if node.op == "get_attr":
+            held: Any = network.graph
+            for part in str(node.target).split("."):
+                held = getattr(held, part)
+            names.append(str(node.target))
+            total += held.nbytes
+    return total + HEADER_BYTES + sum(ENTRY_BYTES + len(name) for name in names)
+
+
 WHOLE = QuantSpec(8)  # what "bops:-50%" is less than, with 8-bit activations
 
 
@@ -46,15 +76,15 @@ class Costs:
 
     Attributes:
         layers: in forward order; fixed ones are not counted in budgets of bits.
-        fixed: name of a fixed layer → its spec.
         macs: layer name → multiplications of one picture.
         reads: layer name → its input's grid.
+        beside: bytes that a file has beside integers and scales.
     """
 
     layers: tuple[LayerInfo, ...]
-    fixed: Mapping[str, QuantSpec]
     macs: Mapping[str, int]
     reads: Mapping[str, str]
+    beside: int
 
     @property
     def whole_operations(self) -> int:
@@ -68,25 +98,20 @@ class Costs:
         """Bytes of the float weights and biases."""
         return sum(4 * (one.numel + one.out_features) for one in self.layers)
 
-    @property
-    def beside_bits(self) -> int:
-        """Bits that a file holds beside the planned weights: biases, and layers of a fixed spec."""
-        fixed = sum(stored_cost(one, self.fixed[one.name]) for one in self.layers if one.fixed)
-        return fixed + sum(FLOAT_BITS * one.out_features for one in self.layers)
-
     def limits(self, budget: Budget) -> Limits:
-        """A budget's limits in stored bits and in bit operations.
+        """A budget's limits in stored bits, in bytes of the file and in bit operations.
 
         Raises:
             UsageError: a part is not about convolutional networks.
         """
         weights = planned_weights(self.layers)
         bits = float(budget.total_bits(weights)) if budget.bits < 16 else math.inf
+        file = math.inf
         for limit in budget.sizes:
             if limit.kind == "vram":
                 raise UsageError(f"{budget.text}: a convolutional network keeps no keys and values")
             share = limit.amount * self.float_bytes if limit.kind == "share" else limit.amount
-            bits = min(bits, float(share * 8) - self.beside_bits)
+            file = min(file, float(share * 8) - 8 * self.beside)
         if budget.latency:
             raise UsageError(
                 f"{budget.text}: latency is of language models; give bops:-50% or a size"
@@ -95,4 +120,4 @@ class Costs:
             float(x.amount * (self.whole_operations if x.kind == "operations-share" else 1))
             for x in budget.operations
         ]
-        return Limits(bits=bits, operations=min(most, default=math.inf))
+        return Limits(bits=bits, file=file, operations=min(most, default=math.inf))

@@ -21,16 +21,20 @@ from quantforge.progress import Monitor
 from quantforge.recipe import Target, resolve_target
 from quantforge.search.budget import Budget
 from quantforge.vision.checkpoint import write_vision
-from quantforge.vision.compiler import Finished, Found, VisionJob
+from quantforge.vision.choosing import Found
+from quantforge.vision.compiler import Finished, VisionJob
 from quantforge.vision.network import QuantizedNetwork
 from quantforge.vision.outcome import VisionLayer, VisionReport
 from quantforge.vision.page import render
 from quantforge.vision.pictures import Pictures
+from quantforge.vision.quality import logits_of
 from quantforge.vision.recipe import VisionRecipe, compose, is_vision_file
+from quantforge.vision.requirements import require_candidates, require_room
 from quantforge.vision.search import VisionPlan
 from quantforge.vision.sources import (
     Opened,
     calibration_pictures,
+    given_arrays,
     is_classifier_folder,
     open_memory,
     open_source,
@@ -79,7 +83,7 @@ def quantize(
     with staging(folder, force=force) as staged:
         opened, job = _job(model, target, recipe, calibration, seed, monitor)
         found = job.find(limit)
-        made = job.finish(found.plan)
+        made = job.finish(found.plan, limit.targets, tried=found.tried)
         written = write_vision(made.quantized, staged)
         report = replace(
             _report(opened, job, found, made), output=str(folder), weight_bytes=written
@@ -116,7 +120,7 @@ def compile_network(
     target, recipe, limit = _asked(module, budget, given, effort, settings)
     opened, job = _job(module, target, recipe, given, seed, monitor)
     found = job.find(limit)
-    made = job.finish(found.plan)
+    made = job.finish(found.plan, limit.targets, tried=found.tried)
     return made.quantized, _report(opened, job, found, made)
 
 
@@ -141,7 +145,7 @@ def plan(
         opened, job = _job(model, target, recipe, calibration, seed, monitor)
         found = job.find(limit)
         quality = job.quality_of(found.plan)
-        made = Finished(quantized=job.one_pass(found.plan), quality=quality)
+        made = Finished(quantized=job.one_pass(found.plan), quality=quality, targets=found.targets)
         report = _report(opened, job, found, made)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -179,25 +183,34 @@ def _job(
     """The network, its pictures, and the job on them."""
     monitor = monitor or Monitor()
     options = recipe.calibration
+    given = given_arrays(calibration)
     if isinstance(model, nn.Module):
-        if not isinstance(calibration, Tensor | tuple):
+        if given is None:
             raise UsageError(
                 "a network in memory needs its pictures: calibration=a tensor [n, channels, "
                 "height, width], or (pictures, labels)"
             )
-        pictures, labels = calibration if isinstance(calibration, tuple) else (calibration, None)
+        pictures, labels = given
         opened = open_memory(model, pictures, operands=recipe.activations.operands)
         every = Pictures(inputs=pictures.float(), labels=labels, description="given pictures")
     else:
         opened = open_source(recipe, target, monitor=monitor)
-        every = calibration_pictures(opened.network, options, seed=seed, monitor=monitor)
+        every = calibration_pictures(opened.network, options, given, seed=seed, monitor=monitor)
+    require_candidates(opened.network, recipe.search)
+    require_room(opened.network)
     count = len(every) - options.held_out
     if count < 1:
         raise InputError(
             f"{every.description}: {len(every)} pictures are too few for "
             f"calibration.held_out={options.held_out} of them to judge; give more, or lower it"
         )
+    every = every.of_classes(logits_of(opened.network.graph, every.inputs[:1]).shape[1])
     used = min(count, options.count)
+    if used < 2 and recipe.reconstruction.steps:
+        raise InputError(
+            f"{every.description}: one picture to fit on cannot judge what is learned from it; "
+            "give more, or set reconstruction.steps=0"
+        )
     fitting = _part(every, slice(0, used), f"{every.description}: {used} to fit on")
     held_out = _part(
         every,
@@ -253,9 +266,9 @@ def _report(opened: Opened, job: VisionJob, found: Found, made: Finished) -> Vis
         predicted_loss=chosen.predicted_loss,
         quality=made.quality,
         curve=found.curve,
-        targets=found.targets,
+        targets=made.targets,
         training=made.training,
-        blocks=(0 if made.undone else sum(one.kept for one in made.blocks), len(made.blocks)),
+        blocks=(sum(one.kept for one in made.blocks if made.reconstructed), len(made.blocks)),
         weight_bytes=0,
         float_bytes=job.costs.float_bytes,
         calibration=job.fitting.description,
@@ -266,7 +279,7 @@ def _report(opened: Opened, job: VisionJob, found: Found, made: Finished) -> Vis
 
 def _warnings(job: VisionJob, found: Found, made: Finished) -> list[str]:
     said = []
-    if made.undone and made.before is not None:
+    if made.blocks and not made.reconstructed:
         said.append("learned rounding did not lower the held-out KL: the network is without it")
     if found.curve and found.plan.solver == "uniform" and not found.targets:
         said.append("a uniform network within the budget was nearer than the plan, and was taken")

@@ -8,6 +8,8 @@ are: somebody prepared them.
 
 Labels are taken where there are any: a label column, an array beside the pictures, one folder a
 class, or file names that end in two numbers, the picture's and the label's ("imagenet_00_243.jpg").
+What names tell is a guess: where it is no class of the network ("IMG_20240101_123404.jpg") there
+are no labels.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import io
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -55,11 +57,29 @@ class Pictures:
         inputs: [count, channels, height, width] float32.
         labels: [count] int64, or None where there are none.
         description: where they come from, for people.
+        guessed: whether labels are what names seem to tell.
     """
 
     inputs: Tensor
     labels: Tensor | None
     description: str
+    guessed: bool = False
+
+    def of_classes(self, count: int) -> Pictures:
+        """These, with labels among so many classes.
+
+        Raises:
+            InputError: somebody gave labels that are not.
+        """
+        labels = self.labels
+        if labels is None or bool(((labels >= 0) & (labels < count)).all()):
+            return self
+        if self.guessed:
+            return replace(self, labels=None, guessed=False)
+        raise InputError(
+            f"{self.description}: labels are {int(labels.min())} to {int(labels.max())}, the "
+            f"network has {count} classes, 0 to {count - 1}: correct them or leave them out"
+        )
 
     def __len__(self) -> int:
         """How many."""
@@ -73,12 +93,14 @@ class _Item:
     where: str
     read: Callable[[], Image.Image]
     label: int | None
+    guessed: bool = False
 
 
 def load_pictures(
     source: str | Path | Tensor | NDArray[Any],
     preprocessing: Preprocessing,
     *,
+    labels: NDArray[Any] | None = None,
     channels: int = 3,
     count: int | None = None,
     seed: int = 0,
@@ -96,6 +118,7 @@ def load_pictures(
             bytes [n, h, w], [n, h, w, c] or [n, c, h, w] are pixels, floats [n, c, h, w] of the
             input's size are prepared already.
         preprocessing: the network's own.
+        labels: [n] of an array's pictures.
         channels: of the network's input, 1 or 3.
         count: how many; None takes all.
         seed: of the draw.
@@ -111,7 +134,7 @@ def load_pictures(
         )
     if isinstance(source, Tensor | np.ndarray):
         array = source.numpy(force=True) if isinstance(source, Tensor) else source
-        return _of_array(array, None, "an array", preprocessing, channels, _Draw(count, seed))
+        return _of_array(array, labels, "an array", preprocessing, channels, _Draw(count, seed))
     path = Path(source).expanduser()
     draw = _Draw(count, seed)
     if path.suffix in ARRAYS and path.is_file():
@@ -173,7 +196,8 @@ def _prepared(
             ) from None
     known = [item.label for item in items if item.label is not None]
     labels = torch.tensor(known, dtype=torch.int64) if len(known) == len(items) else None
-    return Pictures(inputs=torch.stack(inputs), labels=labels, description=source)
+    guessed = any(item.guessed for item in items)
+    return Pictures(inputs=torch.stack(inputs), labels=labels, description=source, guessed=guessed)
 
 
 def _items_of(source: str, path: Path, *, match: str, split: str, draw: _Draw) -> list[_Item]:
@@ -221,7 +245,10 @@ def _named_items(
     def opened(name: str) -> Callable[[], Image.Image]:
         return lambda: _decoded(read(name))
 
-    return [_Item(f"{source}/{found[i]}", opened(found[i]), labels[i]) for i in draw.of(len(found))]
+    return [
+        _Item(f"{source}/{found[i]}", opened(found[i]), labels[i], guessed=True)
+        for i in draw.of(len(found))
+    ]
 
 
 def _labels_of(names: Sequence[str]) -> list[int] | list[None]:
@@ -307,7 +334,7 @@ def _of_array(
 ) -> Pictures:  # fmt: skip
     if labels is not None and (labels.shape != array.shape[:1] or labels.dtype.kind not in "iu"):
         raise InputError(f"{where} has no whole label for each of its pictures")
-    if not array.size:
+    if not array.size or array.ndim == 0:
         raise InputError(f"{where} holds no pictures: give {INSTEAD}")
     chosen = draw.of(len(array))
     picked = None if labels is None else labels[chosen]

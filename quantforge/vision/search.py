@@ -46,6 +46,7 @@ class Table:
         activation_loss: [grids, widths] float64 nats a picture; +inf where there is none.
         reads: layer name → its input's grid.
         macs: layer name → multiplications of one picture.
+        file: [layers, specs] bits in a file; None counts none.
     """
 
     layers: tuple[LayerInfo, ...]
@@ -56,6 +57,7 @@ class Table:
     activation_loss: Tensor
     reads: Mapping[str, str]
     macs: Mapping[str, int]
+    file: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +98,12 @@ class Limits:
 
     Attributes:
         bits: stored bits of all planned weights.
+        file: bits of all layers' integers and scales in a file.
         operations: bit operations of one picture.
     """
 
     bits: float = math.inf
+    file: float = math.inf
     operations: float = math.inf
 
 
@@ -162,7 +166,7 @@ def search(table: Table, limits: Limits, *, budget: str) -> VisionPlan:
     count = len(table.layers)
     items = count + len(table.grids)
     loss = np.full((items, len(pairs)), np.inf)
-    costs = np.zeros((2, items, len(pairs)))
+    costs = np.zeros((3, items, len(pairs)))
     loss[:count] = table.loss.numpy()[:, spec_of]
     for row, layer in enumerate(table.layers):
         fits = np.isfinite(loss[row])
@@ -170,12 +174,14 @@ def search(table: Table, limits: Limits, *, budget: str) -> VisionPlan:
         costs[0, row] = np.where(fits, 0 if layer.fixed else stored[spec_of], 0)
         bits = np.array([spec.bits for spec in table.specs])[spec_of]
         costs[1, row] = table.macs[layer.name] * bits * np.array(table.widths)[width_of]
+    if table.file is not None:
+        costs[2, :count] = table.file.numpy()[:, spec_of]
     # A grid's candidates are those of the first spec: the others would be the same once more.
     loss[count:, : len(table.widths)] = table.activation_loss.numpy()
     choice = integer_program(
         loss,
         costs,
-        [limits.bits, limits.operations],
+        [limits.bits, limits.operations, limits.file],
         agreements=[*_tied(table, spec_of), *_read(table, width_of)],
         time_limit=SECONDS,
     ).choice
@@ -225,8 +231,9 @@ def _unreachable(
     least = np.where(np.isfinite(loss), costs, np.inf).min(axis=2)[:, : len(table.layers)]
     floor = math.ceil(float(least[0].sum()) / planned_weights(table.layers) * 1000) / 1000
     return (
-        f"budget {budget} cannot be met: plans take at least {floor:.3f} stored bits a weight and "
-        f"{least[1].sum():.3g} bit operations a picture; raise the budget or allow narrower widths"
+        f"budget {budget} cannot be met: plans take at least {floor:.3f} stored bits a weight, "
+        f"{math.ceil(least[2].sum() / 8)} bytes of integers and scales and {least[1].sum():.3g} "
+        "bit operations a picture; raise the budget or allow narrower widths"
     )
 
 

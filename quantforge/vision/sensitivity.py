@@ -9,8 +9,8 @@ with G and g the gradients, for one picture, of the log-likelihood of a label dr
 network's own distribution: the Fisher information, which is the curvature of that divergence. G
 sums over the positions of a convolution before the square is taken, so errors that every position
 repeats count as they do. Errors are those that quantizing really makes: D of the candidate after
-error feedback, e of each grid on the pictures themselves. Several labels are drawn for a picture,
-since a forward pass costs as much as two more gradients.
+error feedback, with the bias that makes up for it, e of each grid on the pictures themselves.
+Several labels are drawn for a picture, since a forward pass costs as much as two more gradients.
 
 `measured_losses` quantizes one layer or one grid alone and measures. It has no second-order error,
 and costs a pass over the pictures for every entry.
@@ -28,7 +28,7 @@ from quantforge.calibrate.sensitivity import standard_error
 from quantforge.methods.convolution import Geometry
 from quantforge.numerics import draw_categorical, relative
 from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec, Sensitivity
-from quantforge.vision.compensation import CompensationConfig, quantize_layer
+from quantforge.vision.compensation import CompensationConfig, quantize_and_correct
 from quantforge.vision.moments import MomentAccumulator
 from quantforge.vision.network import (
     ActivationGrid,
@@ -51,12 +51,14 @@ class Candidates:
     Attributes:
         specs: of all layers; one that does not fit a layer has no weight.
         weights: (layer name, spec) → integers.
+        biases: (layer name, spec) → [out] bias that goes with them.
         error: [layers, specs] float64 relative squared output error; +inf where a spec does not
             fit.
     """
 
     specs: tuple[QuantSpec, ...]
     weights: Mapping[tuple[str, QuantSpec], QuantizedWeight]
+    biases: Mapping[tuple[str, QuantSpec], Tensor]
     error: Tensor
 
 
@@ -96,6 +98,7 @@ def candidates(
     config = config or CompensationConfig()
     stream = Stream(network, batches)
     weights: dict[tuple[str, QuantSpec], QuantizedWeight] = {}
+    biases: dict[tuple[str, QuantSpec], Tensor] = {}
     error = torch.full((len(network.layers), len(specs)), torch.inf, dtype=torch.float64)
     for row, layer in enumerate(network.layers):
         module = network.layer(layer.name)
@@ -107,11 +110,11 @@ def candidates(
         for column, spec in enumerate(specs):
             if not spec.divides(layer.in_features):
                 continue
-            one = quantize_layer(weight, moments, spec, config)
-            weights[layer.name, spec] = one
+            one, bias = quantize_and_correct(weight, module.bias.detach(), moments, spec, config)
+            weights[layer.name, spec], biases[layer.name, spec] = one, bias
             lost = _group_errors(one.dequantize() - weight, moments.gram)
             error[row, column] = relative(lost, whole)
-    return Candidates(specs=tuple(specs), weights=weights, error=error)
+    return Candidates(specs=tuple(specs), weights=weights, biases=biases, error=error)
 
 
 def _group_errors(difference: Tensor, gram: Tensor) -> Tensor:
@@ -143,10 +146,11 @@ def sensitivities(
         labels: drawn for a picture.
         seed: of the labels.
     """
-    grids = {
+    tables = {
         name: tuple(fit_range(one, width, method) for width in bits)
         for name, one in histograms.items()
     }
+    grids = tables if bits else {}
     products, rounding = gradient_products(
         network, pictures, tried, grids, labels=labels, seed=seed
     )
@@ -160,7 +164,8 @@ def sensitivities(
         stderr=torch.where(fits, standard_error(weights), torch.inf),
     )  # fmt: skip
     activations = ActivationSensitivity(
-        grids=tuple(grids), bits=tuple(bits), loss=sites.mean(0), stderr=standard_error(sites),
+        grids=tuple(grids), bits=tuple(bits), loss=sites.mean(0),
+        stderr=standard_error(sites) if grids else sites.mean(0),
         candidates=grids,
     )  # fmt: skip
     return sensitivity, activations
@@ -191,9 +196,10 @@ def gradient_products(
     """
     names = [layer.name for layer in network.layers]
     matrices = {name: weight_matrix(network.layer(name)).clone() for name in names}
-    errors = {name: _errors(matrices[name], name, tried) for name in names}
-    for matrix in matrices.values():
-        matrix.requires_grad_()
+    biases = {name: network.layer(name).bias.detach().clone() for name in names}
+    errors = {name: _errors(matrices[name], biases[name], name, tried) for name in names}
+    for parameter in (*matrices.values(), *biases.values()):
+        parameter.requires_grad_()
     site_of = {site.node: site.grid for site in network.sites if site.grid in grids}
     rows = {name: index for index, name in enumerate(grids)}
     generator = torch.Generator().manual_seed(seed)
@@ -205,19 +211,21 @@ def gradient_products(
         held: dict[str, Tensor] = {}
         with torch.enable_grad():
             entering = pictures[index : index + 1].clone().requires_grad_()
-            logits = evaluate(network, entering, matrices, _holding(site_of, held))
+            logits = evaluate(network, entering, matrices, _holding(site_of, held), biases)
             logs = logits.flatten().log_softmax(0)
         drawn = draw_categorical(logs.detach().exp().expand(labels, -1), generator).flatten()
         noise = rounding_noise(network, {n: one.detach() for n, one in held.items()}, grids)
-        read = [*matrices.values(), *held.values()]
+        read = [*matrices.values(), *biases.values(), *held.values()]
         for number, label in enumerate(drawn.tolist()):
             made = torch.autograd.grad(
                 logs[label], read, retain_graph=number + 1 < labels, allow_unused=True
             )
-            own, felt = made[: len(names)], made[len(names) :]
-            for row, (name, gradient) in enumerate(zip(names, own, strict=True)):
-                if gradient is not None:
-                    products[index, number, row] = errors[name] @ gradient.flatten()
+            count = len(names)
+            own, shift, felt = made[:count], made[count : 2 * count], made[2 * count :]
+            for row, (name, *both) in enumerate(zip(names, own, shift, strict=True)):
+                if both[0] is not None:
+                    gradient = torch.cat([both[0].flatten(), both[1]])
+                    products[index, number, row] = errors[name] @ gradient
             for node, gradient in zip(held, felt, strict=True):
                 if gradient is not None:
                     rounding[index, number, rows[site_of[node]]] += noise[node] @ gradient.flatten()
@@ -281,13 +289,14 @@ def _from_rounded(
     return result if isinstance(result, Tensor) else None
 
 
-def _errors(weight: Tensor, name: str, tried: Candidates) -> Tensor:
-    """[specs, out · n] D of every candidate, 0 where there is none."""
-    found = [tried.weights.get((name, spec)) for spec in tried.specs]
-    nothing = torch.zeros(weight.numel())
-    return torch.stack(
-        [nothing if one is None else (one.dequantize() - weight).flatten() for one in found]
-    )
+def _errors(weight: Tensor, bias: Tensor, name: str, tried: Candidates) -> Tensor:
+    """[specs, out · n + out] D of every candidate and of its bias, 0 where there is none."""
+    found = torch.zeros(len(tried.specs), weight.numel() + len(bias))
+    for row, spec in enumerate(tried.specs):
+        if (one := tried.weights.get((name, spec))) is not None:
+            moved = tried.biases[name, spec] - bias
+            found[row] = torch.cat([(one.dequantize() - weight).flatten(), moved])
+    return found
 
 
 def _holding(sites: Mapping[str, str], held: dict[str, Tensor]):  # type: ignore[no-untyped-def]
@@ -345,8 +354,11 @@ def measured_losses(
     chosen = network.layers if layers is None else layers
     reference = torch.cat([network.graph(part) for part in torch.split(pictures, batch)])
 
-    def lost(weights: Mapping[str, QuantizedWeight], used: Mapping[str, ActivationGrid]) -> float:
-        biases = {name: network.layer(name).bias.detach() for name in weights}
+    def lost(
+        weights: Mapping[str, QuantizedWeight],
+        biases: Mapping[str, Tensor],
+        used: Mapping[str, ActivationGrid],
+    ) -> float:
         made = QuantizedNetwork(network=network, weights=weights, biases=biases, grids=used)
         return float(divergence(made, pictures, reference, batch).mean())
 
@@ -355,8 +367,9 @@ def measured_losses(
         for column, spec in enumerate(tried.specs):
             one = tried.weights.get((layer.name, spec))
             if one is not None:
-                weights[row, column] = lost({layer.name: one}, {})
-    rows = [[lost({}, {name: grid}) for grid in tables] for name, tables in grids.items()]
+                bias = tried.biases[layer.name, spec]
+                weights[row, column] = lost({layer.name: one}, {layer.name: bias}, {})
+    rows = [[lost({}, {}, {name: grid}) for grid in tables] for name, tables in grids.items()]
     return weights, torch.tensor(rows, dtype=torch.float64)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from quantforge.errors import InputError, UsageError
@@ -124,15 +126,50 @@ def _zoo(source: str, recipe: VisionRecipe, monitor: Monitor) -> Opened:
     return Opened(network=network, description=source)
 
 
+def given_arrays(calibration: object) -> tuple[Tensor, Tensor | None] | None:
+    """Pictures [n, ..] and labels [n] that a call hands over; None where it names a source.
+
+    Raises:
+        UsageError: it is nothing of that.
+    """
+    if calibration is None or isinstance(calibration, str | Path):
+        return None
+    parts = calibration if isinstance(calibration, tuple) else (calibration, None)
+    if len(parts) != 2 or not isinstance(parts[0], Tensor | np.ndarray):
+        raise UsageError(
+            "calibration is a tensor or array of pictures, a pair of pictures and labels, or the "
+            f"name of a source, got {type(calibration).__name__}"
+        )
+    pictures = torch.as_tensor(parts[0])
+    labels = None if parts[1] is None else torch.as_tensor(parts[1])
+    if labels is not None and (labels.shape != pictures.shape[:1] or labels.is_floating_point()):
+        raise UsageError(
+            f"labels are whole numbers [{len(pictures)}], one a picture, got "
+            f"{list(labels.shape)} {labels.dtype}"
+        )
+    return pictures, None if labels is None else labels.long()
+
+
 def calibration_pictures(
-    network: VisionNetwork, options: PicturesConfig, *, seed: int, monitor: Monitor
+    network: VisionNetwork,
+    options: PicturesConfig,
+    given: tuple[Tensor, Tensor | None] | None = None,
+    *,
+    seed: int,
+    monitor: Monitor,
 ) -> Pictures:
-    """What a recipe calibrates on, those that are held out among them.
+    """What a recipe calibrates on, those that are held out among them; or what was given.
 
     Raises:
         InputError: there are no pictures, or one cannot be read.
     """
     total = options.count + options.held_out
+    if given is not None:
+        pictures, labels = given
+        return load_pictures(
+            pictures, network.preprocessing, channels=network.channels, count=total, seed=seed,
+            labels=None if labels is None else labels.numpy(),
+        )  # fmt: skip
     if options.source == SYNTHETIC:
         return synthesise(network, total, seed=seed, monitor=monitor)
     return load_pictures(
@@ -154,10 +191,13 @@ def is_classifier_folder(model: str | None) -> bool:
 
 def open_memory(module: nn.Module, pictures: Tensor, *, operands: bool) -> Opened:
     """A network in memory, of pictures like those given."""
-    if pictures.ndim != 4:
+    if pictures.ndim != 4 or not pictures.is_floating_point():
         raise UsageError(
-            f"pictures must be [n, channels, height, width], got {list(pictures.shape)}"
+            "pictures must be floats [n, channels, height, width] as the network reads them, got "
+            f"{list(pictures.shape)} {pictures.dtype}"
         )
+    if not bool(torch.isfinite(pictures).all()):
+        raise InputError("the pictures hold numbers that are not finite: correct them")
     channels, height, width = pictures.shape[1:]
     name = type(module).__name__
     preprocessing = Preprocessing(

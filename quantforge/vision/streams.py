@@ -212,14 +212,16 @@ def evaluate(
     pictures: Tensor,
     weights: Mapping[str, Tensor],
     on_node: Callable[[fx.Node, Any], Any],
+    biases: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """The logits, with gradients to weights given from outside.
+    """The logits, with gradients to weights and biases given from outside.
 
     Args:
         network: the float network.
         pictures: [batch, channels, height, width].
         weights: layer name → flattened weight in place of the layer's own.
         on_node: gets every node and its value, and gives what stands for it.
+        biases: layer name → bias in place of the layer's own, where its weight is replaced.
     """
     known: dict[fx.Node, Any] = {}
     for node in network.graph.graph.nodes:
@@ -232,6 +234,6 @@ def evaluate(
         replaced, name = None, str(node.target)
         if node.op == "call_module" and name in weights:
             layer = network.layer(name)
-            replaced = (kernel_of(layer, weights[name]), layer.bias)
+            replaced = (kernel_of(layer, weights[name]), (biases or {}).get(name, layer.bias))
         known[node] = on_node(node, compute(network.graph, node, known, replaced))
     raise ValueError("a canonical graph has an output")

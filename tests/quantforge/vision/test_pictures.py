@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 import zipfile
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -342,3 +343,15 @@ def test_the_packages_digits(mnist_archive):
     assert (round(float(inputs.mean()), 2), round(float(inputs.std()), 2)) == (0.0, 1.0)
     training, held_out = split_digits(digits, training=6620, held_out=2000)
     assert (len(training.labels), len(held_out.labels)) == (6620, 2000)
+
+
+def test_names_that_tell_no_class_of_the_network_give_no_labels(tmp_path):
+    for number in (4, 17):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"IMG_20240101_1234{number:02}.png")
+    made = load_pictures(tmp_path, prepare())
+    assert made.labels is not None and made.guessed
+    assert made.of_classes(10).labels is None
+    assert made.of_classes(1_000_000).labels is made.labels
+    given = replace(made, guessed=False)
+    with pytest.raises(InputError, match="the network has 10 classes"):
+        given.of_classes(10)

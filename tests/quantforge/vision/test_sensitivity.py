@@ -55,7 +55,7 @@ def test_products_are_directional_derivatives(known):
     grids = {name: (fit_range(one, 4),) for name, one in histograms.items()}
     products, rounding = gradient_products(network, x[:3], tried, grids, labels=1, seed=0)
     assert products.shape == (3, 1, 7, 3) and rounding.shape == (3, 1, len(grids), 1)
-    # the last layer's gradient is known: (onehot - p) times its input
+    # the last layer's gradient is known: (onehot - p) times its input, or times 1 for its bias
     head = network.layer("classifier")
     logits = network.graph(x[:1])
     read = {}
@@ -64,7 +64,8 @@ def test_products_are_directional_derivatives(known):
     hook.remove()
     spec = SPECS[1]
     error = tried.weights["classifier", spec].dequantize() - weight_matrix(head)
-    felt = (error @ read["x"][0]).double()
+    moved = tried.biases["classifier", spec] - head.bias
+    felt = (error @ read["x"][0] + moved).double()
     possible = felt - (logits[0].double().softmax(0) @ felt)
     assert float((possible - products[0, 0, 6, 1]).abs().min()) < 1e-5
     assert float(products[:, :, [1, 4], 2].abs().min()) >= 0.0
