@@ -15,11 +15,12 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
-from quantforge import benchmark, checking, converting, evaluation
+from quantforge import benchmark, checking, converting, evaluation, landscape, profiling
 from quantforge.errors import UsageError
 from quantforge.evaluation import Precision
 from quantforge.outcomes import CheckReport, ConvertReport, EvaluationReport, InspectReport
 from quantforge.progress import Monitor, ProgressEvent
+from quantforge.vision.entry import takes
 from quantforge.vision.finished import (
     check_folder,
     convert_folder,
@@ -198,23 +199,48 @@ def _refuse(checkpoint: str | Path, given: dict[str, bool], reason: str) -> None
         raise UsageError(f"{checkpoint} {reason}: leave {', '.join(named)} out")
 
 
-def _of_language_models(function: Callable[P, R], does: str) -> Callable[P, R]:
-    """The same function, which refuses a convolutional network's folder."""
+def _of_language_models(
+    function: Callable[P, R], does: str, other: Callable[[Any], bool], instead: str
+) -> Callable[P, R]:
+    """The same function, which refuses a convolutional network.
+
+    Args:
+        function: whose first argument is a folder or a model.
+        does: what it does not do for those.
+        other: whether such an argument is one.
+        instead: what to do.
+    """
 
     @wraps(function)
     def checked(*arguments: P.args, **options: P.kwargs) -> R:
         first: Any = arguments[0] if arguments else next(iter(options.values()), "")
-        if isinstance(first, str | Path) and is_vision_folder(first):
-            raise UsageError(
-                f"{first} is a convolutional network, which {does}: "
-                "quantforge.vision.checkpoint.load_vision runs it, quantforge eval measures it"
-            )
+        if other(first):
+            name = first if isinstance(first, str | Path) else type(first).__name__
+            raise UsageError(f"{name} is a convolutional network, {does}: {instead}")
         return function(*arguments, **options)
 
     return checked
 
 
-load = _of_language_models(evaluation.load, "this function does not load")
-generate = _of_language_models(evaluation.generate, "continues no text")
-evaluate_tasks = _of_language_models(evaluation.evaluate_tasks, "answers no tasks")
-bench = _of_language_models(benchmark.bench, "bench does not time")
+_RUN = "quantforge.vision.checkpoint.load_vision runs it, quantforge eval measures it"
+load = _of_language_models(
+    evaluation.load, "which this function does not load", is_vision_folder, _RUN
+)
+generate = _of_language_models(
+    evaluation.generate, "which continues no text", is_vision_folder, _RUN
+)
+evaluate_tasks = _of_language_models(
+    evaluation.evaluate_tasks, "which answers no tasks", is_vision_folder, _RUN
+)
+bench = _of_language_models(
+    benchmark.bench, "which bench does not time", is_vision_folder,
+    "scripts/bench_vision.py does",
+)  # fmt: skip
+curvature = _of_language_models(
+    landscape.curvature, "whose curvature has no table", takes,
+    "quantforge plan with --sensitivity hawq uses its traces",
+)  # fmt: skip
+profile = _of_language_models(
+    profiling.profile, "for which there are no budgets of latency", takes,
+    "scripts/bench_vision.py times one",
+)  # fmt: skip

@@ -105,6 +105,7 @@ def evaluate_folder(
     _require_alike(folder, quantized, opened)
     given = _pictures(quantized, opened, pictures, match, count, monitor)
     expected = _logits(opened.network.graph, given.inputs, "reference", monitor)
+    given = given.of_classes(expected.shape[1])
 
     def measured(path: Path, network: QuantizedNetwork) -> VisionQuality:
         logits = _logits(VisionRuntime(network), given.inputs, f"evaluate {path}", monitor)
