@@ -16,24 +16,31 @@ from typing import Any
 
 from torch import nn
 
-from quantforge.benchmark import bench
 from quantforge.borrowing import in_float32, restored_on_error
-from quantforge.checking import check
-from quantforge.converting import convert
 from quantforge.delivery import deliver, dry_run
 from quantforge.errors import UsageError
 from quantforge.estimate import require_memory
-from quantforge.evaluation import evaluate, evaluate_tasks, generate, inspect, load
+from quantforge.folders import (
+    bench,
+    check,
+    convert,
+    curvature,
+    evaluate,
+    evaluate_tasks,
+    generate,
+    inspect,
+    load,
+    profile,
+)
 from quantforge.frontier import frontier_report, write_frontier
-from quantforge.landscape import curvature
 from quantforge.models.linears import with_linears
 from quantforge.opening import Source, configure, limit_of, open_job, share_of, target_of
 from quantforge.outcomes import ParetoReport, PlanReport, Report
 from quantforge.plan_file import GivenPlan
-from quantforge.profiling import profile
 from quantforge.progress import Monitor, ProgressEvent
 from quantforge.runtime.transformers_plugin import use_in_transformers
 from quantforge.vision import entry as vision
+from quantforge.vision.flags import vision_settings
 from quantforge.vision.outcome import VisionReport
 from quantforge.workspace import check_output, reserved, staging
 
@@ -117,16 +124,15 @@ def quantize(
         ResourceError: memory or the disk are too small for the run, or ran out.
     """
     monitor = Monitor(progress=progress, cancel=cancel)
-    if _is_vision(
-        model, settings, plan, device, language=trust_remote_code or tokenizer is not None
-    ):
+    other = trust_remote_code or tokenizer is not None
+    asked = {"plan": plan, "device": device, "fresh": fresh, "language": other}
+    if (own := _vision_settings(model, settings, **asked)) is not None:
         return vision.quantize(
             model, budget=budget, calibration=calibration, output=output, effort=effort,
-            seed=seed, settings=settings, force=force, monitor=monitor,
+            seed=seed, settings=own, force=force, monitor=monitor,
         )  # fmt: skip
-    recipe = configure(
-        model, budget=budget, calibration=calibration, effort=effort, settings=settings
-    )
+    asked_for: dict[str, Any] = {"budget": budget, "calibration": calibration, "effort": effort}
+    recipe = configure(model, settings=settings, **asked_for)
     limit = limit_of(recipe, budget, plan)
     folder = None if output is None else Path(output)
     if folder is None and not isinstance(model, nn.Module):
@@ -186,12 +192,12 @@ def plan(
     `quantize`, and, if there was a search, `sensitivity.json`.
     """
     monitor = Monitor(progress=progress, cancel=cancel)
-    if _is_vision(
-        model, settings, plan, device, language=trust_remote_code or tokenizer is not None
-    ):
+    other = trust_remote_code or tokenizer is not None
+    asked = {"plan": plan, "device": device, "fresh": fresh, "language": other}
+    if (own := _vision_settings(model, settings, **asked)) is not None:
         return vision.plan(
             model, budget=budget, calibration=calibration, output=output, effort=effort,
-            seed=seed, settings=settings, force=force, monitor=monitor,
+            seed=seed, settings=own, force=force, monitor=monitor,
         )  # fmt: skip
     recipe = configure(
         model, budget=budget, calibration=calibration, effort=effort, settings=settings
@@ -248,6 +254,11 @@ def pareto(
     arguments and the errors are those of `quantize`; it is a `UsageError` where there is nothing to
     search.
     """
+    if vision.takes(model):
+        raise UsageError(
+            "frontiers are of language models: quantforge plan shows a convolutional network's "
+            "uniform networks beside the plan"
+        )
     if points < 2 or measure < 0:
         raise UsageError(
             f"a frontier needs two points or more and no negative number of "
@@ -280,43 +291,26 @@ def pareto(
     return report
 
 
-def _is_vision(
-    model: Source,
-    settings: Mapping[str, Any] | None,
-    plan: GivenPlan | None,
-    device: str,
-    *,
-    language: bool,
-) -> bool:
-    """Whether a call is about a convolutional network.
+def _vision_settings(
+    model: Source, settings: Mapping[str, Any] | None, **asked: Any
+) -> dict[str, Any] | None:
+    """The settings of a call about a convolutional network; None where it is about another one.
 
     Args:
-        model: of the call, like the next three.
+        model: of the call.
         settings: recipe keys.
-        plan: the user's own.
-        device: to compute on.
-        language: whether it has what only language models take: a tokenizer, or leave to run a
-            model's own code.
+        asked: see `vision.flags.vision_settings`.
 
     Raises:
         UsageError: it asks for what is of the other kind.
     """
-    if not vision.takes(model):
-        if any(key.startswith("activations") for key in settings or {}):
-            raise UsageError(
-                "activations are rounded in convolutional networks alone: leave --activations out"
-            )
-        return False
-    if plan is not None:
-        raise UsageError("a plan of one's own is for language models: give a budget instead")
-    if device != "cpu":
-        raise UsageError(f"convolutional networks are compiled on the cpu: leave {device} out")
-    if language:
+    if vision.takes(model):
+        return vision_settings(settings, **asked)
+    if any(key.startswith("activations") for key in settings or {}):
         raise UsageError(
-            "convolutional networks have no tokenizer and run no code of their own: leave "
-            "tokenizer and --trust-remote-code out"
+            "activations are rounded in convolutional networks alone: leave --activations out"
         )
-    return True
+    return None
 
 
 @contextmanager

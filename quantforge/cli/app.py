@@ -45,12 +45,13 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        commands.evaluate,
+        examining.evaluate,
         "eval",
         (
             "quantforge eval out --text wiki.txt",
             "quantforge eval out --against other --text wiki.txt --windows 10 --json",
             "quantforge eval out --reference ./my-model --precision bfloat16",
+            "quantforge eval out-of-pictures --pictures ./photos --match '*.jpg'",
         ),
     ),
     (
@@ -70,7 +71,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        commands.inspect,
+        examining.inspect,
         "inspect",
         ("quantforge inspect out", "quantforge inspect out --layers --json"),
     ),
@@ -93,6 +94,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, tuple[str, ...]], ...] = (
         (
             "quantforge convert out --layout gptq -o out-gptq",
             "quantforge convert out --layout gguf -o out.gguf",
+            "quantforge convert out-of-pictures -o out.onnx",
         ),
     ),
     (

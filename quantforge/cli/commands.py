@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 import typer
 
 from quantforge.cli.options import (
-    TEXTS,
     Activations,
     Budget,
     Calibration,
@@ -265,57 +264,6 @@ def quantize(
     print_result("quantize", report, json, partial(render_vision.show_made, report))
 
 
-def evaluate(
-    checkpoint: Checkpoint,
-    *,
-    reference: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Float model to compare with; default: its source."),
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help=f"Text to measure on: {TEXTS}; default: the end of Python's manual ('pydoc').",
-        ),
-    ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text to measure.")] = 40,
-    window_length: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens a window; default: 1024, 128 for an encoder."),
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="CHECKPOINT", help="Second checkpoint, compared window by window."),
-    ] = None,
-    precision: Annotated[
-        Precision, typer.Option(help="Dtype of the matrix products.")
-    ] = Precision.float32,
-    device: Device = "cpu",
-    json: Json = False,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Compare a checkpoint with its float model on a text."""
-    from quantforge.cli import render
-
-    with watched() as monitoring:
-        from quantforge import pipeline
-
-        report = pipeline.evaluate(
-            checkpoint,
-            reference=reference,
-            text=text,
-            windows=windows,
-            window_length=window_length,
-            against=against,
-            precision=precision.value,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            **monitoring,
-        )
-    print_result("eval", report, json, partial(render.show_evaluation, report))
-
-
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
@@ -358,21 +306,6 @@ def generate(
         print_result("generate", result, json=True)
     else:
         write("\n", out)
-
-
-def inspect(
-    checkpoint: Checkpoint,
-    layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
-    json: Json = False,
-) -> None:
-    """Say what a checkpoint holds; reads files, runs nothing."""
-    from quantforge.cli import render
-
-    with watched():
-        from quantforge import pipeline
-
-        report = pipeline.inspect(checkpoint)
-    print_result("inspect", report, json, partial(render.show_inspection, report, layers=layers))
 
 
 def profile(

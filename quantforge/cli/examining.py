@@ -10,6 +10,7 @@ import typer
 
 from quantforge.cli.commands import recipe_keys, watched
 from quantforge.cli.options import (
+    TEXTS,
     Calibration,
     Checkpoint,
     Device,
@@ -18,12 +19,104 @@ from quantforge.cli.options import (
     Labels,
     Model,
     Override,
+    Precision,
     Seed,
     Server,
     Settings,
     Trust,
 )
 from quantforge.cli.output import print_result
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    *,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Float model to compare with; default: its source."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help=f"Text to measure on: {TEXTS}; default: the end of Python's manual ('pydoc').",
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text to measure.")] = 40,
+    window_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens a window; default: 1024, 128 for an encoder."),
+    ] = None,
+    pictures: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PICTURES",
+            help="Of a convolutional network: folder, .zip, .parquet, .npy or .npz file, hub data "
+            "set, or 'synthetic' (made from the float network's statistics), the default.",
+        ),
+    ] = None,
+    match: Annotated[
+        str, typer.Option(metavar="PATTERN", help="Names of pictures in a folder or archive.")
+    ] = "*",
+    count: Annotated[
+        int | None,
+        typer.Option(min=2, help="Most pictures; default: 512, 32 that have to be made."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Second checkpoint, compared window by window or picture by picture.",
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Dtype of the matrix products.")
+    ] = Precision.float32,
+    device: Device = "cpu",
+    json: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compare a checkpoint with its float model on a text, or on pictures."""
+    from quantforge.cli import render_vision
+
+    with watched() as monitoring:
+        from quantforge import pipeline
+
+        report = pipeline.evaluate(
+            checkpoint,
+            reference=reference,
+            text=text,
+            windows=windows,
+            window_length=window_length,
+            pictures=pictures,
+            match=match,
+            count=count,
+            against=against,
+            precision=precision.value,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            **monitoring,
+        )
+    print_result("eval", report, json, partial(render_vision.show_measured, report))
+
+
+def inspect(
+    checkpoint: Checkpoint,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers", help="List every layer, as is done of convolutional networks."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say what a checkpoint holds; reads files, runs nothing."""
+    from quantforge.cli import render_vision
+
+    with watched():
+        from quantforge import pipeline
+
+        report = pipeline.inspect(checkpoint)
+    show = partial(render_vision.show_inspected, report, layers=layers)
+    print_result("inspect", report, json, show)
 
 
 def curvature(
@@ -101,7 +194,9 @@ def curvature(
 def check(
     checkpoint: Checkpoint,
     *,
-    server: Annotated[Server, typer.Option(help="Whose rules.")] = Server.vllm,
+    server: Annotated[
+        Server | None, typer.Option(help="Whose rules; default: vllm.", show_default=False)
+    ] = None,
     tp: Annotated[
         int, typer.Option(min=1, metavar="N", help="Devices that share every layer.")
     ] = 1,
@@ -109,16 +204,18 @@ def check(
 ) -> None:
     """Say whether a server loads a checkpoint; reads files, needs no server.
 
-    Exit code 3 where it does not.
+    Of a convolutional network it says whether the folder is whole. Exit code 3 where it is not.
     """
-    from quantforge.cli import render_machine
+    from quantforge.cli import render_vision
     from quantforge.errors import InputError
 
     with watched():
         from quantforge import pipeline
 
-        report = pipeline.check(checkpoint, server=server.value, tensor_parallel=tp)
-    print_result("check", report, json, partial(render_machine.show_check, report))
+        report = pipeline.check(
+            checkpoint, server=None if server is None else server.value, tensor_parallel=tp
+        )
+    print_result("check", report, json, partial(render_vision.show_checked, report))
     if not report.loads:
         raise typer.Exit(InputError.exit_code)
 

@@ -59,6 +59,7 @@ class Layout(StrEnum):
 
     gptq = "gptq"
     gguf = "gguf"
+    onnx = "onnx"
 
 
 # What `load.documents` reads; a test compares the two.

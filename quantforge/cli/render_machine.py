@@ -66,7 +66,7 @@ def show_check(report: CheckReport, out: Console) -> None:
 
 def show_convert(report: ConvertReport, out: Console) -> None:
     """What was written in another layout."""
-    file = bool(report.types)
+    file = bool(report.types) or report.layout == "onnx"
     pairs(
         [
             ("layout", report.layout),
@@ -75,7 +75,7 @@ def show_convert(report: ConvertReport, out: Console) -> None:
         ],
         out,
     )
-    if not file:
+    if not report.types:
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("type", "of", "tensors", "bytes", "largest difference"):

@@ -36,6 +36,7 @@ from quantforge.format.container import (
 from quantforge.format.manifest import MANIFEST_NAME, tool_versions
 from quantforge.format.store import weight_from, weight_tensors
 from quantforge.types import LayerInfo, QuantizedWeight, QuantSpec
+from quantforge.vision.classifier_folder import FILTERS
 from quantforge.vision.graph_file import (
     graph_from_json,
     layer_from_json,
@@ -62,7 +63,10 @@ TENSORS_NAME = "model.safetensors"
 _LONGEST_GRAPH = 64_000_000  # bytes
 _LARGEST_SIDE = 8192
 _SCALES = (torch.bfloat16, torch.float16)
-_CONSTANTS = (torch.float32, torch.int64, torch.int32, torch.bool)
+_CONSTANTS = (
+    torch.float32, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+    torch.bool,
+)  # fmt: skip
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
@@ -89,13 +93,13 @@ def save_vision(quantized: QuantizedNetwork, folder: Path) -> int:
 
 
 def write_vision(quantized: QuantizedNetwork, folder: Path) -> int:
-    """Write a network into a folder that is there and nobody reads yet.
+    """Write a network into a folder that is there and nobody reads yet, and read it back.
 
     Returns:
         Bytes of the file of weights.
 
     Raises:
-        UsageError: the network has something that cannot be saved.
+        UsageError: the network has something that cannot be saved, or that is not read again.
     """
     text, tensors = _described(quantized), _tensors(quantized)
     write_json(folder / GRAPH_NAME, text)
@@ -114,6 +118,14 @@ def write_vision(quantized: QuantizedNetwork, folder: Path) -> int:
         "tensors": stored,
     }
     write_json(folder / MANIFEST_NAME, manifest)
+    try:
+        load_network(folder)
+    except InputError as error:
+        reason = str(error).replace(f"{folder}/", "")
+        raise UsageError(
+            f"{quantized.network.name} cannot be saved, what was written does not read back: "
+            f"{reason}"
+        ) from error
     return (folder / TENSORS_NAME).stat().st_size
 
 
@@ -263,8 +275,8 @@ def _network(text: Mapping[str, Any], tensors: _Tensors) -> QuantizedNetwork:
         raise ValueError(f"the tensor {tensors.left[0]!r} belongs to nothing")
     graph = graph_from_json(text["nodes"], root_of(layers, constants))
     known = {node.name for node in graph.graph.nodes}
-    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
-    if set(called) != set(layers):
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    if called != set(layers):
         raise ValueError("its graph does not call every layer")
     preprocessing = _preprocessing(text["preprocessing"])
     channels = _whole(text["channels"], 1, 1 << 12)
@@ -337,7 +349,7 @@ def _grid(row: Mapping[str, Any]) -> ActivationGrid:
 
 def _preprocessing(row: Mapping[str, Any]) -> Preprocessing:
     names = {"size", "mean", "deviation", "crop", "interpolation"}
-    if set(row) != names or row["interpolation"] not in ("bilinear", "bicubic"):
+    if set(row) != names or row["interpolation"] not in FILTERS.values():
         raise ValueError("its preprocessing is none")
     height, width = (_whole(one, 1, _LARGEST_SIDE) for one in row["size"])
     mean, deviation, crop = (

@@ -65,6 +65,7 @@ class _Exporter:
         self.shapes = shapes_of(self.network.graph, self.network.channels, size)
         self.nodes: list[Any] = []
         self.tensors: dict[str, Any] = {}
+        self.written: dict[str, str] = {}  # path of a layer → name of its dequantized weight
         self.grids = {
             site.node: quantized.grids[site.grid]
             for site in self.network.sites
@@ -175,7 +176,9 @@ class _Exporter:
             named = self.constant(f"{path}.weight", layer.weight)
             bias = layer.bias
         else:
-            named, bias = self._weight(path, layer, weight), self.quantized.biases[path]
+            if path not in self.written:  # a layer may be called again
+                self.written[path] = self._weight(path, layer, weight)
+            named, bias = self.written[path], self.quantized.biases[path]
         inputs = [source.name, named, self.constant(f"{path}.bias", bias)]
         if isinstance(layer, nn.Linear):
             self._linear(inputs, len(self.shapes[source.name]), out)

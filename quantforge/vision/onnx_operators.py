@@ -221,6 +221,84 @@ def _matmul(builder: Builder, node: fx.Node, out: str) -> None:
     builder.add("MatMul", [_input(node), _input(node, 1)], out)
 
 
+def _prelu(builder: Builder, node: fx.Node, out: str) -> None:
+    """A slope for all channels or for each, which ONNX wants beside the axes behind it."""
+    source: Any = node.args[0]
+    slope, rank = _input(node, 1), len(shape_of(builder, source))
+    behind = [1] * max(rank - 2, 0)
+    shape = builder.constant(f"{out}.slope.shape", [-1, *behind], np.int64)
+    shaped = builder.add("Reshape", [slope, shape], f"{out}.slope")
+    builder.add("PRelu", [source.name, shaped], out)
+
+
+def _group_norm(builder: Builder, node: fx.Node, out: str) -> None:
+    """Each group's numbers as one channel of an InstanceNormalization, then gain and shift."""
+    source: Any = node.args[0]
+    groups = int(argument(node, 1, "num_groups"))
+    shape = shape_of(builder, source)
+    ones = builder.constant(f"{out}.ones", np.ones(groups))
+    nothing = builder.constant(f"{out}.nothing", np.zeros(groups))
+    apart = builder.constant(f"{out}.apart", [0, groups, -1], np.int64)
+    whole = builder.constant(f"{out}.whole", [-1, *shape[1:]], np.int64)
+    parts = builder.add("Reshape", [source.name, apart], f"{out}.parts")
+    epsilon = float(argument(node, 4, "eps", 1e-5))
+    inputs = [parts, ones, nothing]
+    normal = builder.add("InstanceNormalization", inputs, f"{out}.normal", epsilon=epsilon)
+    gain, shift = argument(node, 2, "weight"), argument(node, 3, "bias")
+    made = [(kind, held) for kind, held in (("Mul", gain), ("Add", shift)) if held is not None]
+    last = builder.add("Reshape", [normal, whole], f"{out}.joined" if made else out)
+    channels = builder.constant(f"{out}.channels", [-1, *[1] * (len(shape) - 2)], np.int64)
+    for index, (kind, held) in enumerate(made):
+        shaped = builder.add("Reshape", [held.name, channels], f"{out}.{kind}.shaped")
+        name = out if index == len(made) - 1 else f"{out}.{kind}"
+        last = builder.add(kind, [last, shaped], name)
+
+
+def _resize(mode: str) -> Callable[[Builder, fx.Node, str], None]:
+    def write(builder: Builder, node: fx.Node, out: str) -> None:
+        source: Any = node.args[0]
+        place = 2 if mode == "linear" else 1  # behind align_corners
+        corners = mode == "linear" and bool(argument(node, 2, "align_corners", False))
+        place += 1
+        if str(node.target).endswith(".vec"):
+            scales = argument(node, place, "scale_factors")
+        else:
+            both = [argument(node, place + at, f"scales_{side}") for at, side in enumerate("hw")]
+            scales = None if None in both else both
+        before, after = shape_of(builder, source)[2:], builder.shapes[node.name][2:]
+        exact = scales is None or all(
+            float(scale) * old == new for scale, old, new in zip(scales, before, after, strict=True)
+        )
+        # A size that was rounded down is not the scale that torch goes by.
+        named = (
+            [builder.constant(f"{out}.sizes", after, np.int64)] if exact
+            else [builder.constant(f"{out}.scales", scales)]
+        )  # fmt: skip
+        inputs = [source.name, "", *(["", *named] if exact else named)]
+        how = "asymmetric" if mode == "nearest" else "half_pixel"
+        builder.add(
+            "Resize", inputs, out, mode=mode, axes=[2, 3], nearest_mode="floor",
+            coordinate_transformation_mode="align_corners" if corners else how,
+        )  # fmt: skip
+
+    return write
+
+
+def _reduce(kind: str) -> Callable[[Builder, fx.Node, str], None]:
+    def write(builder: Builder, node: fx.Node, out: str) -> None:
+        source: Any = node.args[0]
+        rank = len(shape_of(builder, source))
+        dims: Any = argument(node, 1, "dim", [])
+        axes = [one % rank for one in ([dims] if isinstance(dims, int) else dims or range(rank))]
+        if 0 in axes:
+            raise _refused(node, " over pictures")
+        keep = int(bool(argument(node, 2, "keepdim", False)))
+        named = builder.constant(f"{out}.axes", sorted(axes), np.int64)
+        builder.add(kind, [source.name, named], out, keepdims=keep)
+
+    return write
+
+
 OPERATORS: Mapping[str, Callable[[Builder, fx.Node, str], None]] = {
     **dict.fromkeys(("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"), _clip),
     **dict.fromkeys(
@@ -256,6 +334,14 @@ OPERATORS: Mapping[str, Callable[[Builder, fx.Node, str], None]] = {
     "max_pool2d": _max_pool,
     "avg_pool2d": _average_pool,
     "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "prelu": _prelu,
+    "amax": _reduce("ReduceMax"),
+    "sum": _reduce("ReduceSum"),
+    "upsample_nearest2d": _resize("nearest"),
+    "upsample_bilinear2d": _resize("linear"),
+    "minimum": _pairwise("Min"),
+    "maximum": _pairwise("Max"),
 }
 
 

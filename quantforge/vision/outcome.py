@@ -105,3 +105,130 @@ class VisionReport:
     settings: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionDifference:
+    """Difference of two networks over the same pictures (first minus second).
+
+    Attributes:
+        kl: mean difference of KL, in nats a picture.
+        kl_stderr: its standard error over pictures.
+        agreement: difference of the shares of pictures with the reference's likeliest class.
+    """
+
+    kl: float
+    kl_stderr: float
+    agreement: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionEvaluation:
+    """The outcome of `evaluate` of a convolutional network's folder.
+
+    Attributes:
+        model: what was measured.
+        reference: the float network it was compared with.
+        quality: the measurement.
+        weight_bytes: of the file of weights.
+        float_bytes: of the float network's weights and biases.
+        against: a second folder measured on the same pictures; empty if none.
+        against_quality: its measurement.
+        difference: `model` minus `against`, paired over the pictures.
+        versions: library versions.
+        warnings: one line each.
+    """
+
+    model: str
+    reference: str
+    quality: VisionQuality
+    weight_bytes: int
+    float_bytes: int
+    against: str = ""
+    against_quality: VisionQuality | None = None
+    difference: VisionDifference | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredLayer:
+    """One layer of a folder.
+
+    Attributes:
+        name: module path.
+        kind: "convolution" or "linear".
+        spec: e.g. "4b-pc"; "kept" where it stays float.
+        bits: of a code; 32 where it stays float.
+        group: weights that share a scale.
+        activation_bits: of its input; None where that stays float.
+        weights: number of weights.
+        stored_bits: of a weight: codes, scales and zero-points.
+        size_bytes: of all its tensors, the bias among them.
+    """
+
+    name: str
+    kind: str
+    spec: str
+    bits: int
+    group: int
+    activation_bits: int | None
+    weights: int
+    stored_bits: float
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionInspection:
+    """What a convolutional network's folder holds, read from its files alone.
+
+    Attributes:
+        path: the folder, as given.
+        model: name of the network.
+        format: on-disk format.
+        budget: the budget it was made for; empty if unknown.
+        input_size: channels, height and width of a picture.
+        layers: one row a layer, in forward order.
+        stored_bits: average over the weights of quantized layers; 0 where there are none.
+        code_bits: of these in codes.
+        weight_bytes: of the file of weights.
+        float_bytes: of the same weights and biases in float32.
+        rounded: tensors between layers that are rounded.
+        versions: library versions that wrote it.
+    """
+
+    path: str
+    model: str
+    format: str
+    budget: str
+    input_size: tuple[int, int, int]
+    layers: tuple[StoredLayer, ...]
+    stored_bits: float
+    code_bits: float
+    weight_bytes: int
+    float_bytes: int
+    rounded: int
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionCheck:
+    """Whether a convolutional network's folder is whole.
+
+    Attributes:
+        path: the folder.
+        covers: what was looked at, in words.
+        loads: whether `load_vision` takes it.
+        problems: what is in the way, one line each.
+        quantized: number of quantized layers.
+        kept: number of layers in float32.
+        tensors: tensors that were read and compared with their hashes.
+    """
+
+    path: str
+    covers: str
+    loads: bool
+    problems: tuple[str, ...]
+    quantized: int
+    kept: int
+    tensors: int

@@ -13,8 +13,8 @@ from torch import nn
 
 import quantforge
 from quantforge.cli.options import Layout
-from quantforge.converting import FORMATS
 from quantforge.errors import CancelledError, InputError, UsageError
+from quantforge.folders import LAYOUTS
 from quantforge.format import gptq
 from quantforge.testing import tiny_llama, write_quantized
 from quantforge.types import QuantizedWeight, QuantSpec
@@ -109,7 +109,7 @@ def test_what_the_layout_cannot_hold_is_refused_and_nothing_is_written(tmp_path)
         quantforge.convert(tmp_path / "kept", output=tmp_path / "out")
     with pytest.raises(UsageError, match="unknown layout 'awq'; known: gptq"):
         quantforge.convert(tmp_path / "kept", output=tmp_path / "out", layout="awq")
-    assert {one.value for one in Layout} == set(FORMATS)
+    assert {one.value for one in Layout} == set(LAYOUTS)
 
     class Stop:
         def is_set(self) -> bool:

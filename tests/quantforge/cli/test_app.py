@@ -205,6 +205,9 @@ def test_eval_options_reach_the_pipeline(command, pipeline) -> None:
             "text": None,
             "windows": 40,
             "window_length": None,
+            "pictures": None,
+            "match": "*",
+            "count": None,
             "against": None,
             "precision": "float32",
             "device": "cpu",
@@ -358,7 +361,7 @@ def test_check_ends_in_a_code_that_says_whether_the_server_loads_it(command, pip
     assert outcome.code == 0
     assert "yes" in outcome.stdout
     options = pipeline.calls[-1][2]
-    assert (options["server"], options["tensor_parallel"]) == ("vllm", 2)
+    assert (options["server"], options["tensor_parallel"]) == (None, 2)
     pipeline_module = sys.modules["quantforge.pipeline"]
     pipeline_module.check = lambda *_, **__: reports.check_report("q_proj: it loads 4 bits, not 3")
     outcome = command("check", "out")
@@ -379,7 +382,7 @@ def test_convert_hands_its_options_on_and_says_what_was_written(command, pipelin
     assert [str(one) for one in arguments] == ["out"]
     assert (str(options["output"]), options["layout"], options["force"]) == (
         "out-gptq",
-        "gptq",
+        None,
         True,
     )
     assert command("convert", "out").code == 2  # no output

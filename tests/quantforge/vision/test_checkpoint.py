@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -11,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from quantforge.errors import InputError, UsageError
 from quantforge.types import QuantSpec
 from quantforge.vision.checkpoint import load_network, load_vision, save_vision
 from quantforge.vision.graph_file import ALLOWED
-from quantforge.vision.network import Simulation
+from quantforge.vision.network import Simulation, VisionNetwork
 from quantforge.vision.runtime import VisionRuntime
 from quantforge.vision.testing import described, quantized, traced
 
@@ -98,6 +100,68 @@ def test_nothing_is_left_of_a_network_that_cannot_be_saved(tmp_path: Path) -> No
     network = quantized(described(traced(Random()), 8), pictures())
     with pytest.raises(UsageError, match=r"calls aten\.rand_like\.default, which is not saved"):
         save_vision(network, tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"])
+def test_every_filter_that_a_folder_of_transformers_may_name_comes_back(
+    name: str, tmp_path: Path
+) -> None:
+    network = made()
+    preprocessing = dataclasses.replace(network.network.preprocessing, interpolation=name)
+    inner = dataclasses.replace(network.network, preprocessing=preprocessing)
+    save_vision(dataclasses.replace(network, network=inner), tmp_path / "out")
+    assert load_network(tmp_path / "out").network.preprocessing == preprocessing
+
+
+class Twice(nn.Module):
+    """One layer that is called twice, and constants of the kinds that buffers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 3, 3, padding=1)
+        self.head = nn.Linear(3, 4)
+        self.register_buffer("flags", torch.tensor([[True, False, True]]))
+        self.register_buffer("small", torch.tensor([[3, -1, 2]], dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(aten.relu.default(self.one(x)))
+        x = aten.mean.dim(x, [2, 3])
+        return self.head(aten.mul.Tensor(aten.add.Tensor(x, self.small), self.flags))
+
+
+def test_a_layer_called_twice_and_constants_of_every_kind_come_back(tmp_path: Path) -> None:
+    network, x = quantized(twice(), pictures()), pictures()
+    assert len(network.weights) == 2
+    size = save_vision(network, tmp_path / "out")
+    names = {*load_file(tmp_path / "out" / "model.safetensors")}
+    assert names == {"flags", "small"} | {
+        f"{layer}.{part}" for layer in ("one", "head") for part in ("codes", "scale", "bias")
+    }
+    assert size == (tmp_path / "out" / "model.safetensors").stat().st_size
+    with torch.no_grad():
+        expected = Simulation(network).run(x)
+        assert torch.equal(Simulation(load_network(tmp_path / "out")).run(x), expected)
+    assert torch.allclose(load_vision(tmp_path / "out")(x), expected, atol=0.02)
+
+
+def twice() -> VisionNetwork:
+    """Each layer once, though it is called twice."""
+    network = described(traced(Twice()), 16)
+    assert [info.name for info in network.layers] == ["one", "one", "head"]
+    return dataclasses.replace(network, layers=network.layers[1:])
+
+
+def test_what_would_not_be_read_is_not_delivered(tmp_path: Path) -> None:
+    network = made()
+    wrong = dataclasses.replace(
+        network.network.preprocessing, interpolation="sinc"
+    )  # none of Pillow's
+    inner = dataclasses.replace(network.network, preprocessing=wrong)
+    broken = dataclasses.replace(network, network=inner)
+    with pytest.raises(UsageError, match=r"cannot be saved.*graph\.json is damaged") as caught:
+        save_vision(broken, tmp_path / "out")
+    assert str(tmp_path) not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

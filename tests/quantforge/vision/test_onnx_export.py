@@ -135,6 +135,50 @@ def test_the_real_shapes_give_our_predictions(kind: str) -> None:
     compare(quantized(network, x, spec=QuantSpec(4)), x)
 
 
+class Rarer(nn.Module):
+    """One layer called twice, and operators that few classifiers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.again = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 10)
+        for name, low, high in (("slope", 0.1, 0.5), ("gain", 0.5, 2.0), ("shift", -1.0, 1.0)):
+            self.register_buffer(name, torch.linspace(low, high, 8))
+        self.register_buffer("one", torch.tensor([0.25]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = aten.prelu.default(self.again(aten.relu.default(self.stem(x))), self.slope)
+        x = aten.group_norm.default(self.again(x), 2, self.gain, self.shift, 1e-5)
+        x = aten.upsample_nearest2d.vec(x, None, [1.5, 2.0])
+        x = aten.upsample_bilinear2d.vec(aten.prelu.default(x, self.one), [12, 20], False, None)
+        x = aten.upsample_bilinear2d.default(x, [9, 11], True)
+        x = aten.upsample_bilinear2d.vec(x, None, False, [1.3, 1.7])
+        x = aten.upsample_nearest2d.default(x, [10, 17])
+        x = aten.group_norm.default(x, 4)
+        y = aten.sum.dim_IntList(aten.maximum.default(x, aten.neg.default(x)), [3])
+        x = aten.add.Tensor(aten.amax.default(x, [-1]), aten.mul.Tensor(y, 0.01))
+        return self.head(aten.mean.dim(x, [2]))
+
+
+@pytest.mark.parametrize("text", ["8b-pc", "4b-pc-asym", "4b-g4"])
+def test_a_layer_called_twice_and_rarer_operators(text: str) -> None:
+    x = pictures()
+    network = described(traced(Rarer()))
+    assert [info.name for info in network.layers] == ["stem", "again", "again", "head"]
+    once = dataclasses.replace(network, layers=(network.layers[0], *network.layers[2:]))
+    made = quantized(once, x, spec=QuantSpec.parse(text))
+    compare(made, x)
+    names = [one.name for one in onnx_model(made).graph.node]
+    assert len(names) == len(set(names))
+    bare = dataclasses.replace(made, weights={}, biases={}, grids={})
+    runner = session(onnx_model(bare), "plain")
+    (theirs,) = runner.run(None, {"x": x.numpy()})  # type: ignore[attr-defined]
+    with torch.no_grad():
+        ours = network.graph(x)
+    assert float((torch.from_numpy(theirs) - ours).abs().max()) < 1e-5 * float(ours.abs().max())
+
+
 def test_containers_are_the_smallest_that_hold_the_codes(tmp_path: Path) -> None:
     x = pictures(1)
     types, sizes = onnx.TensorProto, {}
