@@ -1,12 +1,15 @@
 """EfficientNet-Lite0 (or another network) at few bits: agreement with the float network, and KL.
 
-    pip download --no-deps foolbox==3.3.4 scikit-image==0.26.0 scikit-learn==1.9.1
+    pip download --no-deps foolbox==3.3.4 scikit-image==0.26.0 scikit-learn==1.9.1 \
+        gradio==6.31.0 ultralytics==8.4.190
     python scripts/bench_vision_quality.py efficientnet-lite0 --test foolbox-*.whl \
-        --match '*imagenet*' --calibration scikit_image-*.whl --calibration scikit_learn-*.whl
+        --match '*imagenet*' --calibration scikit_image-*.whl --calibration scikit_learn-*.whl \
+        --held-out gradio-*.whl --held-out ultralytics-*.whl
 
 Test pictures are all of the named archives or folders that match, each whole and in `--crops`
 further crops of it (the crops of one picture are no independent samples: standard errors are over
-pictures). Calibration: 64 crops of other pictures; with `--synthetic` pictures made from the
+pictures). Calibration: 64 crops of other pictures, and 32
+crops of further ones for choices; with `--synthetic` pictures made from the
 network's BatchNorm statistics instead. Rows: uniform widths and plans for budgets in stored bits,
 compensated and finished, and each plan beside the best uniform network that is no larger.
 """
@@ -89,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--calibration", type=Path, action="append", default=[])
+    parser.add_argument("--held-out", type=Path, action="append", default=[])
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--test", type=Path, action="append", required=True)
@@ -182,16 +186,13 @@ def calibration_of(options: argparse.Namespace, network: Any) -> tuple[Pictures,
     held = options.count // 2
     if options.synthetic:
         inputs = synthesise(network, options.count + held, seed=options.seed).inputs
-        parts = inputs[: options.count], inputs[options.count :]
+        parts = [inputs[: options.count], inputs[options.count :]]
     else:
-        some, origin = gathered(options.calibration, "*", 5, network.preprocessing, options.seed)
         generator = torch.Generator().manual_seed(options.seed)
-        shuffled = torch.randperm(origin[-1] + 1, generator=generator)
-        last = set(shuffled[: len(shuffled) // 4].tolist())  # no picture is in both
-        rows: list[list[int]] = [[], []]
-        for row in torch.randperm(len(some), generator=generator).tolist():
-            rows[origin[row] in last].append(row)
-        parts = some[rows[0][: options.count]], some[rows[1][:held]]
+        parts = []
+        for sources, count in ((options.calibration, options.count), (options.held_out, held)):
+            some, _ = gathered(sources, "*", 5, network.preprocessing, options.seed)
+            parts.append(some[torch.randperm(len(some), generator=generator)[:count]])
     print(f"{len(parts[0])} calibration inputs, {len(parts[1])} held out", flush=True)
     fitting, held_out = (Pictures(inputs=x, labels=None, description="calibration") for x in parts)
     return fitting, held_out
