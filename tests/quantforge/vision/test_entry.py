@@ -139,7 +139,7 @@ def test_networks_of_one_class_have_keys_of_their_own():
     [
         ({"budget": None}, UsageError, "no budget"),
         ({"budget": "ppl:+2%"}, UsageError, "is a classifier"),
-        ({"budget": "latency:-20%"}, UsageError, "bops:-50%"),
+        ({"budget": "vram:8GB@4096"}, UsageError, "no keys and values"),
         ({"budget": "4bit", "calibration": "nowhere.npz"}, InputError, "nowhere.npz"),
         ({"budget": "4bit", "settings": {"calibration.held_out": 48}}, InputError, "too few"),
         ({"budget": "4bit", "settings": {"activations.bits": [9]}}, UsageError, "activations.bits"),
