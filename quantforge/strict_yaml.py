@@ -127,9 +127,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def parse_value(text: str, where: str) -> Any:
     """The value of one `key=value` option: a scalar, or a flow list such as `[2, 3, 4]`.
 
+    One that begins with a star is text, a pattern such as `*.png`: there is nothing that an alias
+    could stand for.
+
     Raises:
         UsageError: `text` is not strict YAML.
     """
+    if text.startswith("*"):
+        return text
     return _load(text, where)
 
 

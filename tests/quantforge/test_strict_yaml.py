@@ -88,3 +88,8 @@ scalars = (
 def test_what_is_dumped_reads_back_equal(value: dict[str, object]) -> None:
     text = strict_yaml.dump(value)
     assert strict_yaml.parse_value(text, "x") == value
+
+
+def test_a_pattern_of_names_is_text():
+    assert strict_yaml.parse_value("*.png", "x") == "*.png"
+    assert strict_yaml.parse_value("*", "x") == "*"
