@@ -82,7 +82,8 @@ Budget = Annotated[
         "bfloat16), memory with keys and values (vram:8GB@4096), or the fewest bits measured to "
         "lose no more (kl:0.05, ppl:+2%, cosine:0.99 of an encoder, acc:-0.5% of a classifier), or "
         "time of a decoding step in these weights (latency:-25%, latency:12ms@1, with "
-        "--latency-device), or a convolutional network's bit operations (bops:-50%); several "
+        "--latency-device; a convolutional network's layers are timed here), or bit operations of "
+        "such (bops:-50%); several "
         "joined by commas. Not needed with --plan, or where the recipe says it or leaves nothing "
         "to search.",
     ),

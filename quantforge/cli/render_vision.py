@@ -158,6 +158,11 @@ def _difference(gap: VisionDifference) -> str:
     return f"{with_error(gap.kl, gap.kl_stderr)} nats: {verdict}"
 
 
+def _time_rows(seconds: float | None) -> list[tuple[str, str]]:
+    """Where the budget limits time."""
+    return [] if seconds is None else [("layers", f"{1e3 * seconds:.3g} ms for a batch, as timed")]
+
+
 def show_vision(report: VisionReport, out: Console) -> None:
     """What was made or planned, how good it is, and where it is."""
     share = report.operations / report.float_operations
@@ -170,6 +175,7 @@ def show_vision(report: VisionReport, out: Console) -> None:
             "bit operations",
             f"{number(report.operations / 1e9)} G a picture, {100 * share:.0f} % of 8 x 8 bits",
         ),
+        *_time_rows(report.seconds),
         *_quality_rows(report.quality),
         *target_rows(report.targets, METRIC),
     ]

@@ -26,8 +26,8 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "embeddings.include": ("--include-embeddings", "convolutional networks have no token "
                            "embedding: leave it out; --set search.edges=8b-pc is for the first "
                            "and the last layer"),
-    "device": ("--latency-device", "budgets of latency are for language models: leave it out and "
-               "give bit operations, e.g. --budget bops:-50%"),
+    "device": ("--latency-device", "layers of convolutional networks are timed on this machine: "
+               "leave it out"),
     "training.minutes": ("--train-minutes", "convolutional networks are trained for so many steps: "
                          "give --set training.steps=500 instead"),
 }  # fmt: skip

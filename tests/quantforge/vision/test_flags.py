@@ -51,7 +51,7 @@ OPTIONS = {
     "--server": ("vllm", "quantforge convert writes ONNX"),
     "--tp": ("2", "leave it out"),
     "--include-embeddings": ("8bit", "search.edges"),
-    "--latency-device": ("a100", "bops:-50%"),
+    "--latency-device": ("a100", "timed on this machine"),
     "--train-minutes": ("3", "training.steps"),
     "--plan": ("plan.json", "give a budget instead"),
     "--device": ("cuda", "on the cpu"),
