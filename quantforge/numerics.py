@@ -290,6 +290,27 @@ def output_error(difference: Tensor, gram: Tensor) -> Tensor:
     return ((difference @ gram) * difference).sum(1)
 
 
+# Numbers of a row from which on `row_products` takes it in pieces.
+_PIECE = 1 << 16
+
+
+def row_products(first: Tensor, second: Tensor) -> Tensor:
+    """[n, m] products of few long rows, [n, k] and [m, k].
+
+    On the CPU long rows in bfloat16 are multiplied in float32, piece by piece: oneDNN's own product
+    ends the process for some shapes on processors with AMX (a division by zero, as [3, 524288] by
+    [524288, 2] in torch 2.13).
+    """
+    pieces = first.dtype == torch.bfloat16 and first.device.type == "cpu"
+    if not pieces or first.shape[1] <= _PIECE:
+        return first @ second.T
+    total = torch.zeros(len(first), len(second))
+    both = (torch.split(one, _PIECE, dim=1) for one in (first, second))
+    for a, b in zip(*both, strict=True):
+        total += a.float() @ b.float().T
+    return total
+
+
 def relative(error: Tensor, reference: Tensor) -> float:
     """Sum of `error` over sum of `reference`; 0 where both vanish."""
     total = float(reference.sum(dtype=torch.float64))

@@ -37,7 +37,7 @@ from quantforge.calibrate.token_loss import HeadGradient, following_tokens
 from quantforge.capture import Precision, frozen, product_dtype
 from quantforge.journal import NO_JOURNAL, Journal
 from quantforge.models import Model
-from quantforge.numerics import GramAccumulator
+from quantforge.numerics import GramAccumulator, row_products
 from quantforge.parallel import Tally
 from quantforge.progress import Monitor, resumed
 from quantforge.types import LayerInfo
@@ -251,7 +251,7 @@ class _Collector:
                 self._pieces[f"{first} energies {index}"] = spent.double().cpu()
         for index, errors in self._known.items():
             gradients = weight_gradients(found, self._layers[index]).flatten(1)
-            inner = gradients @ errors.flatten(1).T
+            inner = row_products(gradients, errors.flatten(1))
             self._pieces[f"{first} products {index}"] = inner.double().cpu()
             lengths = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float32)
             self._pieces[f"{first} traces {index}"] = lengths.double().square().cpu()
@@ -411,7 +411,7 @@ def diagonal_products(
                 }
             for index, table in squared.items():
                 squares = weight_gradients(one, model.layers[index]).square()
-                part = (squares.flatten(1) @ table.T).double().cpu()
+                part = row_products(squares.flatten(1), table).double().cpu()
                 pieces[f"{one.rows.start} {index}"] = part
             done = (blocks - 1 - one.block) * len(tokens) + one.rows.stop
             monitor.step("empirical gradients", done, blocks * len(tokens))

@@ -42,7 +42,8 @@ def test_forward_and_gradients_equal_the_dense_layer(parts: dict[str, Any]) -> N
     torch.testing.assert_close(y, dense, rtol=1e-6, atol=1e-5)
     y.square().sum().backward()
     dense.square().sum().backward()
-    torch.testing.assert_close(x.grad, dense_x.grad, rtol=1e-5, atol=1e-4)
+    # sums over outputs in another order, which depends on the processor
+    torch.testing.assert_close(x.grad, dense_x.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(bias.grad, dense_bias.grad, rtol=1e-5, atol=1e-4)
 
 

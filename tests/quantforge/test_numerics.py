@@ -10,6 +10,7 @@ from quantforge.numerics import (
     draw_categorical,
     factorize,
     output_error,
+    row_products,
     token_weights,
 )
 
@@ -193,3 +194,13 @@ def test_drawing_inverts_the_cumulative_distribution_row_by_row():
     for row, point, found in zip(weights.tolist(), points, drawn, strict=True):
         below = [sum(row[: index + 1]) <= point * sum(row) for index in range(7)]
         assert found == sum(below)
+
+
+def test_products_of_long_rows_are_those_of_doubles():
+    """A shape that ends the process in oneDNN's bfloat16 on processors with AMX."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(n, 524_288, generator=generator).bfloat16() for n in (3, 2))
+    expected = first.double() @ second.double().T
+    assert torch.allclose(row_products(first, second).double(), expected, rtol=1e-4, atol=1e-2)
+    few = first[:, :64]
+    assert torch.equal(row_products(few, few), few @ few.T)
